@@ -1,0 +1,1 @@
+"""Streaming inference: drivers around the shared steps."""

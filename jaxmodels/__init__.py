@@ -1,0 +1,1 @@
+"""Models: weights, forward passes and every pure function that both loops need."""

@@ -1,0 +1,1 @@
+"""Kernels: arrays in, arrays out; one folder per operation."""
