@@ -1,7 +1,7 @@
-"""Runs the fenced `bash` and `python` blocks of README.md, each in a process of its own, from the repository root.
+"""Runs the fenced `bash` and `python` blocks of README.md, each in a process of its own.
 
-A block below the comment `<!-- not run: reason -->` is printed with its reason and left out. Exit code 1 names
-the first line of every block that failed.
+They run from the repository root. A block below the comment `<!-- not run: reason -->` is printed with its
+reason and left out. Exit code 1 names the first line of every block that failed.
 """
 
 import re
