@@ -1,0 +1,1 @@
+"""Pure decoding steps and the losses that train them."""
