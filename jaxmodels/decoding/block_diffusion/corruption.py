@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 MIN_LEVEL = 1e-3
 """Smallest noise level that training draws: levels are uniform on [MIN_LEVEL, 1)."""
-
-Alignment = Literal["row", "document"]
 
 
 class Corruption(NamedTuple):
@@ -61,7 +59,7 @@ def make_groups(
     block_size: int | None,
     *,
     segment_ids: Int[Array, "B L"] | None = None,
-    alignment: Alignment = "row",
+    alignment: str = "row",
 ) -> Groups:
     """Splits rows of `shape` = (B, L) into groups of `block_size` positions (None: as long as possible).
 
@@ -71,7 +69,7 @@ def make_groups(
     """
     if alignment not in ("row", "document"):
         raise ValueError(f"alignment must be 'row' or 'document'; got {alignment!r}")
-    batch, length = shape
+    length = shape[1]
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
     first = index == 0
     if segment_ids is not None:
@@ -119,7 +117,7 @@ def sample_uniform_mask(
     *,
     block_size: int | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
-    alignment: Alignment = "row",
+    alignment: str = "row",
     min_level: float = MIN_LEVEL,
 ) -> Corruption:
     """Every position of `loss_mask` is masked independently with probability level.
@@ -164,7 +162,7 @@ def sample_block_mask(
     block_size: int | None,
     half_life_ratio: float = math.inf,
     segment_ids: Int[Array, "B L"] | None = None,
-    alignment: Alignment = "row",
+    alignment: str = "row",
     min_masked: int = 0,
     min_level: float = MIN_LEVEL,
 ) -> Corruption:
@@ -219,7 +217,7 @@ def sample_uniform_subset(
     *,
     block_size: int | None,
     segment_ids: Int[Array, "B L"] | None = None,
-    alignment: Alignment = "row",
+    alignment: str = "row",
 ) -> SubsetSample:
     """k uniform on 1..n in each block of n eligible positions, then a uniform k-subset, with weight n / k."""
     eligible = loss_mask.astype(bool)
