@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, min-p, penalties, seeds; all of them traced arrays, one per row.
+"""From logits to a token: temperature, top-k, top-p, min-p, penalties and seeds as traced per-row arrays.
 
 Order of operations, that of Hugging Face `transformers` 5 (`GenerationMixin._get_logits_processor`):
 
@@ -6,16 +6,18 @@ Order of operations, that of Hugging Face `transformers` 5 (`GenerationMixin._ge
 
 Conventions where the field disagrees:
 
-* repetition penalty (Keskar et al. 2019, section 4.1; `RepetitionPenaltyLogitsProcessor`): a logit of a token that
-  occurs in the PROMPT OR in the generated text is divided by the penalty when positive, multiplied when negative.
-* presence penalty (OpenAI API reference; vLLM `SamplingParams.presence_penalty`): subtracted once from the logit of
-  each token that occurs in the GENERATED text; the prompt does not count.
+* repetition penalty (Keskar et al. 2019, section 4.1; `RepetitionPenaltyLogitsProcessor`): a logit of a token
+  that occurs in the PROMPT OR in the generated text is divided by the penalty when positive, multiplied when
+  negative.
+* presence penalty (OpenAI API reference; vLLM `SamplingParams.presence_penalty`): subtracted once from the
+  logit of each token that occurs in the GENERATED text; the prompt does not count.
 * log-probabilities are those of the model: `log_softmax(logits)` before penalties, temperature and filters.
-* ties: all tokens that tie with the last one kept are kept too, so the result does not depend on a sort order.
+* ties: all tokens that tie with the last one kept are kept: the result depends on no sort order.
 
-Each filter is a threshold on the scaled logit, so none of them needs a sort: the threshold is found by bisecting the
-31 bits of a non-negative float (vocabulary 151 936 on two CPU cores: 1.1 ms against 32 ms for one sort). A batch in
-which no row draws, filters or penalises skips that part at run time (`lax.cond`): greedy rows cost an argmax.
+Each filter is a threshold on the scaled logit, so none of them needs a sort: the threshold is found by
+bisecting the 31 bits of a non-negative float (vocabulary 151 936 on two CPU cores: 1.1 ms against 32 ms for
+one sort). A batch in which no row draws, filters or penalises skips that part at run time (`lax.cond`):
+greedy rows cost an argmax.
 
 Row i of the result is a function of row i of the arguments alone: the noise comes from the row's own seed and
 position, never from its place in the batch. (The logits are the model's business: a matrix product may round
@@ -38,7 +40,7 @@ _INF_BITS = 0x7F800000
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How one request samples; plain Python values, checked here (`ValueError` names the field and the value)."""
+    """How one request samples: plain Python values, checked here (ValueError names field and value)."""
 
     temperature: float = 0.0
     """0 is exactly greedy (top_k, top_p, min_p and seed are then without effect)"""
@@ -103,7 +105,7 @@ class Sampling:
 
 
 def _reach(distance: Float[Array, "B V"], weight: Array, target: Array) -> Float[Array, "B"]:
-    """The smallest x >= 0 such that the tokens with distance <= x weigh at least `target` together (inf if none).
+    """The smallest x >= 0 such that the tokens with distance <= x weigh at least `target` (inf if none).
 
     `distance` must not be negative: the bits of non-negative floats are ordered like the floats.
     """
@@ -139,8 +141,8 @@ def penalise(
 def filter_limit(distance: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B"]:
     """Which tokens top-k, top-p and min-p keep: those with `distance <= limit` (inf keeps all).
 
-    `distance` is (largest logit - logit) / temperature, so exp(-distance) is a token's probability relative to the
-    most probable one. The most probable token (distance 0) always survives.
+    `distance` is (largest logit - logit) / temperature, so exp(-distance) is a token's probability relative
+    to the most probable one. The most probable token (distance 0) always survives.
     """
     V = distance.shape[-1]
     infinity = jnp.full(distance.shape[:1], jnp.inf)
@@ -172,7 +174,7 @@ def _gumbel(seed: Int[Array, "B"], position: Int[Array, "B"], V: int) -> Float[A
 def _draw(logits: Float[Array, "B V"], sampling: Sampling, position: Int[Array, "B"]) -> Int[Array, "B"]:
     """Gumbel-argmax over the tokens that the filters keep; exact for any temperature > 0, however small."""
     temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
-    # Subtracting first keeps a tiny temperature from overflowing: the best token is at 0, others at most +inf.
+    # Subtracting first keeps a tiny temperature from overflowing: the best token is at 0.
     distance = (jnp.max(logits, axis=-1, keepdims=True) - logits) / temperature
     limit = filter_limit(distance, sampling)
     noisy = _gumbel(sampling.seed, position, logits.shape[-1]) - distance
@@ -186,12 +188,12 @@ def sample(
     position: Int[Array, "B"],
     seen: UInt8[Array, "B V"] | None = None,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Chooses the next token of each row; returns (token int32, log-probability float32 under the raw logits).
+    """Chooses the next token of each row; returns (int32 token, float32 log-probability under `logits`).
 
-    `position` is where in its sequence the token will stand; with the row's seed it determines the noise, so a
-    sequence cut anywhere and continued with the same seed goes on as it would have.
-    `seen` marks the tokens of prompt (bit IN_PROMPT) and output (bit IN_OUTPUT); without it the caller vouches that
-    no row uses a penalty. Ties of greedy rows go to the lowest token id.
+    `position` is where in its sequence the token will stand; with the row's seed it determines the noise, so
+    a sequence cut anywhere and continued with the same seed goes on as it would have.
+    `seen` marks the tokens of prompt (bit IN_PROMPT) and output (bit IN_OUTPUT); without it the caller
+    vouches that no row uses a penalty. Ties of greedy rows go to the lowest token id.
     """
     logits = logits.astype(jnp.float32)
     chosen = logits
@@ -217,7 +219,7 @@ def mark_seen(
     """Sets `bit` for each row's valid tokens."""
     rows = jnp.arange(seen.shape[0])[:, None]
     outside = jnp.where(valid, token, seen.shape[1])  # out of range is dropped
-    # `max` would lose the other bit and `add` would count twice: read, or, write. Duplicates write the same value.
+    # `max` would lose the other bit, `add` would count twice: read, or, write. Duplicates write equal values.
     return seen.at[rows, outside].set(
         seen.at[rows, outside].get(mode="fill", fill_value=0) | bit, mode="drop"
     )

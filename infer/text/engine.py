@@ -1,0 +1,292 @@
+"""TextEngine: many requests through the slots of one batch, as one stream of events.
+
+The engine keeps one chunk in flight: it dispatches chunk n + 1 before it fetches chunk n, so that reading
+tokens, detokenising and the user's own code run while the device works. That is sound because a decoder ends
+rows by itself (EOS, max_new_tokens); only stop strings are the host's business, and they cost at most one
+chunk of wasted work in their own row. Finished slots are refilled at once; a request's result does not depend
+on its neighbours.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from infer.text.decoders import Decoder
+from infer.text.events import Chunk, Completion, Event, FinishReason, Job, Usage
+from infer.text.requests import SAMPLING_FIELDS, Request
+from infer.text.stops import StopScanner
+from jaxmodels.decoding.sampling import SamplingOptions
+from jaxmodels.tokenizer import StreamDecoder
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+class _Running:
+    """A request in a slot."""
+
+    def __init__(self, index: int, row: int, job: Job, tokenizer: Any):
+        self.index, self.row, self.job = index, row, job
+        self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+        self.scanner = StopScanner(job.stop) if job.stop else None
+        self.tokens = self.decode_tokens = self.forwards = self.commits = 0
+        self.started = time.perf_counter()
+        self.prefilled = self.started
+        self.finished = False
+
+    def text(self, tokens: Sequence[int]) -> tuple[str, int, bool]:
+        """(certain text of these tokens, how many of them count, whether a stop string ended them)."""
+        if self.decoder is None:
+            return "", len(tokens), False
+        if self.scanner is None:
+            return self.decoder.push(tokens), len(tokens), False
+        pieces = []
+        for used, token in enumerate(tokens, 1):  # one by one: tokens after the stop string do not count
+            piece, stop = self.scanner.push(self.decoder.push([token]))
+            pieces.append(piece)
+            if stop is not None:
+                return "".join(pieces), used, True
+        return "".join(pieces), len(tokens), False
+
+    def rest(self) -> tuple[str, bool]:
+        """(text held back so far, whether it completed a stop string), when no more tokens come."""
+        if self.decoder is None:
+            return "", False
+        text, stop = self.decoder.flush(), None
+        if self.scanner is not None:
+            text, stop = self.scanner.push(text)
+            text += self.scanner.flush()
+        return text, stop is not None
+
+    def usage(self, now: float) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.job.prompt),
+            new_tokens=self.tokens,
+            decode_tokens=self.decode_tokens,
+            forwards=self.forwards,
+            commits=self.commits,
+            prefill_seconds=self.prefilled - self.started,
+            decode_seconds=now - self.prefilled,
+        )
+
+
+@dataclasses.dataclass
+class _Flight:
+    """A chunk whose arrays may not be there yet, and who ran in its rows when it was dispatched."""
+
+    chunk: Chunk
+    owners: list[_Running | None]
+    prefill: bool
+
+
+class TextEngine:
+    """Runs requests through a decoder.
+
+    Args:
+      decoder: owns model, weights and the state of a fixed number of slots.
+      tokenizer: jaxmodels.tokenizer.Tokenizer; None if requests carry ids (events then have no text).
+      generation: the checkpoint's defaults (jaxmodels GenerationDefaults), or None.
+      max_new_tokens: for requests that do not say; None takes the checkpoint's, else 256.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        tokenizer: Any = None,
+        generation: Any = None,
+        eos_ids: Sequence[int] = (),
+        max_new_tokens: int | None = None,
+    ):
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.generation = generation
+        self.eos_ids = tuple(eos_ids)
+        self.max_new_tokens = max_new_tokens
+        self._busy = False
+
+    def prepare(self, request: Request) -> Job:
+        """Encodes a request and resolves its defaults; every error a request can have is raised here."""
+        job = Job(
+            prompt=self._encode(request),
+            max_new_tokens=self._max_new_tokens(request),
+            sampling=self._sampling(request),
+            eos_ids=self.eos_ids if request.eos_ids is None else tuple(request.eos_ids),
+            stop=tuple(request.stop),
+            logprobs=request.logprobs,
+            options=request.options,
+        )
+        StopScanner(job.stop)
+        if job.stop and self.tokenizer is None:
+            raise ValueError(f"stop strings {list(job.stop)!r} need a tokenizer; this checkpoint has none")
+        if len(job.prompt) == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        needed = len(job.prompt) + job.max_new_tokens
+        prompt, new, capacity = len(job.prompt), job.max_new_tokens, self.decoder.capacity
+        if prompt > capacity:
+            raise ValueError(f"the prompt has {prompt} tokens, more than the cache capacity {capacity}")
+        if prompt + new > capacity:
+            raise ValueError(
+                f"prompt ({prompt} tokens) and max_new_tokens ({new}) need {prompt + new} cache slots, "
+                f"the capacity is {capacity}"
+            )
+        self.decoder.check(job)
+        return job
+
+    def _encode(self, request: Request) -> np.ndarray:
+        if request.ids is not None:
+            return np.asarray(request.ids, np.int32).reshape(-1)
+        if self.tokenizer is None:
+            raise ValueError(
+                "a prompt given as text needs a tokenizer; this checkpoint has none, give token ids"
+            )
+        if request.messages is not None:
+            return np.asarray(self.tokenizer.chat(list(request.messages)), np.int32)
+        return np.asarray(self.tokenizer.encode(request.prompt), np.int32)
+
+    def _max_new_tokens(self, request: Request) -> int:
+        for value in (
+            request.max_new_tokens,
+            self.max_new_tokens,
+            getattr(self.generation, "max_new_tokens", None),
+        ):
+            if value is not None:
+                if value < 1:
+                    raise ValueError(f"max_new_tokens must be >= 1; got {value}")
+                return int(value)
+        return DEFAULT_MAX_NEW_TOKENS
+
+    def _sampling(self, request: Request) -> SamplingOptions:
+        values = {}
+        for name in SAMPLING_FIELDS:
+            value = getattr(request, name)
+            if value is None:
+                value = getattr(self.generation, name, None)
+            if value is not None:
+                values[name] = value
+        return SamplingOptions(**values)
+
+    def generate(self, requests: Iterable[Request | Job]) -> Iterator[Event]:
+        """Runs the requests, as many at a time as there are slots, and yields their events as they come.
+
+        All requests are checked before the first one starts; the error names the request's place. Events of
+        one request are in order, those of different requests interleave; each request ends with exactly one
+        event that carries `finish_reason` and `usage`. Leaving the iterator early abandons what is still
+        running.
+        """
+        jobs = []
+        for index, request in enumerate(requests):
+            try:
+                jobs.append(request if isinstance(request, Job) else self.prepare(request))
+            except ValueError as error:
+                raise ValueError(f"request {index}: {error}") from error
+        return self._run(jobs)
+
+    def complete(self, requests: Iterable[Request | Job]) -> list[Completion]:
+        """Runs the requests to their end; completions in the order of the requests."""
+        parts: dict[int, list[Event]] = {}
+        for event in self.generate(requests):
+            parts.setdefault(event.index, []).append(event)
+        return [join_events(parts[index]) for index in sorted(parts)]
+
+    def _run(self, jobs: list[Job]) -> Iterator[Event]:
+        if self._busy:
+            raise RuntimeError("this engine is already generating; finish or close that iterator first")
+        self._busy = True
+        try:
+            yield from self._loop(deque(enumerate(jobs)))
+        finally:
+            self._busy = False
+
+    def _loop(self, waiting: deque[tuple[int, Job]]) -> Iterator[Event]:
+        slots: list[_Running | None] = [None] * self.decoder.batch
+        flights: deque[_Flight] = deque()
+        while waiting or flights or any(slots):
+            while waiting and None in slots:
+                flights.append(self._start(waiting, slots))
+            if any(slots):
+                active = np.array([slot is not None for slot in slots])
+                flights.append(_Flight(self.decoder.advance(active), list(slots), prefill=False))
+            while flights and (len(flights) > 1 or not any(slots)):
+                for event in self._settle(flights.popleft()):
+                    if event.finish_reason is not None:
+                        slots[event.row] = None
+                    yield event
+
+    def _start(self, waiting: deque[tuple[int, Job]], slots: list[_Running | None]) -> _Flight:
+        free = [row for row, slot in enumerate(slots) if slot is None]
+        rows = free[: min(self.decoder.prefill_rows, len(waiting))]
+        owners: list[_Running | None] = []
+        for row in rows:
+            index, job = waiting.popleft()
+            slots[row] = _Running(index, row, job, self.tokenizer)
+            owners.append(slots[row])
+        jobs = [owner.job for owner in owners if owner is not None]
+        return _Flight(self.decoder.start(rows, jobs), owners, prefill=True)
+
+    def _settle(self, flight: _Flight) -> Iterator[Event]:
+        """Fetches a chunk, in one transfer, and turns it into events."""
+        chunk = jax.device_get({f.name: getattr(flight.chunk, f.name) for f in dataclasses.fields(Chunk)})
+        now = time.perf_counter()
+        for i, owner in enumerate(flight.owners):
+            if owner is None or owner.finished:
+                continue
+            if flight.prefill:
+                owner.prefilled = now
+            owner.forwards += int(chunk["forwards"][i])
+            if chunk["commits"] is not None:
+                owner.commits += int(chunk["commits"][i])
+            count = int(chunk["counts"][i])
+            if count:
+                part = {
+                    name: chunk[name][i, :count].tolist() if chunk[name] is not None else None
+                    for name in ("tokens", "logprobs", "reveal")
+                }
+                yield self._event(owner, part, flight.prefill, now)
+
+    def _event(self, owner: _Running, part: dict[str, list | None], prefill: bool, now: float) -> Event:
+        job = owner.job
+        tokens = part["tokens"][: job.max_new_tokens - owner.tokens]
+        reason: FinishReason | None = "length" if owner.tokens + len(tokens) >= job.max_new_tokens else None
+        visible = len(tokens)
+        end = next((i for i, token in enumerate(tokens) if token in job.eos_ids), None)
+        if end is not None:
+            tokens, visible, reason = tokens[: end + 1], end, "eos"
+        text, used, stopped = owner.text(tokens[:visible])
+        if stopped:
+            tokens, reason = tokens[:used], "stop"
+        elif reason is not None:
+            rest, stopped = owner.rest()
+            text += rest
+            reason = "stop" if stopped else reason
+        owner.tokens += len(tokens)
+        owner.decode_tokens += 0 if prefill else len(tokens)
+        owner.finished = reason is not None
+        count = len(tokens)
+        return Event(
+            index=owner.index,
+            row=owner.row,
+            text=text,
+            tokens=tuple(tokens),
+            logprobs=tuple(part["logprobs"][:count]) if job.logprobs else None,
+            reveal=tuple(part["reveal"][:count]) if part["reveal"] is not None else None,
+            finish_reason=reason,
+            usage=owner.usage(now) if reason is not None else None,
+        )
+
+
+def join_events(events: Sequence[Event]) -> Completion:
+    """The events of one request, put together; the last one must carry the finish reason."""
+    last = events[-1]
+    if last.finish_reason is None or last.usage is None:
+        raise ValueError(f"the events of request {last.index} do not reach its end")
+    tokens = tuple(token for event in events for token in event.tokens)
+    logprobs = None
+    if last.logprobs is not None:
+        logprobs = tuple(value for event in events for value in event.logprobs or ())
+    text = "".join(event.text for event in events)
+    return Completion(last.index, text, tokens, logprobs, last.finish_reason, last.usage)

@@ -1,0 +1,50 @@
+"""What a user asks of the text engine. Imports no JAX."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One text to complete. Exactly one of `prompt`, `ids` and `messages`; None elsewhere takes the default.
+
+    Defaults come from the checkpoint's generation_config.json, then from `SamplingOptions` (greedy, no
+    penalty) and from the engine (max_new_tokens). A request is a pure function of its fields: equal requests,
+    equal seeds, equal text; give different seeds to get different samples.
+    """
+
+    prompt: str | None = None
+    """text to continue, encoded as it is"""
+    ids: Sequence[int] | None = None
+    """token ids to continue"""
+    messages: Sequence[Mapping[str, Any]] | None = None
+    """a conversation ({"role": ..., "content": ...} each), rendered by the checkpoint's chat template"""
+    max_new_tokens: int | None = None
+    stop: Sequence[str] = ()
+    """strings that end the text; none of them, nor a beginning of it that ended it, is emitted"""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    """0 <= seed < 2**32; None is 0"""
+    eos_ids: Sequence[int] | None = None
+    """token ids that end the text; None takes the checkpoint's, () runs to max_new_tokens"""
+    logprobs: bool = False
+    """report the log-probability of each token under the model (before penalties, temperature and filters)"""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """options of the decoder behind the engine; an autoregressive one has none"""
+
+    def __post_init__(self):
+        given = [name for name in ("prompt", "ids", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a request needs exactly one of prompt, ids and messages; got {given or 'none'}"
+            )
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop must be a sequence of strings; got the string {self.stop!r}")
