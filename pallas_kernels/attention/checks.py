@@ -1,0 +1,63 @@
+"""Argument checks that both attention operations share. Each raises ValueError naming argument and value."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def check_heads(*arrays: tuple[str, Any]) -> None:
+    """Queries `[B, T, N, H]` first, then keys and values `[B, S, K, H]`, each with its name."""
+    (q_name, q), *others = arrays
+    for name, array in arrays:
+        if len(array.shape) != 4:
+            raise ValueError(f"{name} must be [batch, length, heads, head_dim]; got shape {array.shape}")
+        if str(array.dtype) not in DTYPES:
+            raise ValueError(f"{name} must be one of {', '.join(DTYPES)}; got {array.dtype}")
+        if 0 in array.shape[1:]:
+            raise ValueError(f"{name} must have no empty axis but the batch; got shape {array.shape}")
+        if array.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of {q_name}, {q.dtype}; got {array.dtype}")
+    for name, array in others:
+        if array.shape != others[0][1].shape:
+            raise ValueError(
+                f"{name} must have the shape of {others[0][0]}, {others[0][1].shape}; got {array.shape}"
+            )
+        if (array.shape[0], array.shape[3]) != (q.shape[0], q.shape[3]):
+            raise ValueError(
+                f"{name} must share batch and head_dim with {q_name} {q.shape}; got {array.shape}"
+            )
+        if q.shape[2] % array.shape[2]:
+            raise ValueError(
+                f"the {q.shape[2]} heads of {q_name} must be a multiple of the {array.shape[2]} of {name}"
+            )
+
+
+def check_scale(scale: Any, head_dim: int) -> float:
+    """The scale as a float; None is head_dim ** -0.5."""
+    if scale is None:
+        return float(head_dim**-0.5)
+    if not (isinstance(scale, int | float) and 0.0 < scale < float("inf")):
+        raise ValueError(f"scale must be a positive finite Python number or None; got {scale!r}")
+    return float(scale)
+
+
+def check_choice(implementation: str | None, implementations: dict[str, Any]) -> None:
+    if implementation not in (None, *implementations):
+        raise ValueError(
+            f"implementation must be None or one of {[*implementations]}; got {implementation!r}"
+        )
+
+
+def int_array(name: str, array: Any, shape: tuple[int, ...]) -> Array | None:
+    """`array` as int32 after its kind and shape were checked; None stays None."""
+    if array is None:
+        return None
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers; got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}; got {array.shape}")
+    return array.astype(jnp.int32)

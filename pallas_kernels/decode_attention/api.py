@@ -1,0 +1,128 @@
+"""`decode_attention`: argument checks and the choice of implementation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array
+from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention.operands import Operands
+from pallas_kernels.masks import BlockDiffusion, Causal, Mask
+
+# Fastest first. Each module has `unsupported(q, k_cache, v_cache, *, operands, own_mask, scale)`: None, or why not,
+# in words; and `run(...)` of the same arguments, returning (output, log-sum-exp).
+IMPLEMENTATIONS: dict[str, Any] = {"reference": reference}
+AUTOMATIC = ("reference",)  # tried in this order when implementation is None
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k_cache: Float[Array, "L B S K H"],
+    v_cache: Float[Array, "L B S K H"],
+    *,
+    layer: int | Int[Array, ""],
+    kv_lengths: Int[Array, "B"],
+    k_positions: Int[Array, "B S"] | None = None,
+    q_positions: Int[Array, "B T"] | None = None,
+    own_k: Float[Array, "B T K H"] | None = None,
+    own_v: Float[Array, "B T K H"] | None = None,
+    own_mask: Mask = Causal(),
+    own_lengths: Int[Array, "B"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    num_sinks: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention of new tokens to one layer of a stacked cache and to each other; reads the cache, never writes it.
+
+    Query head n reads key head n // (N / K). Scores, softmax and sums are float32 (float64 for float64 inputs); the
+    output has the dtype of `q`. For inference: no gradient is defined. Work follows max(kv_lengths), not S.
+
+    - Cache slot j of row b is seen by every query when `j < kv_lengths[b]` and, if given, `k_positions[b, j] >= 0`.
+    - Own key j is seen by query i when `own_mask.allowed(i, j)` (indices 0..T-1 among the new tokens) and
+      `j < own_lengths[b]`.
+    - With a `window`, either kind must also be near, `q_position - k_position < window`, or a sink,
+      `k_position < num_sinks`.
+
+    A query that sees nothing gives output 0 and log-sum-exp -inf. What an unseen slot holds never matters as long
+    as no query of its row sees it, be it NaN.
+
+    Args:
+      q: queries of the new tokens; bfloat16, float16, float32 or float64.
+      k_cache, v_cache: all layers, dtype of `q`; N a multiple of K.
+      layer: which of the L layers to read; may be traced (then it is clamped to 0..L-1).
+      kv_lengths: leading slots in use. May exceed S (a ring that has wrapped), then all S are in use.
+      k_positions: position held by each slot, negative is empty; None: slot j holds position j.
+      q_positions: positions of the new tokens; None is `kv_lengths[b] + i`.
+      own_k, own_v: keys and values of the new tokens, not (yet) in the cache; None: only the cache is read.
+      own_mask: who among the new tokens sees whom. Not `BlockDiffusion`.
+      own_lengths: leading new tokens that are real, per row.
+      window, num_sinks: sliding window in positions; may be traced.
+      scale: of the scores; None is H ** -0.5. Static.
+      return_lse: also return the natural log-sum-exp of the scaled visible scores, float32 `[B, N, T]`.
+      implementation: None chooses; a name runs that or raises.
+
+    Raises:
+      ValueError: arguments that do not fit together.
+      NotImplementedError: the implementation asked for cannot run this call, and why.
+    """
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.ndim != 5:
+            raise ValueError(
+                f"{name} must be [layers, batch, slots, kv_heads, head_dim]; got shape {cache.shape}"
+            )
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"k_cache and v_cache must have one shape; got {k_cache.shape} and {v_cache.shape}")
+    num_layers, _, capacity = k_cache.shape[:3]
+    check_heads(
+        ("q", q),
+        ("k_cache", jax.ShapeDtypeStruct(k_cache.shape[1:], k_cache.dtype)),
+        ("v_cache", jax.ShapeDtypeStruct(v_cache.shape[1:], v_cache.dtype)),
+    )
+    batch, num_queries = q.shape[:2]
+    if isinstance(layer, int) and not 0 <= layer < num_layers:
+        raise ValueError(f"layer must lie in 0..{num_layers - 1}; got {layer}")
+    if (own_k is None) != (own_v is None):
+        raise ValueError("own_k and own_v must be given together")
+    if own_k is not None and own_v is not None:
+        shape = (batch, num_queries, *k_cache.shape[3:])
+        for name, own in (("own_k", own_k), ("own_v", own_v)):
+            if own.shape != shape or own.dtype != q.dtype:
+                raise ValueError(f"{name} must be {q.dtype}{list(shape)}; got {own.dtype}{list(own.shape)}")
+    elif own_lengths is not None:
+        raise ValueError("own_lengths needs own_k and own_v")
+    if not isinstance(own_mask, Mask) or isinstance(own_mask, BlockDiffusion):
+        raise ValueError(
+            f"own_mask must be a Mask over the new tokens and not BlockDiffusion; got {own_mask!r}"
+        )
+    if isinstance(window, int) and window < 1:
+        raise ValueError(f"window must be at least 1 or None; got {window}")
+    if isinstance(num_sinks, int) and num_sinks < 0:
+        raise ValueError(f"num_sinks must not be negative; got {num_sinks}")
+    if window is None and isinstance(num_sinks, int) and num_sinks:
+        raise ValueError(f"num_sinks={num_sinks} needs a window: without one every key is seen")
+    lengths = int_array("kv_lengths", kv_lengths, (batch,))
+    positions = int_array("q_positions", q_positions, (batch, num_queries))
+    operands = Operands(
+        layer=jnp.asarray(layer, jnp.int32),
+        kv_lengths=lengths,
+        k_positions=int_array("k_positions", k_positions, (batch, capacity)),
+        q_positions=lengths[:, None] + jnp.arange(num_queries) if positions is None else positions,
+        own_k=own_k,
+        own_v=own_v,
+        own_lengths=int_array("own_lengths", own_lengths, (batch,)),
+        window=window,
+        num_sinks=num_sinks,
+    )
+    options = {"operands": operands, "own_mask": own_mask, "scale": check_scale(scale, q.shape[-1])}
+    check_choice(implementation, IMPLEMENTATIONS)
+    reason = None
+    for name in AUTOMATIC if implementation is None else (implementation,):
+        reason = IMPLEMENTATIONS[name].unsupported(q, k_cache, v_cache, **options)
+        if reason is None:
+            out, lse = IMPLEMENTATIONS[name].run(q, k_cache, v_cache, **options)
+            return (out, lse) if return_lse else out
+    raise NotImplementedError(f"decode_attention {implementation!r}: {reason}")
