@@ -1,0 +1,272 @@
+"""From the tensors of a checkpoint to the arrays of a model and back, driven by one visible table.
+
+A `Row` says that a tensor of the checkpoint is a parameter of the model. Tensors of layers are stacked along
+a first axis L. Otherwise the two differ by splitting dimensions only, so a device's part of a parameter is a
+slice of a view of the memory map, and nothing but that slice is ever read.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxmodels.checkpoints.huggingface import Checkpoint
+from jaxmodels.checkpoints.safetensors import LazyTensor
+
+FLOATS = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16))
+ALIGNMENT = 64  # bytes; XLA's CPU client takes over such a NumPy buffer without copying it
+
+
+@dataclass(frozen=True)
+class Row:
+    """`key` of the checkpoint -> `path` in the parameters.
+
+    Attributes:
+      key: tensor name; "{}" is the layer.
+      path: keys of the nested parameter dict.
+      dims: the checkpoint's dimensions in letters; "(N H) D" is a matrix whose rows are split into N and H.
+    """
+
+    key: str
+    path: tuple[str, ...]
+    dims: str
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.key
+
+    def name(self, layer: int) -> str:
+        """The tensor of one layer, or the only one."""
+        return self.key.format(layer) if self.stacked else self.key
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape in the checkpoint of a parameter of `shape` (without the layer axis)."""
+        groups = [group.strip("()").split() for group in re.findall(r"\([^()]*\)|\w+", self.dims)]
+        letters = [letter for group in groups for letter in group]
+        if len(set(letters)) != len(letters) or len(letters) != len(shape):
+            raise ValueError(
+                f"dims {self.dims!r} of {self.key!r} do not fit a parameter of shape {tuple(shape)}"
+            )
+        size = dict(zip(letters, shape, strict=True))
+        return tuple(math.prod(size[letter] for letter in group) for group in groups)
+
+
+def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Leaves of a nested dict by path."""
+    leaves: dict[tuple[str, ...], Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= flatten(value, (*prefix, key))
+        else:
+            leaves[(*prefix, key)] = value
+    return leaves
+
+
+def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised C-contiguous array whose data XLA's CPU client can use as it is."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT
+    return raw[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+def _limits(index: slice, size: int) -> tuple[int, int]:
+    start, stop, step = index.indices(size)
+    if step != 1:
+        raise ValueError(f"a sharding asks for every {step}-th slice; only contiguous parts can be read")
+    return start, stop
+
+
+def check_names(source: Checkpoint, wanted: Collection[str], ignored: Collection[str] = ()) -> None:
+    """ValueError naming tensors that `wanted` has and the checkpoint lacks, and those that nothing uses.
+
+    `ignored` holds regular expressions of tensors that may be present and carry no information.
+    """
+    names = set(source.names())
+    missing = sorted(set(wanted) - names)
+    unused = sorted(n for n in names - set(wanted) if not any(re.fullmatch(p, n) for p in ignored))
+    problems = []
+    for what, found in (("lacks", missing), ("has tensors that nothing uses:", unused)):
+        if found:
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            problems.append(f"{what} {', '.join(found[:8])}{more}")
+    if problems:
+        raise ValueError(f"checkpoint {source}: {'; '.join(problems)}")
+
+
+def _wrong_dtype(file: str, name: str, dtype: np.dtype) -> str:
+    return f"{file}: tensor {name!r} has dtype {dtype}; weights must be one of {[str(d) for d in FLOATS]}"
+
+
+def common_dtype(source: Checkpoint, names: Collection[str]) -> np.dtype:
+    """The one floating dtype of all `names`; ValueError naming two tensors that differ."""
+    first: tuple[str, np.dtype] | None = None
+    for name in names:
+        dtype, _, file = source.describe(name)
+        if dtype not in FLOATS:
+            raise ValueError(_wrong_dtype(file, name, dtype))
+        if first is None:
+            first = (name, dtype)
+        elif dtype != first[1]:
+            raise ValueError(
+                f"{file}: tensor {name!r} has dtype {dtype} but {first[0]!r} has {first[1]}; "
+                "pass dtype= to load all weights in one"
+            )
+    if first is None:
+        raise ValueError(f"checkpoint {source} holds no tensors")
+    return first[1]
+
+
+def load_arrays(
+    source: Checkpoint,
+    rows: Sequence[Row],
+    shapes: Mapping[tuple[str, ...], Sequence[int]],
+    *,
+    dtype: np.dtype,
+    shardings: Mapping[tuple[str, ...], Sharding] | None = None,
+    threads: int | None = None,
+) -> dict[tuple[str, ...], jax.Array]:
+    """Every parameter of `shapes` from `source`, in `dtype`, by the rows of the table.
+
+    Each (distinct) part that the local devices hold is copied once from the memory map into a fresh buffer,
+    which the CPU client then uses in place; with an accelerator one parameter at a time is staged in host
+    memory. Without `shardings` everything goes to the default device.
+
+    Raises ValueError naming the tensor and its file for a dtype that is no supported float or a shape other
+    than the one that `shapes` implies. Names are expected to have been checked with `check_names`.
+    """
+    dtype = np.dtype(dtype)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {[str(d) for d in FLOATS]}; got {dtype}")
+    if sorted(row.path for row in rows) != sorted(shapes):
+        raise ValueError(f"table and parameters differ in {sorted({row.path for row in rows} ^ set(shapes))}")
+    for row in rows:  # all checks before the first byte of data
+        shape = tuple(shapes[row.path])
+        expected = row.stored_shape(shape[1:] if row.stacked else shape)
+        for layer in range(shape[0] if row.stacked else 1):
+            found_dtype, found, file = source.describe(row.name(layer))
+            if found_dtype not in FLOATS:
+                raise ValueError(_wrong_dtype(file, row.name(layer), found_dtype))
+            if found != expected:
+                raise ValueError(
+                    f"{file}: tensor {row.name(layer)!r} has shape {found}; config.json implies {expected}"
+                )
+    result = {}
+    workers = threads or min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        for row in rows:
+            read = _Reader(source, row, tuple(shapes[row.path]), dtype, pool, workers)
+            result[row.path] = _place(read, None if shardings is None else shardings[row.path])
+    return result
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Copies parts of one parameter out of the memory map."""
+
+    source: Checkpoint
+    row: Row
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pool: ThreadPoolExecutor
+    workers: int
+
+    def __call__(self, limits: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The part between `limits` (start and stop per dimension)."""
+        target = aligned_empty([stop - start for start, stop in limits], self.dtype)
+        first, last = limits[0]
+        rest = tuple(slice(*limit) for limit in limits[1:])
+        if self.row.stacked:
+            parts = [(target[n - first], self.row.name(n), rest) for n in range(first, last)]
+        else:
+            step = max(1, -(-(last - first) // self.workers))
+            parts = [
+                (target[n - first : n - first + step], self.row.key, (slice(n, min(n + step, last)), *rest))
+                for n in range(first, last, step)
+            ]
+        for job in [self.pool.submit(self._copy, *part) for part in parts]:
+            job.result()
+        return target
+
+    def _copy(self, target: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        part = self.source.view(name).reshape(self.shape[1:] if self.row.stacked else self.shape)[index]
+        target[...] = part
+        self.source.count(part.nbytes)
+
+
+def _place(read: _Reader, sharding: Sharding | None) -> jax.Array:
+    """One parameter on its devices. Waits for the transfer, so that host buffers do not pile up."""
+    shape = read.shape
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(read([(0, n) for n in shape])))
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        limits = tuple(_limits(i, n) for i, n in zip(index or (), shape, strict=True))
+        holders.setdefault(limits, []).append(device)
+    pieces = []
+    for limits, devices in holders.items():
+        part = read(limits)
+        pieces += [jax.block_until_ready(jax.device_put(part, device)) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def to_tensors(
+    rows: Sequence[Row],
+    params: Mapping[str, Any],
+    dtype: np.dtype | None,
+    fetch: Callable[[Any, int | None], np.ndarray],
+) -> dict[str, LazyTensor]:
+    """The checkpoint's tensors of `params`, layer by layer, each read when the writer comes to it.
+
+    `fetch(array, layer)` brings one parameter, or one layer of a stacked one, to the host.
+    Raises ValueError naming parameters that no row stores, or that rows want and `params` lacks.
+    """
+    leaves = flatten(params)
+    if set(leaves) != {row.path for row in rows}:
+        difference = sorted(".".join(p) for p in set(leaves) ^ {row.path for row in rows})
+        raise ValueError(f"params and the model's table differ in {', '.join(difference)}")
+    tensors: dict[str, LazyTensor] = {}
+
+    def add(row: Row, layer: int | None) -> None:
+        array = leaves[row.path]
+        target = np.dtype(array.dtype) if dtype is None else np.dtype(dtype)
+        if target not in FLOATS:
+            raise ValueError(
+                f"dtype must be one of {[str(d) for d in FLOATS]}; {'.'.join(row.path)} has {target}"
+            )
+        shape = row.stored_shape(array.shape if layer is None else array.shape[1:])
+
+        def read() -> np.ndarray:
+            return np.asarray(fetch(array, layer).reshape(shape), dtype=target, order="C")
+
+        tensors[row.key if layer is None else row.name(layer)] = LazyTensor(shape, target, read)
+
+    stacked = [row for row in rows if row.stacked]
+    layers = {leaves[row.path].shape[0] for row in stacked}
+    if len(layers) > 1:
+        raise ValueError(f"stacked parameters disagree on the number of layers: {sorted(layers)}")
+    for row in rows:
+        if not row.stacked:
+            add(row, None)
+    for layer in range(max(layers, default=0)):
+        for row in stacked:
+            add(row, layer)
+    return tensors
