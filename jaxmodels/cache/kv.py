@@ -1,0 +1,261 @@
+"""Key/value caches with fixed shapes: one that grows, and one of sinks plus a ring.
+
+A forward pass reads a cache and returns the keys and values of its own tokens; `append` is the only write, a pure
+function of its own. Jitted with the cache donated it works in place, and no loop over layers ever carries a cache.
+Layer axis first, so that a kernel takes the whole stack and a layer index.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.masks import Mask
+
+
+class KV(NamedTuple):
+    """Keys (rotated) and values of T tokens in all layers."""
+
+    k: Float[Array, "L B T K H"]
+    v: Float[Array, "L B T K H"]
+
+
+class Shape(Protocol):
+    """Any model configuration with these fields."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def _check(cache: "Cache", config: Shape, batch: int) -> None:
+    layers, rows, _, kv_heads, head_dim = cache.k.shape
+    if (layers, kv_heads, head_dim) != (config.layers, config.kv_heads, config.head_dim):
+        raise ValueError(
+            f"the cache is for {layers} layers, {kv_heads} kv heads of {head_dim}; the model has {config.layers} "
+            f"layers, {config.kv_heads} kv heads of {config.head_dim}"
+        )
+    if rows != batch:
+        raise ValueError(f"the cache holds {rows} rows; got a batch of {batch}")
+
+
+def _check_chunk(cache: "Cache", kv: KV, limit: int, what: str) -> None:
+    layers, rows, _, kv_heads, head_dim = cache.k.shape
+    expected = (layers, rows, kv.k.shape[2], kv_heads, head_dim)
+    if kv.k.shape != expected or kv.v.shape != expected:
+        raise ValueError(
+            f"kv must have the shape {expected} of this cache; got k {kv.k.shape} and v {kv.v.shape}"
+        )
+    if kv.k.shape[2] > limit:
+        raise ValueError(f"a chunk of {kv.k.shape[2]} tokens does not fit into {limit} {what}")
+
+
+def _zeros(config: Shape, batch: int, capacity: int, dtype: Any) -> Array:
+    if batch < 1 or capacity < 1:
+        raise ValueError(f"batch and capacity must be at least 1; got {batch} and {capacity}")
+    return jnp.zeros((config.layers, batch, capacity, config.kv_heads, config.head_dim), dtype)
+
+
+def _put(buffer: Array, new: Array, slots: Int[Array, "B T"]) -> Array:
+    """`buffer[:, b, slots[b, t]] = new[:, b, t]`; slots at or beyond the capacity are dropped."""
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return buffer.at[:, rows, slots].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+
+
+def _valid(time: int, count: Int[Array, " B"] | None, batch: int) -> tuple[Array, Array]:
+    """Count per row, and which tokens of the chunk `[B, T]` are to be written."""
+    if count is None:
+        count = jnp.full((batch,), time, jnp.int32)
+    return count.astype(jnp.int32), jnp.arange(time) < count[:, None]
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keeps every token; slot = position.
+
+    Attributes:
+      k, v: keys and values, `[L, B, S, K, H]` with S = capacity; slots at or beyond a row's length hold garbage.
+      lengths: tokens each row has been given. Appending past the capacity drops the tokens that do not fit while the
+        length keeps counting, so `remaining()` < 0 shows it afterwards; drivers check it beforehand.
+    """
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    lengths: Int[Array, " B"]
+
+    @classmethod
+    def init(cls, config: Shape, *, batch: int, capacity: int, dtype: Any) -> "KVCache":
+        """An empty cache for `config.layers`, `config.kv_heads` and `config.head_dim`."""
+        return cls(
+            k=_zeros(config, batch, capacity, dtype),
+            v=_zeros(config, batch, capacity, dtype),
+            lengths=jnp.zeros((batch,), jnp.int32),
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[2]
+
+    def remaining(self) -> Int[Array, " B"]:
+        """Free slots per row; negative after an overflow."""
+        return self.capacity - self.lengths
+
+    def next_positions(self, time: int) -> Int[Array, "B T"]:
+        """Positions of the next `time` tokens of each row."""
+        return self.lengths[:, None] + jnp.arange(time, dtype=jnp.int32)
+
+    def check(self, config: Shape, batch: int) -> None:
+        """Raises ValueError when the cache does not fit the model or the batch."""
+        _check(self, config, batch)
+
+    def append(self, kv: KV, count: Int[Array, " B"] | None = None) -> "KVCache":
+        """The cache after `count[b]` more tokens in row b (the first of each row's T; None: all T)."""
+        _check_chunk(self, kv, self.capacity, "cache slots (the capacity)")
+        time = kv.k.shape[2]
+        count, valid = _valid(time, count, self.lengths.shape[0])
+        # Padding goes to distinct slots past the end, where it is dropped.
+        slots = jnp.where(valid, self.next_positions(time), self.capacity + self.next_positions(time))
+        return self.replace(
+            k=_put(self.k, kv.k, slots), v=_put(self.v, kv.v, slots), lengths=self.lengths + count
+        )
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        own_k: Float[Array, "B T K H"],
+        own_v: Float[Array, "B T K H"],
+        *,
+        layer: int | Array,
+        own_mask: Mask,
+        own_lengths: Int[Array, " B"] | None = None,
+        window: int | None = None,
+        q_positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Queries against this layer's cached keys and their own: see `decode_attention`."""
+        return decode_attention(
+            q,
+            self.k,
+            self.v,
+            layer=layer,
+            kv_lengths=jnp.minimum(self.lengths, self.capacity),
+            q_positions=q_positions,
+            own_k=own_k,
+            own_v=own_v,
+            own_mask=own_mask,
+            own_lengths=own_lengths,
+            window=window,
+        )
+
+
+@flax.struct.dataclass
+class SinkRingCache:
+    """Keeps the first `num_sinks` tokens for ever and the latest ones in a ring: endless streams in fixed memory.
+
+    A query at position p sees the sinks and the keys p - ring < k <= p, whatever the size of the chunks it comes in:
+    the mask `SlidingWindow(ring, num_sinks)`. A layer with a smaller window of its own keeps to it, without sinks.
+
+    Attributes:
+      k, v: keys (rotated at absolute positions) and values `[L, B, S, K, H]`; slots 0..num_sinks-1 are the sinks.
+      positions: the position held by each slot, -1 = empty.
+      lengths: tokens each row has been given.
+      num_sinks: static.
+    """
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    positions: Int[Array, "B S"]
+    lengths: Int[Array, " B"]
+    num_sinks: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def init(
+        cls, config: Shape, *, batch: int, capacity: int, dtype: Any, num_sinks: int = 4
+    ) -> "SinkRingCache":
+        """An empty cache of `capacity` slots, `num_sinks` of them sinks, the rest the ring."""
+        if not 0 <= num_sinks < capacity:
+            raise ValueError(f"num_sinks must lie in [0, capacity={capacity}); got {num_sinks}")
+        return cls(
+            k=_zeros(config, batch, capacity, dtype),
+            v=_zeros(config, batch, capacity, dtype),
+            positions=jnp.full((batch, capacity), -1, jnp.int32),
+            lengths=jnp.zeros((batch,), jnp.int32),
+            num_sinks=num_sinks,
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def ring(self) -> int:
+        """Slots of the ring, which is also the window of every query."""
+        return self.capacity - self.num_sinks
+
+    def remaining(self) -> Int[Array, " B"]:
+        """Tokens that can be appended at once without a sink or a token of the same chunk being lost: the ring."""
+        return jnp.full_like(self.lengths, self.ring)
+
+    def next_positions(self, time: int) -> Int[Array, "B T"]:
+        """Positions of the next `time` tokens of each row."""
+        return self.lengths[:, None] + jnp.arange(time, dtype=jnp.int32)
+
+    def check(self, config: Shape, batch: int) -> None:
+        """Raises ValueError when the cache does not fit the model or the batch."""
+        _check(self, config, batch)
+
+    def append(self, kv: KV, count: Int[Array, " B"] | None = None) -> "SinkRingCache":
+        """The cache after `count[b]` more tokens in row b (the first of each row's T; None: all T)."""
+        _check_chunk(self, kv, self.ring, "ring slots")
+        time = kv.k.shape[2]
+        count, valid = _valid(time, count, self.lengths.shape[0])
+        positions = self.next_positions(time)
+        ring_slots = self.num_sinks + (positions - self.num_sinks) % self.ring
+        slots = jnp.where(positions < self.num_sinks, positions, ring_slots)
+        # Padding goes to distinct slots past the end, where it is dropped.
+        slots = jnp.where(valid, slots, self.capacity + jnp.arange(time))
+        rows = jnp.arange(slots.shape[0])[:, None]
+        return self.replace(
+            k=_put(self.k, kv.k, slots),
+            v=_put(self.v, kv.v, slots),
+            positions=self.positions.at[rows, slots].set(positions, mode="drop", unique_indices=True),
+            lengths=self.lengths + count,
+        )
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        own_k: Float[Array, "B T K H"],
+        own_v: Float[Array, "B T K H"],
+        *,
+        layer: int | Array,
+        own_mask: Mask,
+        own_lengths: Int[Array, " B"] | None = None,
+        window: int | None = None,
+        q_positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Queries against this layer's sinks and ring and their own keys: see `decode_attention`."""
+        own_window = window is not None and window <= self.ring
+        return decode_attention(
+            q,
+            self.k,
+            self.v,
+            layer=layer,
+            kv_lengths=jnp.minimum(self.lengths, self.capacity),
+            k_positions=self.positions,
+            q_positions=self.next_positions(q.shape[1]) if q_positions is None else q_positions,
+            own_k=own_k,
+            own_v=own_v,
+            own_mask=own_mask,
+            own_lengths=own_lengths,
+            window=window if own_window else self.ring,
+            num_sinks=0 if own_window else self.num_sinks,
+        )
+
+
+Cache = KVCache | SinkRingCache
+"""Everything `CausalLM.hidden` takes as a cache."""

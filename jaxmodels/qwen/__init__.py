@@ -1,0 +1,6 @@
+"""Qwen2, Qwen2.5 and Qwen3: one decoder, differences as configuration."""
+
+from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.qwen.model import CausalLM, Hidden, build
+
+__all__ = ["CausalLM", "Hidden", "QwenConfig", "build"]

@@ -1,0 +1,147 @@
+"""Configuration of the Qwen2, Qwen2.5 and Qwen3 decoders and of block-diffusion models made from them."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from jaxmodels.layers.rope import RopeConfig
+
+PromptAttention = Literal["bidirectional", "block_causal", "causal"]
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenConfig:
+    """One decoder family; the differences between its members are fields.
+
+    Qwen2 and Qwen2.5 have `qkv_bias`, Qwen3 has `qk_norm` and a head_dim of its own.
+
+    Attributes:
+      vocab_size: rows of the embedding and outputs of the head (V).
+      dim: width of the residual stream (D).
+      layers: number of decoder blocks (L).
+      heads, kv_heads, head_dim: query heads (N), key/value heads (K), size of each (H).
+      mlp_dim: inner width of the SwiGLU block (F).
+      rope: rotary position embedding.
+      norm_eps: epsilon of every RMSNorm.
+      qkv_bias: biases on the query, key and value projections.
+      qk_norm: RMSNorm over each query and key head before the rotation.
+      tied_head: the head is the embedding matrix.
+      layer_windows: per layer the sliding window in tokens, or None for full attention; () means None everywhere.
+      max_positions: longest sequence the weights were made for.
+      eos_ids: tokens that end a text.
+      bos_id, pad_id, mask_id: special tokens, None where the model has none.
+      block_size: training block of a block-diffusion model; None for an autoregressive one.
+      token_shift: whether logits at position i are about token i + 1 in a block-diffusion model.
+      prompt_attention: how a block-diffusion model reads its prompt.
+    """
+
+    vocab_size: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    rope: RopeConfig = RopeConfig(theta=1_000_000.0)
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = False
+    layer_windows: tuple[int | None, ...] = ()
+    max_positions: int = 32_768
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+    mask_id: int | None = None
+    block_size: int | None = None
+    token_shift: bool = False
+    prompt_attention: PromptAttention = "block_causal"
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "dim",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "mlp_dim",
+            "max_positions",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads; got {self.heads} and {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings; got {self.head_dim}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be positive; got {self.norm_eps}")
+        if not self.layer_windows:
+            object.__setattr__(self, "layer_windows", (None,) * self.layers)
+        if len(self.layer_windows) != self.layers:
+            raise ValueError(f"layer_windows must name {self.layers} layers; got {len(self.layer_windows)}")
+        for window in self.layer_windows:
+            if window is not None and window < 1:
+                raise ValueError(f"a window in layer_windows must be None or at least 1; got {window}")
+        for name in ("bos_id", "pad_id", "mask_id"):
+            self._check_token(name, getattr(self, name))
+        for token in self.eos_ids:
+            self._check_token("eos_ids", token)
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be None or at least 1; got {self.block_size}")
+        if self.prompt_attention not in get_args(PromptAttention):
+            raise ValueError(
+                f"prompt_attention must be one of {get_args(PromptAttention)}; got {self.prompt_attention!r}"
+            )
+
+    def _check_token(self, name: str, token: int | None) -> None:
+        if token is not None and not 0 <= token < self.vocab_size:
+            raise ValueError(f"{name} must lie in [0, vocab_size={self.vocab_size}); got {token}")
+
+    @classmethod
+    def qwen2_5_0_5b(cls) -> "QwenConfig":
+        """Source: huggingface.co/Qwen/Qwen2.5-0.5B, config.json."""
+        return cls(
+            vocab_size=151_936, dim=896, layers=24, heads=14, kv_heads=2, head_dim=64, mlp_dim=4_864,
+            qkv_bias=True, tied_head=True, eos_ids=(151_643,), bos_id=151_643,
+        )  # fmt: skip
+
+    @classmethod
+    def qwen2_5_1_5b(cls) -> "QwenConfig":
+        """Source: huggingface.co/Qwen/Qwen2.5-1.5B, config.json."""
+        return cls(
+            vocab_size=151_936, dim=1_536, layers=28, heads=12, kv_heads=2, head_dim=128, mlp_dim=8_960,
+            qkv_bias=True, tied_head=True, max_positions=131_072, eos_ids=(151_643,), bos_id=151_643,
+        )  # fmt: skip
+
+    @classmethod
+    def qwen3_0_6b(cls) -> "QwenConfig":
+        """Source: huggingface.co/Qwen/Qwen3-0.6B, config.json."""
+        return cls(
+            vocab_size=151_936, dim=1_024, layers=28, heads=16, kv_heads=8, head_dim=128, mlp_dim=3_072,
+            qk_norm=True, tied_head=True, max_positions=40_960, eos_ids=(151_645,), bos_id=151_643,
+        )  # fmt: skip
+
+    @classmethod
+    def qwen3_4b(cls) -> "QwenConfig":
+        """Source: huggingface.co/Qwen/Qwen3-4B, config.json."""
+        return cls(
+            vocab_size=151_936, dim=2_560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp_dim=9_728,
+            qk_norm=True, tied_head=True, max_positions=40_960, eos_ids=(151_645,), bos_id=151_643,
+        )  # fmt: skip
+
+    @classmethod
+    def qwen3_8b(cls) -> "QwenConfig":
+        """Source: huggingface.co/Qwen/Qwen3-8B, config.json."""
+        return cls(
+            vocab_size=151_936, dim=4_096, layers=36, heads=32, kv_heads=8, head_dim=128, mlp_dim=12_288,
+            qk_norm=True, max_positions=40_960, eos_ids=(151_645,), bos_id=151_643,
+        )  # fmt: skip
+
+    @classmethod
+    def tiny(cls, **changes) -> "QwenConfig":
+        """A model for tests: Qwen3's structure, three layers, head_dim apart from dim / heads."""
+        fields = dict(
+            vocab_size=97, dim=64, layers=3, heads=4, kv_heads=2, head_dim=32, mlp_dim=128,
+            rope=RopeConfig(theta=10_000.0), qk_norm=True, max_positions=256, eos_ids=(1,), pad_id=0, mask_id=2,
+        )  # fmt: skip
+        return cls(**(fields | changes))

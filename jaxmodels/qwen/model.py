@@ -1,0 +1,407 @@
+"""Qwen2, Qwen2.5 and Qwen3 decoders as pure functions over a plain dict of parameters.
+
+Letters: B batch, T query tokens, S key slots, N query heads, K kv heads, H head dim, D model dim, F mlp dim,
+V vocabulary, L layers. Parameters (layers stacked, axis 0 = layer; output axes before contracted ones, as in
+checkpoints):
+
+    embed [V, D]   final_norm [D]   head [V, D] (absent when tied)
+    layers:  attention_norm [L, D]   mlp_norm [L, D]
+             attention: q [L, N, H, D]   k, v [L, K, H, D]   o [L, D, N, H]
+                        q_bias [L, N, H]   k_bias, v_bias [L, K, H]   q_norm, k_norm [L, H]
+             mlp: gate, up [L, F, D]   down [L, D, F]
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxmodels.cache import KV, Cache
+from jaxmodels.functional import Axes, Params, Structure, constant, init_params, weight
+from jaxmodels.layers import apply_rope, linear, rms_norm, rope_tables
+from jaxmodels.qwen.config import QwenConfig
+from pallas_kernels.attention import flash_attention
+from pallas_kernels.masks import Causal, Mask, SlidingWindow
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+"""What a block keeps for its backward pass. "none": everything. "full": nothing, the block runs twice. "dots":
+results of products with weights. "attention": the output of attention only."""
+
+
+class Hidden(NamedTuple):
+    """What a forward pass leaves before the vocabulary projection."""
+
+    states: Float[Array, "B T D"]  # after the final norm
+    kv: KV | None  # keys and values of these tokens, [L, B, T, K, H]
+    layers: (
+        Float[Array, "L+1 B T D"] | None
+    )  # embeddings, then the output of each block (before the final norm)
+
+
+class Attend(NamedTuple):
+    """What the attention of every block of one forward pass has in common."""
+
+    cos: Float[Array, "B T H/2"]
+    sin: Float[Array, "B T H/2"]
+    mask: Mask  # over all tokens without a cache, among the own tokens with one
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None
+    lengths: Int[Array, " B"] | None
+    cache: Cache | None
+
+    def __call__(self, q: Array, k: Array, v: Array, *, layer: int | Array, window: int | None) -> Array:
+        """Attention output `[B, T, N, H]` of rotated queries and keys; `window` is that of this layer."""
+        mask = self.mask if window is None else _windowed(self.mask, window)
+        if self.cache is None:
+            return flash_attention(q, k, v, mask=mask, segment_ids=self.segment_ids, kv_lengths=self.lengths)
+        return self.cache.attend(
+            q,
+            k,
+            v,
+            layer=layer,
+            own_mask=mask,
+            own_lengths=self.lengths,
+            window=window,
+            q_positions=self.positions,
+        )
+
+
+def _windowed(mask: Mask, window: int) -> Mask:
+    if mask != Causal():
+        raise ValueError(
+            f"a sliding-window layer (window {window}) runs with the mask Causal() only; got {mask}"
+        )
+    return SlidingWindow(window)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with optional biases and per-head norms before the rotation."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        D, N, K, H = config.dim, config.heads, config.kv_heads, config.head_dim
+        self.q = weight(rngs, (N, H, D), ("heads", None, "embed"), dtype)
+        self.k = weight(rngs, (K, H, D), ("kv_heads", None, "embed"), dtype)
+        self.v = weight(rngs, (K, H, D), ("kv_heads", None, "embed"), dtype)
+        self.o = weight(rngs, (D, N, H), ("embed", "heads", None), dtype)
+        if config.qkv_bias:
+            self.q_bias = constant(0, (N, H), ("heads", None), dtype)
+            self.k_bias = constant(0, (K, H), ("kv_heads", None), dtype)
+            self.v_bias = constant(0, (K, H), ("kv_heads", None), dtype)
+        if config.qk_norm:
+            self.q_norm = constant(1, (H,), (None,), dtype)
+            self.k_norm = constant(1, (H,), (None,), dtype)
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, window: int | None
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        q = linear(x, self.q[...], "BTD,NHD->BTNH")
+        k = linear(x, self.k[...], "BTD,KHD->BTKH")
+        v = linear(x, self.v[...], "BTD,KHD->BTKH")
+        if self.config.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        if self.config.qk_norm:
+            q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
+        q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
+        y = attend(q, k, v, layer=layer, window=window)
+        y = checkpoint_name(y, "attention")
+        return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        D, F = config.dim, config.mlp_dim
+        self.gate = weight(rngs, (F, D), ("mlp", "embed"), dtype)
+        self.up = weight(rngs, (F, D), ("mlp", "embed"), dtype)
+        self.down = weight(rngs, (D, F), ("embed", "mlp"), dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = linear(x, self.gate[...], "BTD,FD->BTF")
+        up = linear(x, self.up[...], "BTD,FD->BTF")
+        return linear(jax.nn.silu(gate) * up, self.down[...], "BTF,DF->BTD")
+
+
+class Block(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.attention_norm = constant(1, (config.dim,), ("embed",), dtype)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = constant(1, (config.dim,), ("embed",), dtype)
+        self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
+        self.norm_eps = config.norm_eps
+
+    def __call__(
+        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, window: int | None
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        with jax.named_scope("attention"):
+            y, kv = self.attention(
+                rms_norm(x, self.attention_norm[...], self.norm_eps), attend, layer=layer, window=window
+            )
+            x = x + y
+        with jax.named_scope("mlp"):
+            x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.norm_eps))
+        return x, kv
+
+
+class Ends(nnx.Module):
+    """What is not stacked: embedding, final norm, and the head unless it is tied."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.embed = weight(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), dtype)
+        self.final_norm = constant(1, (config.dim,), ("embed",), dtype)
+        if not config.tied_head:
+            self.head = weight(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _structure(part: type[nnx.Module], config: QwenConfig) -> Structure:
+    return Structure.of(lambda rngs, dtype: part(config, rngs=rngs, dtype=dtype))
+
+
+class Run(NamedTuple):
+    """`repeats` passes over a pattern of consecutive layers, one window (or None) per layer of the pattern."""
+
+    start: int
+    repeats: int
+    windows: tuple[int | None, ...]
+
+
+def layer_runs(windows: tuple[int | None, ...]) -> list[Run]:
+    """Layers as scans: the whole stack as repeats of its shortest pattern, else runs of equal layers."""
+    layers = len(windows)
+    for period in range(1, layers // 2 + 1):
+        if layers % period == 0 and windows == windows[:period] * (layers // period):
+            return [Run(0, layers // period, windows[:period])]
+    edges = [0, *(i for i in range(1, layers) if windows[i] != windows[i - 1]), layers]
+    return [Run(start, stop - start, (windows[start],)) for start, stop in zip(edges, edges[1:])]
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+    """Pure functions of one configuration; hashable, so it can be a static argument.
+
+    Everything computes in the dtype of the parameters, except norms, softmax, rotation and logits: float32.
+    """
+
+    config: QwenConfig
+
+    def init(self, key: Array, dtype: Any = jnp.float32) -> Params:
+        """Random parameters: weights from N(0, 0.02²), norms 1, biases 0. Jit it to place shards directly."""
+        ends_key, layers_key = jax.random.split(key)
+        make = lambda part: lambda rngs, dtype: part(self.config, rngs=rngs, dtype=dtype)  # noqa: E731
+        params = init_params(make(Ends), ends_key, jnp.dtype(dtype))
+        keys = jax.random.split(layers_key, self.config.layers)
+        params["layers"] = jax.vmap(lambda key: init_params(make(Block), key, jnp.dtype(dtype)))(keys)
+        return params
+
+    @property
+    def logical_axes(self) -> dict[str, Any]:
+        """Nested dict like the parameters; per array a tuple of logical axis names or None."""
+        axes = dict(_structure(Ends, self.config).axes)
+        axes["layers"] = jax.tree.map(
+            lambda names: ("layers", *names),
+            _structure(Block, self.config).axes,
+            is_leaf=lambda node: isinstance(node, tuple),
+        )
+        return axes
+
+    def unstack(self, params: Params) -> Params:
+        """The same parameters with one dict per layer instead of stacked arrays, for the unrolled decode path.
+
+        On a CPU the per-layer arrays are views: nothing is copied, and a compiled step reads each weight in place,
+        where slices inside the step would be copied (XLA's CPU backend materialises them). Elsewhere they are slices.
+        Call it once, outside of jit; training and checkpoints keep the stacked form.
+        """
+
+        def views(stacked: Array) -> list[Array]:
+            if isinstance(stacked, jax.core.Tracer):
+                raise ValueError("unstack() makes views of concrete arrays; call it outside of jit")
+            devices = stacked.devices()
+            if len(devices) == 1 and next(iter(devices)).platform == "cpu":
+                host = np.asarray(stacked)
+                return [jax.device_put(host[i], next(iter(devices))) for i in range(len(host))]
+            return [stacked[i] for i in range(stacked.shape[0])]
+
+        leaves, treedef = jax.tree.flatten(params["layers"])
+        per_layer = zip(*(views(leaf) for leaf in leaves), strict=True)
+        return params | {"layers": tuple(jax.tree.unflatten(treedef, layer) for layer in per_layer)}
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        mask: Mask = Causal(),  # noqa: B008 (frozen)
+        segment_ids: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """The ordinary full forward: float32 logits."""
+        states = self.hidden(
+            params, tokens, positions=positions, mask=mask, segment_ids=segment_ids, lengths=lengths
+        ).states
+        return self.head(params, states)
+
+    def head(self, params: Params, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 logits of hidden states."""
+        matrix = params["embed"] if self.config.tied_head else params["head"]
+        return linear(states, matrix, "...D,VD->...V", dtype=jnp.dtype(jnp.float32))
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        mask: Mask = Causal(),  # noqa: B008 (frozen)
+        segment_ids: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        cache: Cache | None = None,
+        own_mask: Mask | None = None,
+        return_kv: bool = False,
+        layer_states: bool = False,
+        remat: str | None = None,
+        unroll: bool | None = None,
+    ) -> Hidden:
+        """Hidden states after the final norm.
+
+        Without a cache the tokens see each other through `mask` (and `segment_ids`). With one they also see what it
+        holds, their own keys and values are returned for `cache.append`, and the cache itself is only read.
+
+        Args:
+          params: parameters, stacked or from `unstack`.
+          tokens: token ids.
+          positions: rotary positions; default 0..T-1, with a cache `cache.next_positions(T)`.
+          mask: mask over the tokens; without a cache only.
+          segment_ids: tokens see only their own segment; without a cache only.
+          lengths: valid tokens per row, the rest being padding that nobody sees.
+          cache: keys and values of earlier tokens.
+          own_mask: mask of the tokens among themselves on indices 0..T-1; with a cache only, default `Causal()`.
+          return_kv: return keys and values also without a cache (for a prefill).
+          layer_states: return the embeddings and every block's output.
+          remat: name of an entry of REMAT_POLICIES; None means "none".
+          unroll: True writes the layers out one after the other, False scans them. None scans stacked parameters and
+            unrolls unstacked ones, which cannot be scanned.
+        """
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens must be [batch, time] and not empty; got shape {tokens.shape}")
+        if remat is not None and remat not in REMAT_POLICIES:
+            raise ValueError(f"remat must be None or one of {[*REMAT_POLICIES]}; got {remat!r}")
+        batch, time = tokens.shape
+        if cache is None:
+            if own_mask is not None:
+                raise ValueError(f"own_mask={own_mask} needs a cache; use mask without one")
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+        else:
+            if mask != Causal() or segment_ids is not None:
+                raise ValueError("mask and segment_ids apply without a cache only; use own_mask with one")
+            cache.check(self.config, batch)
+            mask = Causal() if own_mask is None else own_mask
+            if positions is None:
+                positions = cache.next_positions(time)
+        if positions.shape != tokens.shape:
+            raise ValueError(f"positions must have the shape of tokens {tokens.shape}; got {positions.shape}")
+
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions, lengths)
+        attend = Attend(cos, sin, mask, positions, segment_ids, lengths, cache)
+        with jax.named_scope("embed"):
+            x = jnp.take(params["embed"], tokens, axis=0)
+        keep_kv = return_kv or cache is not None
+        x, kv, states = self._layers(
+            params["layers"], x, attend, keep_kv=keep_kv, keep_states=layer_states, remat=remat, unroll=unroll
+        )
+        if layer_states:
+            states = jnp.concatenate([jnp.take(params["embed"], tokens, axis=0)[None], states])
+        with jax.named_scope("final_norm"):
+            return Hidden(rms_norm(x, params["final_norm"], self.config.norm_eps), kv, states)
+
+    def _layers(
+        self,
+        layers: Params | tuple[Params, ...],
+        x: Float[Array, "B T D"],
+        attend: Attend,
+        *,
+        keep_kv: bool,
+        keep_states: bool,
+        remat: str | None,
+        unroll: bool | None,
+    ) -> tuple[Float[Array, "B T D"], KV | None, Float[Array, "L B T D"] | None]:
+        block = _structure(Block, self.config)
+        stacked = isinstance(layers, dict)
+        if not stacked and unroll is False:
+            raise ValueError("unroll=False scans stacked layers; got parameters from unstack()")
+
+        def run_block(
+            params: Params, x: Array, layer: int | Array, window: int | None
+        ) -> tuple[Array, tuple]:
+            x, kv = block.module(params)(x, attend, layer=layer, window=window)
+            return x, (kv if keep_kv else None, x if keep_states else None)
+
+        policy = REMAT_POLICIES[remat or "none"]
+        if policy is not None:
+            # Inside a scan common subexpressions cannot defeat the recomputation; unrolled they could.
+            scanned = stacked and not unroll
+            run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not scanned, static_argnums=(3,))
+
+        if not stacked or unroll:
+            outputs = []
+            for layer, window in enumerate(self.config.layer_windows):
+                params = jax.tree.map(lambda leaf: leaf[layer], layers) if stacked else layers[layer]  # noqa: B023
+                x, output = run_block(params, x, layer, window)
+                outputs.append(output)
+            return x, *jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+        outputs = []
+        for run in layer_runs(self.config.layer_windows):
+            period, count = len(run.windows), len(run.windows) * run.repeats
+
+            def group(x: Array, step: tuple[Params, Array], run: Run = run) -> tuple[Array, tuple]:
+                params, first = step
+                results = []
+                for offset, window in enumerate(run.windows):
+                    own = jax.tree.map(lambda leaf: leaf[offset], params)  # noqa: B023
+                    x, result = run_block(own, x, first + offset, window)
+                    results.append(result)
+                return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+
+            chunk = jax.tree.map(
+                lambda leaf: leaf[run.start : run.start + count].reshape(
+                    run.repeats, period, *leaf.shape[1:]
+                ),  # noqa: B023
+                layers,
+            )
+            first = run.start + period * jnp.arange(run.repeats, dtype=jnp.int32)
+            x, output = jax.lax.scan(group, x, (chunk, first))
+            outputs.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), output))
+        return x, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
+@functools.lru_cache(maxsize=32)
+def build(config: QwenConfig) -> CausalLM:
+    """The pure functions of a configuration; allocates nothing."""
+    return CausalLM(config)
+
+
+def logical_axes_are(axes: Any) -> bool:
+    """Whether a node of `logical_axes` is a leaf, for `jax.tree` functions."""
+    return isinstance(axes, tuple) and all(name is None or isinstance(name, str) for name in axes)
+
+
+__all__ = ["REMAT_POLICIES", "Axes", "CausalLM", "Hidden", "Run", "build", "layer_runs", "logical_axes_are"]
