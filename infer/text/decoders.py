@@ -1,13 +1,18 @@
-"""The decoders behind `TextEngine`: they own the device state of a batch of slots and know nothing of
-text.
-"""
+"""The decoders behind `TextEngine`: they own a batch of slots on the device and know nothing of text."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from infer.text.events import Chunk, Job
+from jaxmodels.cache import KVCache
+from jaxmodels.decoding.autoregressive import Prompt, init_state, make_prefill, make_step, make_steps
+from jaxmodels.decoding.sampling import Sampling, SamplingOptions
+
+OnCompile = Callable[[str, float | None], None]
 
 
 class Decoder(Protocol):
@@ -23,10 +28,165 @@ class Decoder(Protocol):
     def check(self, job: Job) -> None:
         """Raises ValueError, naming argument and value, if the job can not be run."""
 
+    def warm(self, prompt_lengths: Iterable[int]) -> None:
+        """Compiles what prompts of these lengths need; later calls do not compile, so they can be timed."""
+
     def start(self, rows: Sequence[int], jobs: Sequence[Job]) -> Chunk:
-        """Prefills the jobs' prompts into slots `rows` (whatever ran there is forgotten); the first tokens,
-        if any.
+        """Prefills prompts into slots, where whatever ran is forgotten; the chunk has the first tokens, if
+        any.
         """
 
     def advance(self, active: np.ndarray) -> Chunk:
         """Runs all slots for one chunk; rows where bool [batch] `active` is False do no work from here on."""
+
+
+class Programs:
+    """Functions compiled ahead of time, each once, by name.
+
+    A call whose shapes differ from the first is an error instead of a silent second compilation. `on_compile`
+    hears (name, None) before and (name, seconds) after each compilation.
+    """
+
+    def __init__(self, on_compile: OnCompile | None = None):
+        self.seconds: dict[str, float] = {}
+        self._compiled: dict[str, Any] = {}
+        self._on_compile = on_compile or (lambda name, seconds: None)
+
+    def get(self, name: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Any:
+        """The program for `function(*args)`, compiled when `name` is new; arguments `donate` will be given
+        away.
+        """
+        program = self._compiled.get(name)
+        if program is None:
+            self._on_compile(name, None)
+            started = time.perf_counter()
+            program = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            self.seconds[name] = time.perf_counter() - started
+            self._compiled[name] = program
+            self._on_compile(name, self.seconds[name])
+        return program
+
+
+def prefill_buckets(capacity: int, smallest: int = 32) -> tuple[int, ...]:
+    """Padded prompt lengths: powers of two from `smallest`, the last one being the capacity itself."""
+    sizes = [smallest << i for i in range(32) if smallest << i < capacity]
+    return (*sizes, capacity)
+
+
+class ARDecoder:
+    """One token per forward pass and row.
+
+    Args:
+      lm: jaxmodels CausalLM.
+      params: its parameters; stacked ones are unstacked on a CPU, where that reads each weight once instead
+      of twice. batch: slots, that is requests in flight.
+      capacity: cache slots per request: prompt and new tokens.
+      chunk: decode steps per call. More hides the host behind a small model, and delays streaming by as many
+      tokens. prefill_rows: prompts per prefill call, padded to the longest; 1 wastes nothing once the slots
+      are full. buckets: padded prompt lengths; each one in use is compiled once.
+      max_eos: most EOS ids that a request may have.
+      on_compile: see `Programs`.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        params: Any,
+        *,
+        batch: int = 1,
+        capacity: int,
+        chunk: int = 1,
+        prefill_rows: int = 1,
+        buckets: Sequence[int] | None = None,
+        max_eos: int = 8,
+        on_compile: OnCompile | None = None,
+    ):
+        for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1; got {value}")
+        if not 1 <= prefill_rows <= batch:
+            raise ValueError(f"prefill_rows must lie in [1, batch = {batch}]; got {prefill_rows}")
+        if capacity > lm.config.max_positions:
+            raise ValueError(f"capacity {capacity} exceeds the model's {lm.config.max_positions} positions")
+        buckets = prefill_buckets(capacity) if buckets is None else tuple(sorted(set(buckets)))
+        if not buckets or buckets[0] < 1 or buckets[-1] != capacity:
+            raise ValueError(f"buckets must be >= 1 and end with the capacity {capacity}; got {buckets}")
+        self.lm, self.batch, self.capacity, self.chunk = lm, batch, capacity, chunk
+        self.prefill_rows, self.buckets, self.max_eos = prefill_rows, buckets, max_eos
+        self.programs = Programs(on_compile)
+        on_cpu = jax.tree.leaves(params)[0].devices().pop().platform == "cpu"
+        self.params = lm.unstack(params) if on_cpu and isinstance(params["layers"], dict) else params
+        self._prefill = make_prefill(lm)
+        self._steps = make_steps(make_step(lm), chunk)
+        dtype = params["embed"].dtype
+        self.state = jax.jit(
+            lambda: init_state(
+                KVCache.init(lm.config, batch=batch, capacity=capacity, dtype=dtype),
+                lm.config.vocab_size,
+                max_eos,
+            )
+        )()
+        self._all_rows = tuple(range(batch))
+
+    def check(self, job: Job) -> None:
+        """Raises ValueError for options (there are none), too many EOS ids, and ids outside the
+        vocabulary.
+        """
+        if job.options:
+            raise ValueError(f"unknown options {sorted(job.options)}: an autoregressive decoder has none")
+        if len(job.eos_ids) > self.max_eos:
+            raise ValueError(f"at most {self.max_eos} EOS ids are possible; got {len(job.eos_ids)}")
+        vocab_size = self.lm.config.vocab_size
+        bad = job.prompt[(job.prompt < 0) | (job.prompt >= vocab_size)]
+        if len(bad):
+            raise ValueError(f"prompt token {bad[0]} lies outside the vocabulary of {vocab_size}")
+
+    def start(self, rows: Sequence[int], jobs: Sequence[Job]) -> Chunk:
+        """One prefill of up to `prefill_rows` prompts; the chunk holds each row's first token."""
+        T = self._bucket(max(len(job.prompt) for job in jobs))
+        self.state, sampled = self._prefill_program(T)(self.params, self.state, self._prompt(rows, jobs, T))
+        return Chunk(
+            rows=tuple(rows),
+            tokens=sampled.token[:, None],
+            counts=sampled.valid,
+            logprobs=sampled.logprob[:, None],
+            forwards=np.zeros(self.prefill_rows, np.int32),
+        )
+
+    def advance(self, active: np.ndarray) -> Chunk:
+        """Up to `chunk` decode steps; the program ends early when every row is done."""
+        self.state, out = self._decode_program()(self.params, self.state, active)
+        return Chunk(self._all_rows, out.tokens, out.counts, out.logprobs, forwards=out.counts)
+
+    def warm(self, prompt_lengths: Iterable[int]) -> None:
+        """Compiles the decode program and the prefill of each bucket in use."""
+        for T in sorted({self._bucket(length) for length in prompt_lengths}):
+            self._prefill_program(T)
+        self._decode_program()
+
+    def _bucket(self, length: int) -> int:
+        return next(size for size in self.buckets if size >= length)
+
+    def _prefill_program(self, T: int) -> Any:
+        prompt = self._prompt([], [], T)
+        return self.programs.get(f"prefill {T}", self._prefill, self.params, self.state, prompt, donate=(1,))
+
+    def _decode_program(self) -> Any:
+        active = np.ones(self.batch, bool)
+        return self.programs.get("decode", self._steps, self.params, self.state, active, donate=(1,))
+
+    def _prompt(self, rows: Sequence[int], jobs: Sequence[Job], T: int) -> Prompt:
+        filler = self.prefill_rows - len(jobs)
+        tokens = np.zeros((self.prefill_rows, T), np.int32)
+        eos = np.full((self.prefill_rows, self.max_eos), -1, np.int32)
+        for i, job in enumerate(jobs):
+            tokens[i, : len(job.prompt)] = job.prompt
+            eos[i, : len(job.eos_ids)] = job.eos_ids
+        return Prompt(
+            tokens=tokens,
+            lengths=np.array([*(len(job.prompt) for job in jobs), *[1] * filler], np.int32),
+            rows=np.array([*rows, *[self.batch] * filler], np.int32),
+            remaining=np.array([*(job.max_new_tokens for job in jobs), *[1] * filler], np.int32),
+            eos=eos,
+            sampling=Sampling.stack([*(job.sampling for job in jobs), *[SamplingOptions()] * filler]),
+        )

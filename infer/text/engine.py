@@ -125,7 +125,6 @@ class TextEngine:
             raise ValueError(f"stop strings {list(job.stop)!r} need a tokenizer; this checkpoint has none")
         if len(job.prompt) == 0:
             raise ValueError("the prompt is empty; give at least one token")
-        needed = len(job.prompt) + job.max_new_tokens
         prompt, new, capacity = len(job.prompt), job.max_new_tokens, self.decoder.capacity
         if prompt > capacity:
             raise ValueError(f"the prompt has {prompt} tokens, more than the cache capacity {capacity}")
@@ -198,6 +197,7 @@ class TextEngine:
             raise RuntimeError("this engine is already generating; finish or close that iterator first")
         self._busy = True
         try:
+            self.decoder.warm({len(job.prompt) for job in jobs})
             yield from self._loop(deque(enumerate(jobs)))
         finally:
             self._busy = False
