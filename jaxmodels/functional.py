@@ -1,8 +1,8 @@
 """Between modules that define structure and pure functions over plain dicts.
 
-Flax NNX modules say which weights a model has, what shape they take and how they are called. Outside of a traced
-function no module exists: parameters are plain nested dicts, and `Structure` turns a dict back into a module for the
-length of one trace.
+Flax NNX modules say which weights a model has, what shape they take and how they are called. Outside of a
+traced function no module exists: parameters are plain nested dicts, and `Structure` turns a dict back into
+a module for the length of one trace.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Axes = tuple[str | None, ...]
 def weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, *, stddev: float = 0.02
 ) -> nnx.Param:
-    """A normally distributed weight with one logical axis name (or None) per dimension, for the sharding rules."""
+    """A normal random weight with one logical axis name (or None) per dimension, for the sharding rules."""
     return nnx.Param(nnx.initializers.normal(stddev)(rngs.params(), shape, dtype), axes=axes)
 
 

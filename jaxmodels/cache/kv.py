@@ -1,8 +1,8 @@
 """Key/value caches with fixed shapes: one that grows, and one of sinks plus a ring.
 
-A forward pass reads a cache and returns the keys and values of its own tokens; `append` is the only write, a pure
-function of its own. Jitted with the cache donated it works in place, and no loop over layers ever carries a cache.
-Layer axis first, so that a kernel takes the whole stack and a layer index.
+A forward pass reads a cache and returns the keys and values of its own tokens; `append` is the only write,
+a pure function of its own. Jitted with the cache donated it works in place, and no loop over layers ever
+carries a cache. Layer axis first, so that a kernel takes the whole stack and a layer index.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -37,8 +37,8 @@ def _check(cache: "Cache", config: Shape, batch: int) -> None:
     layers, rows, _, kv_heads, head_dim = cache.k.shape
     if (layers, kv_heads, head_dim) != (config.layers, config.kv_heads, config.head_dim):
         raise ValueError(
-            f"the cache is for {layers} layers, {kv_heads} kv heads of {head_dim}; the model has {config.layers} "
-            f"layers, {config.kv_heads} kv heads of {config.head_dim}"
+            f"the cache is for {layers} layers with {kv_heads} kv heads of {head_dim}; the model has "
+            f"{config.layers} layers with {config.kv_heads} kv heads of {config.head_dim}"
         )
     if rows != batch:
         raise ValueError(f"the cache holds {rows} rows; got a batch of {batch}")
@@ -79,9 +79,11 @@ class KVCache:
     """Keeps every token; slot = position.
 
     Attributes:
-      k, v: keys and values, `[L, B, S, K, H]` with S = capacity; slots at or beyond a row's length hold garbage.
-      lengths: tokens each row has been given. Appending past the capacity drops the tokens that do not fit while the
-        length keeps counting, so `remaining()` < 0 shows it afterwards; drivers check it beforehand.
+      k, v: keys and values, `[L, B, S, K, H]` with S = capacity; slots at or beyond a row's length hold
+        garbage.
+      lengths: tokens each row has been given. Appending past the capacity drops the tokens that do not fit
+        while the length keeps counting, so `remaining()` < 0 shows it afterwards; drivers check it
+        beforehand.
     """
 
     k: Float[Array, "L B S K H"]
@@ -142,7 +144,7 @@ class KVCache:
             self.k,
             self.v,
             layer=layer,
-            kv_lengths=jnp.minimum(self.lengths, self.capacity),
+            kv_lengths=self.lengths,
             q_positions=q_positions,
             own_k=own_k,
             own_v=own_v,
@@ -154,13 +156,14 @@ class KVCache:
 
 @flax.struct.dataclass
 class SinkRingCache:
-    """Keeps the first `num_sinks` tokens for ever and the latest ones in a ring: endless streams in fixed memory.
+    """Keeps the first `num_sinks` tokens and, in a ring, the latest ones: endless streams in fixed memory.
 
-    A query at position p sees the sinks and the keys p - ring < k <= p, whatever the size of the chunks it comes in:
-    the mask `SlidingWindow(ring, num_sinks)`. A layer with a smaller window of its own keeps to it, without sinks.
+    A query at position p sees the sinks and the keys p - ring < k <= p, in chunks of any size: that is the
+    mask `SlidingWindow(ring, num_sinks)`. A layer with a smaller window of its own keeps to it, without sinks.
 
     Attributes:
-      k, v: keys (rotated at absolute positions) and values `[L, B, S, K, H]`; slots 0..num_sinks-1 are the sinks.
+      k, v: keys (rotated at absolute positions) and values `[L, B, S, K, H]`; slots 0..num_sinks-1 are the
+        sinks.
       positions: the position held by each slot, -1 = empty.
       lengths: tokens each row has been given.
       num_sinks: static.
@@ -197,7 +200,7 @@ class SinkRingCache:
         return self.capacity - self.num_sinks
 
     def remaining(self) -> Int[Array, " B"]:
-        """Tokens that can be appended at once without a sink or a token of the same chunk being lost: the ring."""
+        """Tokens that one `append` takes: always the whole ring."""
         return jnp.full_like(self.lengths, self.ring)
 
     def next_positions(self, time: int) -> Int[Array, "B T"]:
@@ -245,7 +248,7 @@ class SinkRingCache:
             self.k,
             self.v,
             layer=layer,
-            kv_lengths=jnp.minimum(self.lengths, self.capacity),
+            kv_lengths=self.lengths,  # beyond the capacity once the ring has wrapped: all slots
             k_positions=self.positions,
             q_positions=self.next_positions(q.shape[1]) if q_positions is None else q_positions,
             own_k=own_k,

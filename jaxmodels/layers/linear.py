@@ -9,8 +9,8 @@ def linear(
 ) -> Float[Array, "..."]:
     """`einsum(equation, x, weight)`, for example `linear(x, w, "BTD,NHD->BTNH")`.
 
-    Weights keep the layout of checkpoints, output axes first and the contracted axes last: loading copies nothing,
-    and a product with few rows reads the weight contiguously, one output after the other.
+    Weights keep the layout of checkpoints, output axes first and the contracted axes last: loading copies
+    nothing, and a product with few rows reads the weight contiguously, one output after the other.
 
     Args:
       x: activations.

@@ -21,18 +21,19 @@ _UNUSED = {  # fields that must keep their defaults, so that no option is ignore
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """How positions become rotation angles. Field names follow `rope_parameters` of Hugging Face configurations.
+    """How positions become rotation angles; names follow `rope_parameters` of Hugging Face configurations.
 
     Attributes:
       theta: base of the frequencies `theta ** (-2 i / head_dim)`.
-      kind: "default"; "linear" divides every frequency by `factor`; "dynamic" raises theta once a sequence is longer
-        than `original_max_positions` (NTK); "yarn" interpolates the low frequencies only (arXiv 2309.00071).
+      kind: "default"; "linear" divides every frequency by `factor`; "dynamic" raises theta once a sequence is
+        longer than `original_max_positions` (NTK); "yarn" interpolates the low frequencies only
+        (arXiv 2309.00071).
       factor: how many times longer than trained.
       original_max_positions: trained length, of "dynamic" and "yarn". (Hugging Face's "dynamic" reads it from
         `max_position_embeddings`.)
-      attention_factor: YaRN's factor on cosine and sine; None computes it from `factor`, `mscale`, `mscale_all_dim`.
+      attention_factor: YaRN's factor on cosine and sine; None computes it from `factor` and the mscales.
       beta_fast, beta_slow: rotations over the trained length at which YaRN's ramp starts and ends.
-      mscale, mscale_all_dim: coefficients of YaRN's attention factor; used only if both are given and not zero.
+      mscale, mscale_all_dim: coefficients of YaRN's attention factor, used if both are given and not zero.
       truncate: whether YaRN rounds the ends of its ramp outwards to whole dimensions.
     """
 
@@ -111,9 +112,10 @@ def rope_tables(
 ) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
     """Cosine and sine of the rotation angles, float32.
 
-    The "dynamic" kind depends on the sequence length, which is the largest position of the row plus one. Keys that
-    are already cached stay rotated as they were when they were written, as in transformers; unlike there, a row
-    never depends on other rows of the batch. `lengths` (valid tokens per row) keeps padding out of that length.
+    The "dynamic" kind depends on the sequence length, which is the largest position of the row plus one.
+    Keys that are already cached stay rotated as they were when they were written, as in transformers;
+    unlike there, a row never depends on other rows of the batch. `lengths` (valid tokens per row) keeps
+    padding out of that length.
     """
     frequencies = jnp.asarray(_inverse_frequencies(config, head_dim), jnp.float32)  # [H / 2]
     if config.kind == "dynamic":

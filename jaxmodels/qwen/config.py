@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from jaxmodels.layers.rope import RopeConfig
 
+QWEN_ROPE = RopeConfig(theta=1_000_000.0)
 PromptAttention = Literal["bidirectional", "block_causal", "causal"]
 
 
@@ -25,7 +26,8 @@ class QwenConfig:
       qkv_bias: biases on the query, key and value projections.
       qk_norm: RMSNorm over each query and key head before the rotation.
       tied_head: the head is the embedding matrix.
-      layer_windows: per layer the sliding window in tokens, or None for full attention; () means None everywhere.
+      layer_windows: per layer the sliding window in tokens, or None for full attention; () means None
+        everywhere.
       max_positions: longest sequence the weights were made for.
       eos_ids: tokens that end a text.
       bos_id, pad_id, mask_id: special tokens, None where the model has none.
@@ -41,7 +43,7 @@ class QwenConfig:
     kv_heads: int
     head_dim: int
     mlp_dim: int
-    rope: RopeConfig = RopeConfig(theta=1_000_000.0)
+    rope: RopeConfig = QWEN_ROPE
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -140,8 +142,9 @@ class QwenConfig:
     @classmethod
     def tiny(cls, **changes) -> "QwenConfig":
         """A model for tests: Qwen3's structure, three layers, head_dim apart from dim / heads."""
-        fields = dict(
-            vocab_size=97, dim=64, layers=3, heads=4, kv_heads=2, head_dim=32, mlp_dim=128,
-            rope=RopeConfig(theta=10_000.0), qk_norm=True, max_positions=256, eos_ids=(1,), pad_id=0, mask_id=2,
-        )  # fmt: skip
+        fields = {
+            "vocab_size": 97, "dim": 64, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 32,
+            "mlp_dim": 128, "rope": RopeConfig(theta=10_000.0), "qk_norm": True, "max_positions": 256,
+            "eos_ids": (1,), "pad_id": 0, "mask_id": 2,
+        }  # fmt: skip
         return cls(**(fields | changes))

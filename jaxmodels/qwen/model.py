@@ -13,6 +13,7 @@ checkpoints):
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.cache import KV, Cache
-from jaxmodels.functional import Axes, Params, Structure, constant, init_params, weight
+from jaxmodels.functional import Params, Structure, constant, init_params, weight
 from jaxmodels.layers import apply_rope, linear, rms_norm, rope_tables
 from jaxmodels.qwen.config import QwenConfig
 from pallas_kernels.attention import flash_attention
@@ -36,7 +37,8 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
-"""What a block keeps for its backward pass. "none": everything. "full": nothing, the block runs twice. "dots":
+"""What a block keeps for its backward pass. "none": everything. "full": nothing, the block runs twice.
+"dots":
 results of products with weights. "attention": the output of attention only."""
 
 
@@ -63,27 +65,23 @@ class Attend(NamedTuple):
 
     def __call__(self, q: Array, k: Array, v: Array, *, layer: int | Array, window: int | None) -> Array:
         """Attention output `[B, T, N, H]` of rotated queries and keys; `window` is that of this layer."""
-        mask = self.mask if window is None else _windowed(self.mask, window)
-        if self.cache is None:
-            return flash_attention(q, k, v, mask=mask, segment_ids=self.segment_ids, kv_lengths=self.lengths)
-        return self.cache.attend(
-            q,
-            k,
-            v,
-            layer=layer,
-            own_mask=mask,
-            own_lengths=self.lengths,
-            window=window,
-            q_positions=self.positions,
-        )
-
-
-def _windowed(mask: Mask, window: int) -> Mask:
-    if mask != Causal():
-        raise ValueError(
-            f"a sliding-window layer (window {window}) runs with the mask Causal() only; got {mask}"
-        )
-    return SlidingWindow(window)
+        if self.cache is not None:
+            return self.cache.attend(
+                q,
+                k,
+                v,
+                layer=layer,
+                own_mask=self.mask,
+                own_lengths=self.lengths,
+                window=window,
+                q_positions=self.positions,
+            )
+        mask = self.mask
+        if window is not None:
+            if mask != Causal():
+                raise ValueError(f"a layer with a window ({window}) needs the mask Causal(); got {mask}")
+            mask = SlidingWindow(window)
+        return flash_attention(q, k, v, mask=mask, segment_ids=self.segment_ids, kv_lengths=self.lengths)
 
 
 class Attention(nnx.Module):
@@ -175,7 +173,7 @@ def _structure(part: type[nnx.Module], config: QwenConfig) -> Structure:
 
 
 class Run(NamedTuple):
-    """`repeats` passes over a pattern of consecutive layers, one window (or None) per layer of the pattern."""
+    """`repeats` passes over a pattern of layers; one window (or None) per layer of the pattern."""
 
     start: int
     repeats: int
@@ -183,13 +181,13 @@ class Run(NamedTuple):
 
 
 def layer_runs(windows: tuple[int | None, ...]) -> list[Run]:
-    """Layers as scans: the whole stack as repeats of its shortest pattern, else runs of equal layers."""
+    """Layers as scans: the stack as repeats of its shortest pattern, else runs of equal layers."""
     layers = len(windows)
     for period in range(1, layers // 2 + 1):
         if layers % period == 0 and windows == windows[:period] * (layers // period):
             return [Run(0, layers // period, windows[:period])]
     edges = [0, *(i for i in range(1, layers) if windows[i] != windows[i - 1]), layers]
-    return [Run(start, stop - start, (windows[start],)) for start, stop in zip(edges, edges[1:])]
+    return [Run(start, stop - start, (windows[start],)) for start, stop in itertools.pairwise(edges)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,9 +222,9 @@ class CausalLM:
     def unstack(self, params: Params) -> Params:
         """The same parameters with one dict per layer instead of stacked arrays, for the unrolled decode path.
 
-        On a CPU the per-layer arrays are views: nothing is copied, and a compiled step reads each weight in place,
-        where slices inside the step would be copied (XLA's CPU backend materialises them). Elsewhere they are slices.
-        Call it once, outside of jit; training and checkpoints keep the stacked form.
+        On a CPU the per-layer arrays are views: nothing is copied, and a compiled step reads weights in
+        place, where slices inside the step would be copied (XLA's CPU backend materialises them). Elsewhere
+        they are slices. Call it once, outside of jit; training and checkpoints keep the stacked form.
         """
 
         def views(stacked: Array) -> list[Array]:
@@ -281,8 +279,9 @@ class CausalLM:
     ) -> Hidden:
         """Hidden states after the final norm.
 
-        Without a cache the tokens see each other through `mask` (and `segment_ids`). With one they also see what it
-        holds, their own keys and values are returned for `cache.append`, and the cache itself is only read.
+        Without a cache the tokens see each other through `mask` (and `segment_ids`). With one they also see
+        what it holds, their own keys and values are returned for `cache.append`, and the cache itself is
+        only read.
 
         Args:
           params: parameters, stacked or from `unstack`.
@@ -292,12 +291,13 @@ class CausalLM:
           segment_ids: tokens see only their own segment; without a cache only.
           lengths: valid tokens per row, the rest being padding that nobody sees.
           cache: keys and values of earlier tokens.
-          own_mask: mask of the tokens among themselves on indices 0..T-1; with a cache only, default `Causal()`.
+          own_mask: mask of the tokens among themselves on indices 0..T-1; with a cache only, default
+            `Causal()`.
           return_kv: return keys and values also without a cache (for a prefill).
           layer_states: return the embeddings and every block's output.
           remat: name of an entry of REMAT_POLICIES; None means "none".
-          unroll: True writes the layers out one after the other, False scans them. None scans stacked parameters and
-            unrolls unstacked ones, which cannot be scanned.
+          unroll: True writes the layers out one after the other, False scans them. None scans stacked
+            parameters and unrolls unstacked ones, which cannot be scanned.
         """
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be [batch, time] and not empty; got shape {tokens.shape}")
@@ -360,48 +360,56 @@ class CausalLM:
             scanned = stacked and not unroll
             run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not scanned, static_argnums=(3,))
 
+        outputs = []
         if not stacked or unroll:
-            outputs = []
             for layer, window in enumerate(self.config.layer_windows):
-                params = jax.tree.map(lambda leaf: leaf[layer], layers) if stacked else layers[layer]  # noqa: B023
+                params = _layer(layers, layer) if stacked else layers[layer]
                 x, output = run_block(params, x, layer, window)
                 outputs.append(output)
             return x, *jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
-        outputs = []
         for run in layer_runs(self.config.layer_windows):
-            period, count = len(run.windows), len(run.windows) * run.repeats
-
-            def group(x: Array, step: tuple[Params, Array], run: Run = run) -> tuple[Array, tuple]:
-                params, first = step
-                results = []
-                for offset, window in enumerate(run.windows):
-                    own = jax.tree.map(lambda leaf: leaf[offset], params)  # noqa: B023
-                    x, result = run_block(own, x, first + offset, window)
-                    results.append(result)
-                return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
-
-            chunk = jax.tree.map(
-                lambda leaf: leaf[run.start : run.start + count].reshape(
-                    run.repeats, period, *leaf.shape[1:]
-                ),  # noqa: B023
-                layers,
-            )
-            first = run.start + period * jnp.arange(run.repeats, dtype=jnp.int32)
-            x, output = jax.lax.scan(group, x, (chunk, first))
-            outputs.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), output))
+            x, output = _scan(run, run_block, layers, x, slice_first=attend.cache is None)
+            outputs.append(output)
         return x, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
+def _layer(layers: Params, index: int | Array) -> Params:
+    """One layer of stacked parameters."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
+
+
+def _scan(
+    run: Run, run_block: Callable, layers: Params, x: Float[Array, "B T D"], *, slice_first: bool
+) -> tuple[Float[Array, "B T D"], tuple]:
+    """Scans `run_block` over the layers of a run; the outputs are stacked, layer axis first.
+
+    With `slice_first` the scan consumes the run's part of the parameters, which is what a backward pass
+    needs: each layer's gradient is then written once. Otherwise each layer is picked from the whole stack by
+    its index, so that a model of several runs copies no part of its weights in a decode step.
+    """
+    period = len(run.windows)
+    steps = jnp.arange(run.repeats, dtype=jnp.int32)
+
+    def part(leaf: Array) -> Array:
+        chosen = leaf[run.start : run.start + period * run.repeats]
+        return chosen.reshape(run.repeats, period, *leaf.shape[1:])
+
+    def body(x: Array, inputs: tuple[Array, Params | None]) -> tuple[Array, tuple]:
+        step, params = inputs
+        outputs = []
+        for offset, window in enumerate(run.windows):
+            layer = run.start + step * period + offset
+            own = _layer(layers, layer) if params is None else _layer(params, offset)
+            x, output = run_block(own, x, layer, window)
+            outputs.append(output)
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+    x, outputs = jax.lax.scan(body, x, (steps, jax.tree.map(part, layers) if slice_first else None))
+    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
 
 
 @functools.lru_cache(maxsize=32)
 def build(config: QwenConfig) -> CausalLM:
     """The pure functions of a configuration; allocates nothing."""
     return CausalLM(config)
-
-
-def logical_axes_are(axes: Any) -> bool:
-    """Whether a node of `logical_axes` is a leaf, for `jax.tree` functions."""
-    return isinstance(axes, tuple) and all(name is None or isinstance(name, str) for name in axes)
-
-
-__all__ = ["REMAT_POLICIES", "Axes", "CausalLM", "Hidden", "Run", "build", "layer_runs", "logical_axes_are"]
