@@ -1,0 +1,126 @@
+"""Milliseconds per forward of a decoder with random weights: one token, and one block, against a filled cache.
+
+    python -m benchmarks.decode_forward --preset qwen3_8b --lengths 1024 8192 --block 32
+
+One forward reads every weight and the live cache once, so its floor is those bytes over the measured copy
+bandwidth. An autoregressive step is forward + append + argmax; a denoising step is a forward over `block` tokens
+that only reads the cache, plus the argmax and the log-sum-exp of every position. Both run as users run them: one
+jitted call per step, cache donated. The profile lists every device operation above 2 %.
+"""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import report
+from jaxmodels import qwen
+from jaxmodels.cache import KVCache
+from pallas_kernels.masks import Full
+
+
+def copy_bandwidth(gigabytes: float = 4.0) -> float:
+    """Bytes read plus bytes written per second of a large device copy."""
+    x = jnp.ones(int(gigabytes * 2**30 / 2), jnp.bfloat16)
+    copy = jax.jit(lambda x: x + 1)
+    seconds = report.timed(lambda: copy(x), repeats=20)["median_ms"] / 1e3
+    return 2 * x.nbytes / seconds
+
+
+def bytes_of(tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def measure(lm, params, *, batch: int, length: int, block: int, profile: bool, bandwidth: float) -> list[dict]:
+    config = lm.config
+    capacity = length + 256
+    cache = KVCache.init(
+        config.layers, config.kv_heads, config.head_dim, batch=batch, capacity=capacity, dtype=jnp.bfloat16
+    )
+    keys = jax.random.split(jax.random.key(1))
+    filled = jax.jit(
+        lambda c: c.replace(
+            k=jax.random.normal(keys[0], c.k.shape, c.k.dtype),
+            v=jax.random.normal(keys[1], c.v.shape, c.v.dtype),
+            lengths=jnp.full((batch,), length, jnp.int32),
+        ),
+        donate_argnums=0,
+    )
+    cache = filled(cache)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def ar_step(params, cache, token):
+        hidden = lm.hidden(params, token[:, None], cache=cache)
+        cache = cache.append(hidden.kv)
+        # The cache keeps its length, so that every repeat does the same work.
+        cache = cache.replace(lengths=cache.lengths - 1)
+        return cache, jnp.argmax(lm.head(params, hidden.states[:, -1]), axis=-1).astype(jnp.int32)
+
+    @jax.jit
+    def denoise(params, cache, tokens):
+        logits = lm.head(params, lm.hidden(params, tokens, cache=cache, own_mask=Full()).states)
+        best = jnp.argmax(logits, axis=-1)
+        confidence = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        return best.astype(jnp.int32), confidence
+
+    read = bytes_of(params) - (0 if config.tied_head else params_embedding_bytes(params))
+    read += 2 * config.layers * batch * length * config.kv_heads * config.head_dim * 2
+    floor_ms = 1e3 * read / bandwidth
+    state = {"cache": cache, "token": jnp.zeros((batch,), jnp.int32)}
+
+    def call_ar():
+        state["cache"], state["token"] = ar_step(params, state["cache"], state["token"])
+        return state["token"]
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, block)), jnp.int32)
+    rows = []
+    for name, call in (
+        ("ar", call_ar),
+        (f"block {block}", lambda: denoise(params, state["cache"], tokens)),
+    ):
+        row = {"step": name, "batch": batch, "length": length, "floor_ms": floor_ms, **report.timed(call)}
+        row["percent_of_floor_bandwidth"] = 100 * floor_ms / row["median_ms"]
+        if profile:
+            row["profile"] = report.device_profile(call)
+        rows.append(row)
+        print(
+            f"batch {batch} length {length:6d} {name:10s} {row['median_ms']:8.3f} ms "
+            f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  floor {floor_ms:.3f} ms"
+        )
+        for operation in row.get("profile", {}).get("operations", []):
+            print(f"    {100 * operation['share']:5.1f} %  {operation['ms']:8.4f} ms  {operation['name'][:100]}")
+    return rows
+
+
+def params_embedding_bytes(params) -> int:
+    """Bytes of the embedding table: a step reads a few of its rows when the head is a matrix of its own."""
+    return bytes_of(params["embed"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="qwen3_8b", help="classmethod of QwenConfig")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--block", type=int, default=32)
+    arguments = parser.parse_args()
+
+    on_gpu = jax.devices()[0].platform == "gpu"
+    lm = qwen.build(getattr(qwen.QwenConfig, arguments.preset)())
+    bandwidth = copy_bandwidth(4.0 if on_gpu else 0.25)
+    print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+    params = jax.jit(lm.init, static_argnums=1)(jax.random.key(0), jnp.dtype(jnp.bfloat16))
+    print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights")
+    rows = []
+    for batch in arguments.batches:
+        for length in arguments.lengths:
+            rows += measure(
+                lm, params, batch=batch, length=length, block=arguments.block, profile=on_gpu, bandwidth=bandwidth
+            )
+    report.write("decode_forward", {"preset": arguments.preset, "copy_bytes_per_second": bandwidth, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

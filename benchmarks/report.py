@@ -1,0 +1,137 @@
+"""What every benchmark shares: the machine it ran on, timing, device profiles and the raw result file.
+
+Imports nothing beyond JAX and NumPy, so that a bare CUDA + JAX machine can run every benchmark.
+"""
+
+import collections
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "torch", "transformers", "tokamax")
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions, date and command: what a number needs to mean anything."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python " + " ".join(["-m", *sys.orig_argv[2:]] if "-m" in sys.orig_argv else sys.argv),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "gpu": _nvidia_smi() if device.platform == "gpu" else None,
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _nvidia_smi() -> dict[str, str]:
+    fields = ["name", "driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem"]
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    values = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+    return dict(zip(fields, values, strict=True))
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, extremes and count of repeated timings, in milliseconds."""
+    milliseconds = sorted(1e3 * s for s in seconds)
+    return {
+        "median_ms": statistics.median(milliseconds),
+        "min_ms": milliseconds[0],
+        "max_ms": milliseconds[-1],
+        "repeats": len(milliseconds),
+    }
+
+
+def timed(call: Callable[[], Any], *, repeats: int = 20, warm_up: int = 3) -> dict[str, float]:
+    """Wall time of `call`, which returns device arrays, from dispatch to the last result ready."""
+    for _ in range(warm_up):
+        jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return spread(seconds)
+
+
+def device_profile(call: Callable[[], Any], *, calls: int = 5) -> dict[str, Any]:
+    """Device time of one `call` by operation, read from a profiler trace of `calls` of them.
+
+    Returns `device_ms` (sum over the streams of the first GPU, per call), `span_ms` (first start to last end, per
+    call) and `operations`, every one above 2 % of the device time. Raises RuntimeError without a GPU trace.
+    """
+    jax.block_until_ready(call())
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            for _ in range(calls):
+                jax.block_until_ready(call())
+        (trace,) = Path(directory).glob("**/*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+        durations: dict[str, float] = collections.Counter()
+        counts: dict[str, int] = collections.Counter()
+        starts, ends = [], []
+        for plane in planes:
+            if not plane.name.startswith("/device:GPU:0"):
+                continue
+            for line in plane.lines:
+                if not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    durations[event.name] += event.duration_ns
+                    counts[event.name] += 1
+                    starts.append(event.start_ns)
+                    ends.append(event.start_ns + event.duration_ns)
+    if not starts:
+        raise RuntimeError("the profiler trace has no GPU stream; device_profile needs a GPU")
+    total = sum(durations.values())
+    operations = [
+        {"name": name, "ms": ns / calls / 1e6, "share": ns / total, "launches": counts[name] / calls}
+        for name, ns in sorted(durations.items(), key=lambda item: -item[1])
+        if ns > 0.02 * total
+    ]
+    return {
+        "device_ms": total / calls / 1e6,
+        "span_ms": (max(ends) - min(starts)) / calls / 1e6,
+        "operations": operations,
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """Writes `{environment, **result}` to `results/NAME-DEVICE-DATE.json` (or under $JAXSTREAM_RESULTS)."""
+    env = environment()
+    device = env["device"].lower().replace(" ", "-")
+    directory = Path(os.environ.get("JAXSTREAM_RESULTS", RESULTS))
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}-{device}-{env['date'][:10]}.json"
+    path.write_text(json.dumps({"environment": env, **result}, indent=1) + "\n")
+    print(f"raw numbers: {path}")
+    return path
