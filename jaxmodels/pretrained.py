@@ -1,0 +1,335 @@
+"""Loading and saving whole models: configuration, weights, tokenizer and generation defaults."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmodels.checkpoints.huggingface import (
+    Checkpoint,
+    read_json,
+    replaced_directory,
+    resolve,
+    write_json,
+    write_weights,
+)
+from jaxmodels.checkpoints.mapping import (
+    check_names,
+    common_dtype,
+    flatten,
+    load_arrays,
+    to_tensors,
+    unflatten,
+)
+from jaxmodels.qwen import load as qwen_load
+from jaxmodels.qwen.model import CausalLM, build
+from jaxmodels.tokenizer import Tokenizer
+
+log = logging.getLogger("jaxstream")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationDefaults:
+    """What generation_config.json says; None where it says nothing.
+
+    `temperature` is 0 (greedy) unless the file says `do_sample: true`. Filters that are not set are off; the
+    top_k = 50 that some libraries then assume is not.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    max_new_tokens: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "GenerationDefaults":
+        """From the content of generation_config.json; logs what would have an effect and is not implemented."""
+        without_effect = {
+            "use_cache",
+            "transformers_version",
+            "bos_token_id",
+            "max_length",
+            "return_dict_in_generate",
+        }
+        neutral = (None, False, 0, 1, 1.0, [], {})
+        names = {field.name for field in dataclasses.fields(cls)} | {
+            "do_sample",
+            "eos_token_id",
+            "pad_token_id",
+        }
+        ignored = sorted(
+            key
+            for key, value in config.items()
+            if key not in names | without_effect and not key.startswith(("_", "output_")) and value not in neutral
+        )
+        if ignored:
+            log.warning("generation_config.json: not implemented and ignored: %s", ", ".join(ignored))
+        eos = config.get("eos_token_id")
+        values: dict[str, Any] = {name: config.get(name) for name in names & config.keys() if name in SAMPLING}
+        if config.get("do_sample"):
+            values["temperature"] = config.get("temperature", 1.0)
+        elif "do_sample" in config:
+            values["temperature"] = 0.0
+        else:
+            values.pop("temperature", None)
+        return cls(
+            **values,
+            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            pad_id=config.get("pad_token_id"),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of generation_config.json."""
+        result: dict[str, Any] = {}
+        if self.temperature is not None:
+            result["do_sample"] = self.temperature > 0
+        for name in SAMPLING:
+            value = getattr(self, name)
+            if value is not None and not (name == "temperature" and value == 0):
+                result[name] = value
+        if self.eos_ids:
+            result["eos_token_id"] = self.eos_ids[0] if len(self.eos_ids) == 1 else [*self.eos_ids]
+        if self.pad_id is not None:
+            result["pad_token_id"] = self.pad_id
+        return result
+
+
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "max_new_tokens",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A loaded model.
+
+    Attributes:
+      lm: its pure functions.
+      params: nested dict of arrays, layers stacked.
+      tokenizer: None when the directory has no tokenizer.json.
+      generation: defaults of generation_config.json; `eos_ids` and `pad_id` fall back to config.json and to
+        the tokenizer.
+      directory: where it was loaded from.
+      hf_config: config.json as it is, for fields that do not change the model (how it was trained).
+    """
+
+    lm: CausalLM
+    params: dict[str, Any]
+    tokenizer: Tokenizer | None
+    generation: GenerationDefaults
+    directory: Path
+    hf_config: Mapping[str, Any]
+
+    @property
+    def config(self) -> Any:
+        return self.lm.config
+
+    def apply(self, params: Mapping[str, Any], tokens: jax.Array, **options: Any) -> jax.Array:
+        """`lm.apply`: float32 logits `[B, T, V]` of tokens `[B, T]`."""
+        return self.lm.apply(params, tokens, **options)
+
+
+def load_pretrained(
+    directory_or_repo_id: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    mask_id: int | None = None,
+    block_size: int | None = None,
+    ignore_config: Collection[str] = (),
+) -> Pretrained:
+    """Reads a Hugging Face directory (config.json, safetensors, tokenizer), or a repository `org/name`.
+
+    Weights are copied once, from the memory-mapped files into the arrays. With a mesh each process reads only
+    the parts that its devices hold.
+
+    Args:
+      directory_or_repo_id: a local directory, else a repository in the Hugging Face cache or on the hub.
+      dtype: float32, bfloat16 or float16 for all weights; None takes the checkpoint's, which must then be
+        one.
+      mesh: devices to shard over by `jaxmodels.sharding`; None puts everything on the default device.
+      mask_id: mask token of a model whose config.json lacks it; never guessed.
+      block_size: training block of a block-diffusion model whose config.json lacks it.
+      ignore_config: fields of config.json that are unknown here and known to be without effect.
+
+    Raises:
+      ValueError: naming file, field or tensor, for an unknown architecture, an unimplemented value, missing
+        or unused tensors, wrong shapes or dtypes, and damaged or unsafe files.
+    """
+    directory = resolve(directory_or_repo_id)
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise ValueError(f"{directory}: has no config.json")
+    hf_config = read_json(config_path)
+    try:
+        qwen_load.check_fields(hf_config, ignore_config)  # before the weights: says what the directory is
+        checkpoint = Checkpoint(directory)
+        config = qwen_load.config_from_hf(
+            hf_config, checkpoint.names(), mask_id=mask_id, block_size=block_size, ignore=ignore_config
+        )
+    except ValueError as error:
+        if str(error).startswith(str(directory)):
+            raise
+        raise ValueError(f"{config_path}: {error}") from None
+    layout = qwen_load.Layout.find(checkpoint.names())
+    config, ignored = _settle_head(checkpoint, config, layout)
+    lm = build(config)
+    params = load_params(checkpoint, lm, layout, dtype=dtype, mesh=mesh, ignored=ignored)
+    tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").is_file() else None
+    return Pretrained(lm, params, tokenizer, _generation(directory, config, tokenizer), directory, hf_config)
+
+
+def _settle_head(checkpoint: Checkpoint, config: Any, layout: qwen_load.Layout) -> tuple[Any, tuple[str, ...]]:
+    """What to do with a head that is stored although config.json says that it is the embedding.
+
+    A copy is left out. In the `diffusion_head` layout another matrix wins, because that class does not tie
+    its head; elsewhere file and configuration contradict each other.
+    """
+    if not config.tied_head or layout.head is None:
+        return config, ()
+    embed, head = (checkpoint.view(name) for name in (layout.prefix + "embed_tokens.weight", layout.head))
+    same = embed.dtype == head.dtype and embed.shape == head.shape
+    if same and all(np.array_equal(embed[i : i + 4096], head[i : i + 4096]) for i in range(0, len(embed), 4096)):
+        return config, (layout.head,)
+    if layout.head == "diffusion_head.weight":
+        return dataclasses.replace(config, tied_head=False), ()
+    raise ValueError(
+        f"{checkpoint}: config.json has tie_word_embeddings true, but {layout.head!r} differs from the embedding"
+    )
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    lm: CausalLM,
+    layout: qwen_load.Layout,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    ignored: Collection[str] = (),
+) -> dict[str, Any]:
+    """The parameters of `lm` from the tensors of `checkpoint`; see `load_pretrained`."""
+    rows = qwen_load.table(lm.config, layout)
+    names = [row.name(n) for row in rows for n in range(lm.config.layers if row.stacked else 1)]
+    check_names(checkpoint, names, (*qwen_load.IGNORED_TENSORS, *ignored))
+    dtype = common_dtype(checkpoint, names) if dtype is None else jnp.dtype(dtype)
+    shapes = flatten(jax.eval_shape(lambda: lm.init(jax.random.key(0))))
+    shardings = None
+    if mesh is not None:
+        from jaxmodels.sharding import param_shardings
+
+        shardings = flatten(param_shardings(lm, mesh))
+    arrays = load_arrays(
+        checkpoint,
+        rows,
+        {path: leaf.shape for path, leaf in shapes.items()},
+        dtype=dtype,
+        shardings=shardings,
+    )
+    return unflatten(arrays)
+
+
+def _generation(directory: Path, config: Any, tokenizer: Tokenizer | None) -> GenerationDefaults:
+    path = directory / "generation_config.json"
+    defaults = GenerationDefaults.from_hf(read_json(path)) if path.is_file() else GenerationDefaults()
+    if not defaults.eos_ids:
+        own = tokenizer.eos_ids if tokenizer is not None else ()
+        defaults = dataclasses.replace(defaults, eos_ids=config.eos_ids or own)
+    if defaults.pad_id is None:
+        own_pad = tokenizer.pad_id if tokenizer is not None else None
+        defaults = dataclasses.replace(defaults, pad_id=config.pad_id if config.pad_id is not None else own_pad)
+    return defaults
+
+
+def save_pretrained(
+    directory: str | os.PathLike,
+    lm: CausalLM,
+    params: Mapping[str, Any],
+    *,
+    tokenizer: Tokenizer | None = None,
+    generation: GenerationDefaults | None = None,
+    dtype: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+    family: str | None = None,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a Hugging Face directory that `load_pretrained` reads back, and transformers does.
+
+    The directory appears, or replaces the previous model of that name, in one step when everything is on
+    disk; after any failure the previous one is untouched. Other files in it (notes, a tokenizer if none is
+    given) stay. With several processes all must call this; the first one writes.
+
+    Args:
+      directory: where to; must not hold subdirectories.
+      lm: the model.
+      params: its parameters with stacked layers, on any devices.
+      tokenizer: written beside the weights.
+      generation: written as generation_config.json; None writes the end and padding tokens of the config
+        only.
+      dtype: float32, bfloat16 or float16 for all weights; None keeps each array's.
+      max_shard_bytes: larger models are split into files of at most this size, with an index.
+      family: "qwen2", "qwen3" or "edlm"; None takes "edlm" (Efficient-DLM's layout, `encoder.` and
+        `diffusion_head`) for models with a block size, else the Qwen that fits. transformers reads the Qwens.
+      extra_config: further fields for config.json that do not change the model, such as
+        `tok_mask_half_life_ratio`.
+
+    Raises:
+      ValueError: parameters that are not those of `lm`, a configuration that the layout cannot express,
+        unknown fields in `extra_config`.
+      OSError: the disk is full, or the directory cannot be written.
+    """
+    directory = Path(directory).expanduser()
+    unknown = sorted(set(extra_config or {}) - qwen_load.IGNORED)
+    if unknown:
+        raise ValueError(f"extra_config field {unknown[0]!r} is not one of {sorted(qwen_load.IGNORED)}")
+    leaves = flatten(params)
+    expected = flatten(jax.eval_shape(lambda: lm.init(jax.random.key(0))))
+    for path, leaf in expected.items():
+        if path not in leaves or tuple(leaves[path].shape) != leaf.shape:
+            found = f"has shape {tuple(leaves[path].shape)}" if path in leaves else "is missing"
+            raise ValueError(f"parameter {'.'.join(path)!r} {found}; the model has {leaf.shape}")
+    stored = jnp.dtype(dtype if dtype is not None else leaves[("embed",)].dtype)
+    hf_config = qwen_load.config_to_hf(lm.config, dtype=stored.name, family=family)
+    hf_config |= {key: value for key, value in (extra_config or {}).items() if value is not None}
+    layout = qwen_load.Layout.standard(hf_config["model_type"], lm.config)
+    tensors = to_tensors(qwen_load.table(lm.config, layout), params, None if dtype is None else stored, _fetch)
+    if jax.process_index() != 0:
+        write_weights(directory, tensors, max_shard_bytes=max_shard_bytes, write=False)
+        return
+    generation = generation or GenerationDefaults(eos_ids=lm.config.eos_ids, pad_id=lm.config.pad_id)
+    with replaced_directory(directory) as new:
+        write_weights(new, tensors, max_shard_bytes=max_shard_bytes)
+        write_json(new / "config.json", hf_config)
+        write_json(new / "generation_config.json", generation.to_hf())
+        if tokenizer is not None:
+            tokenizer.save(new)
+
+
+def _fetch(array: Any, layer: int | None) -> np.ndarray:
+    """One parameter, or one layer of a stacked one, on the host; collective if other processes hold parts."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+        pick = lambda a: a if layer is None else a[layer]  # noqa: E731
+        return np.asarray(jax.jit(pick, out_shardings=everywhere)(array).addressable_data(0))
+    if layer is None:
+        return np.asarray(array)
+    if isinstance(array, jax.Array) and (len(array.devices()) > 1 or next(iter(array.devices())).platform != "cpu"):
+        return np.asarray(array[layer])  # one layer at a time off the device
+    return np.asarray(array)[layer]

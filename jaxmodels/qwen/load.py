@@ -1,0 +1,531 @@
+"""Qwen checkpoints: config.json to `QwenConfig` and back, and the table from tensor names to parameters.
+
+Everything that a configuration file may say is in one of three places here: read by `config_from_hf`,
+required to have the one value that this implementation has (`FIXED`), or without effect on the forward pass
+(`IGNORED`). A field that is in none of them is refused by name, because it may mean another model.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxmodels.checkpoints.mapping import Row
+from jaxmodels.layers.rope import RopeConfig
+from jaxmodels.qwen.config import QwenConfig
+
+# ----------------------------------------------------------------------------------------------------
+# Tensors. N query heads, K kv heads, H head dim, D model dim, F mlp dim, V vocabulary; "{}" is the layer.
+# Row(name in the checkpoint after its prefix, path in the parameters, dimensions in the checkpoint)
+
+BODY = (
+    Row("embed_tokens.weight", ("embed",), "V D"),
+    Row("norm.weight", ("final_norm",), "D"),
+    Row("layers.{}.input_layernorm.weight", ("layers", "attention_norm"), "D"),
+    Row("layers.{}.self_attn.q_proj.weight", ("layers", "attention", "q"), "(N H) D"),
+    Row("layers.{}.self_attn.k_proj.weight", ("layers", "attention", "k"), "(K H) D"),
+    Row("layers.{}.self_attn.v_proj.weight", ("layers", "attention", "v"), "(K H) D"),
+    Row("layers.{}.self_attn.o_proj.weight", ("layers", "attention", "o"), "D (N H)"),
+    Row("layers.{}.post_attention_layernorm.weight", ("layers", "mlp_norm"), "D"),
+    Row("layers.{}.mlp.gate_proj.weight", ("layers", "mlp", "gate"), "F D"),
+    Row("layers.{}.mlp.up_proj.weight", ("layers", "mlp", "up"), "F D"),
+    Row("layers.{}.mlp.down_proj.weight", ("layers", "mlp", "down"), "D F"),
+)
+QKV_BIAS = (
+    Row("layers.{}.self_attn.q_proj.bias", ("layers", "attention", "q_bias"), "(N H)"),
+    Row("layers.{}.self_attn.k_proj.bias", ("layers", "attention", "k_bias"), "(K H)"),
+    Row("layers.{}.self_attn.v_proj.bias", ("layers", "attention", "v_bias"), "(K H)"),
+)
+QK_NORM = (
+    Row("layers.{}.self_attn.q_norm.weight", ("layers", "attention", "q_norm"), "H"),
+    Row("layers.{}.self_attn.k_norm.weight", ("layers", "attention", "k_norm"), "H"),
+)
+PREFIXES = (
+    "model.",
+    "encoder.",
+    "",
+)  # Qwen; the Efficient-DLM family; bare decoders such as embedding models
+HEADS = ("lm_head.weight", "diffusion_head.weight")
+IGNORED_TENSORS = (r".*rotary_emb\.inv_freq",)  # old releases stored what rope_theta determines
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint names its tensors; `head` is None when it stores no head of its own."""
+
+    prefix: str = "model."
+    head: str | None = "lm_head.weight"
+
+    @classmethod
+    def find(cls, names: Collection[str]) -> "Layout":
+        """The layout of a checkpoint; ValueError when its names fit none or several."""
+        prefixes = [p for p in PREFIXES if p + "embed_tokens.weight" in names]
+        heads = [h for h in HEADS if h in names]
+        if len(prefixes) != 1:
+            found = f"several: {prefixes}" if prefixes else "none of them"
+            raise ValueError(
+                f"expected one embedding among {[p + 'embed_tokens.weight' for p in PREFIXES]}; found {found}"
+            )
+        if len(heads) > 1:
+            raise ValueError(f"two heads, {heads[0]!r} and {heads[1]!r}: which one to use is not known")
+        return cls(prefixes[0], heads[0] if heads else None)
+
+    @classmethod
+    def standard(cls, family: str, config: QwenConfig) -> "Layout":
+        """What `family` ("edlm" or any other) is written as."""
+        prefix, head = ("encoder.", HEADS[1]) if family == "edlm" else ("model.", HEADS[0])
+        return cls(prefix, None if config.tied_head else head)
+
+
+def table(config: QwenConfig, layout: Layout) -> list[Row]:
+    """All tensors of a checkpoint of `config`, complete both ways."""
+    rows = [*BODY, *(QKV_BIAS if config.qkv_bias else ()), *(QK_NORM if config.qk_norm else ())]
+    rows = [Row(layout.prefix + row.key, row.path, row.dims) for row in rows]
+    if not config.tied_head:
+        rows.append(Row(layout.head or HEADS[0], ("head",), "V D"))
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------
+# config.json
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a `model_type` fixes. None for `qkv_bias` and `qk_norm`: the tensors of the checkpoint tell."""
+
+    qkv_bias: bool | None
+    qk_norm: bool | None
+    diffusion: bool = False  # then a mask token is required
+    block_size: str | None = None  # the field that holds the training block; None: not trained in blocks
+    default_block_size: int | None = None  # of that field, when the family's own class has a default
+    token_shift: bool = False
+    prompt_attention: str = "block_causal"
+
+
+FAMILIES = {
+    "qwen2": Family(qkv_bias=True, qk_norm=False),  # Qwen2 and Qwen2.5
+    "qwen3": Family(qkv_bias=False, qk_norm=True),
+    # Efficient-DLM; its released code reads prompts with full attention
+    "edlm": Family(None, None, True, "block_size", 32, prompt_attention="bidirectional"),
+    # Fast-dLLM v2: Qwen2.5 trained on blocks, still predicting the next token
+    "Fast_dLLM_Qwen": Family(True, False, True, "bd_size", token_shift=True),
+    "sdar": Family(False, True, True, "block_size"),
+    # Dream: Qwen2.5 over the whole noisy sequence at once
+    "Dream": Family(True, False, True, None, token_shift=True, prompt_attention="bidirectional"),
+    # Nemotron-Labs-Diffusion: clean tokens are causal; neither biases nor norms of queries and keys
+    "nemotron_labs_diffusion": Family(False, False, True, "block_size", 32, prompt_attention="causal"),
+}
+REFUSED = {
+    "qwen2_moe": "a mixture of experts",
+    "qwen3_moe": "a mixture of experts",
+    "sdar_moe": "a mixture of experts",
+    "qwen3_next": "a hybrid with linear attention",
+    "llada": "another architecture (LLaDA: its own tensor names, no grouped queries)",
+    "llada2_moe": "a mixture of experts",
+}
+
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "mlp_dim",
+    "max_position_embeddings": "max_positions",
+}
+READ = {
+    *SIZES, "model_type", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "bos_token_id",
+    "eos_token_id", "pad_token_id", "mask_token_id", "block_size", "bd_size", "token_shift", "prompt_attention",
+    "dlm_type", "dlm_paradigm",
+}  # fmt: skip
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0, None),
+    "hidden_dropout": (0, None),
+    "residual_dropout": (0, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "use_mrope": (False, None),
+    "pruned_heads": ({}, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "tie_encoder_decoder": (False, None),
+    "num_nextn_predict_layers": (0, None),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "num_experts": (0, None),
+    "dlm_arch": ("encoder", None),
+    "num_ar_layers": (0, None),
+    "num_diffusion_layers": (0, None),
+    "use_relay": (False, None),
+}
+PARADIGMS = (  # names of training masks; which one was trained does not change how a checkpoint is read
+    "autoregressive",
+    "bidirectional",
+    "prefix_bidirectional",
+    "efficient_block_diff",
+    "block_diff",
+    "sbd_block_diff",
+)
+IGNORED = {
+    # about files and libraries
+    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "tokenizer_class", "torchscript",
+    "use_bfloat16", "tf_legacy_loss", "attn_implementation", "use_cache", "initializer_range",
+    "chunk_size_feed_forward", "gradient_checkpointing", "use_flash_attn", "fuse_cross_entropy", "model_name",
+    # about outputs and tasks
+    "return_dict", "output_hidden_states", "output_attentions", "id2label", "label2id", "num_labels",
+    "problem_type", "task_specific_params", "finetuning_task", "is_decoder", "cross_attention_hidden_size",
+    "prefix", "decoder_start_token_id", "sep_token_id", "unk_token_id", "cls_token_id",
+    # defaults of generation that old releases keep here; generation_config.json is read instead
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    # about how a diffusion model was trained
+    "tok_mask_half_life_ratio", "random_length_prob", "diff_loss_weight", "enforce_mask", "prefix_ratio",
+    "adaptive_mask_rate", "multi_sampling", "num_skip_loss_tokens", "dlm_loss_weight", "ar_loss_weight",
+    "global_loss_avg", "dp_varying_mask_ratio", "ada_perm_ratio_per_block", "ada_perm_ratio_global",
+    "ada_dlm_loss_ratio", "enable_self_spec", "max_seq_length", "mask_eps",
+}  # fmt: skip
+IGNORED_PATTERN = re.compile(r"_.*|unsloth_.*")
+ROPE_FIELDS = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor",
+    "llama_4_scaling_beta",
+}  # fmt: skip
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
+
+
+def _integer(config: Mapping[str, Any], field: str) -> int:
+    if field not in config:
+        raise ValueError(f"field {field!r} is missing")
+    value = config[field]
+    if type(value) is not int:
+        raise ValueError(f"field {field!r} must be an integer; got {value!r}")
+    return value
+
+
+def _boolean(config: Mapping[str, Any], field: str) -> bool:
+    value = config.get(field, False)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"field {field!r} must be true or false; got {value!r}")
+    return bool(value)
+
+
+def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Family:
+    """The family of a config.json whose every field is understood.
+
+    `ignore` names further fields that the caller knows to be without effect. Raises ValueError naming the
+    field and its value for an unknown model_type, quantized weights, unknown fields, and values not
+    implemented.
+    """
+    model_type = config.get("model_type")
+    if model_type in REFUSED:
+        raise ValueError(f"model_type {model_type!r} is {REFUSED[model_type]}, which is not implemented")
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not implemented; known: {[*FAMILIES]}")
+    for field in ("quantization_config", "compression_config"):
+        if config.get(field) is not None:
+            method = config[field].get("quant_method") if isinstance(config[field], Mapping) else config[field]
+            raise ValueError(f"field {field!r} (quant_method {method!r}): quantized weights are not implemented")
+    for field, allowed in FIXED.items():
+        if field in config and config[field] not in allowed:
+            raise ValueError(f"field {field!r} is {config[field]!r}; implemented: {allowed[0]!r}")
+    # Qwen2's own class has biases whatever this says; in Qwen3's it would add one to the output projection
+    # too
+    if config.get("attention_bias") and FAMILIES[model_type].qkv_bias is False:
+        raise ValueError(f"field 'attention_bias' is true; implemented for {model_type!r}: false")
+    known = READ | FIXED.keys() | IGNORED | {"attention_bias", "quantization_config", "compression_config"}
+    unknown = sorted(f for f in config if f not in known | set(ignore) and not IGNORED_PATTERN.fullmatch(f))
+    if unknown:
+        raise ValueError(
+            f"unknown fields {', '.join(f'{f}={config[f]!r}' for f in unknown)}: they may change the model. "
+            "Name them in ignore_config= if they do not"
+        )
+    return FAMILIES[model_type]
+
+
+def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, int | None]:
+    """RoPE from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+
+    Also a limit on positions, where a scaling that is not implemented is the identity up to there, else None.
+    Raises ValueError naming unknown types and fields, and when both layouts are there and disagree.
+    """
+    blocks: dict[str, dict[str, Any]] = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        block = config.get(field)
+        if block is None:
+            continue
+        if not isinstance(block, Mapping):
+            raise ValueError(f"field {field!r} must be an object; got {block!r}")
+        nested = {k: v for k, v in block.items() if k in ("full_attention", "sliding_attention")}
+        if nested:  # one block per kind of layer
+            values = [v for v in nested.values() if v is not None]
+            if len(nested) != len(block) or any(v != values[0] for v in values[1:]):
+                raise ValueError(f"field {field!r} differs between kinds of layers, which is not implemented")
+            block = values[0]
+        unknown = sorted(set(block) - ROPE_FIELDS)
+        kind = block.get("rope_type", block.get("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"field {field!r}: rope_type {kind!r} is not implemented; known: {[*ROPE_TYPES]}")
+        if unknown:
+            raise ValueError(f"field {field!r}: {unknown[0]!r} = {block[unknown[0]]!r} is not implemented")
+        blocks[field] = {k: v for k, v in block.items() if v is not None and k != "type"} | {"rope_type": kind}
+    if len(blocks) == 2:
+        new, old = (dict(block) for block in blocks.values())
+        theta = new.pop("rope_theta", None)
+        if new != {k: v for k, v in old.items() if k != "rope_theta"} or theta != old.get("rope_theta", theta):
+            raise ValueError("fields 'rope_parameters' and 'rope_scaling' disagree")
+    rope = {**blocks.get("rope_scaling", {}), **blocks.get("rope_parameters", {})}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    if config.get("rope_theta") is not None and theta != config["rope_theta"]:
+        raise ValueError(f"field 'rope_theta' is {config['rope_theta']}, but 'rope_parameters' has {theta}")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not implemented")
+    kind = rope.get("rope_type", "default")
+    max_positions = _integer(config, "max_position_embeddings")
+    fields: dict[str, Any] = {}
+    original = rope.get("original_max_position_embeddings")
+    if kind == "dynamic":  # transformers takes the trained length from max_position_embeddings
+        if original not in (None, max_positions):
+            raise ValueError(
+                f"rope_type 'dynamic' extends max_position_embeddings ({max_positions}); "
+                f"original_max_position_embeddings {original} is not implemented"
+            )
+        original = max_positions
+    elif kind == "yarn":
+        original = max_positions if original is None else original
+        fields["factor"] = max_positions / original
+    if original is not None:
+        fields["original_max_positions"] = original
+    for name in ("factor", "attention_factor", "mscale", "mscale_all_dim", "truncate"):
+        if name in rope:
+            fields[name] = rope[name]
+    for name in ("beta_fast", "beta_slow"):
+        if rope.get(name):  # transformers reads 0 as "not given"
+            fields[name] = rope[name]
+    limit = None
+    if rope.get("llama_4_scaling_beta"):  # queries times 1 + beta log(1 + floor(position / original)): 1 below it
+        limit = rope.get("original_max_position_embeddings")
+        if limit is None:
+            raise ValueError("llama_4_scaling_beta needs original_max_position_embeddings")
+    return RopeConfig(theta=float(theta), kind=kind, **fields), limit
+
+
+def windows_from_hf(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer: from `layer_types`, or from `max_window_layers` in older files."""
+    window = _integer(config, "sliding_window") if _boolean(config, "use_sliding_window") else None
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = config.get("max_window_layers", 28)  # the classes of transformers have this default
+        kinds = ["full_attention" if window is None or n < first else "sliding_attention" for n in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ValueError(f"field 'layer_types' must name {layers} layers; got {kinds!r}")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"field 'layer_types' has {kind!r}; known: full_attention, sliding_attention")
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError("field 'layer_types' has sliding_attention, but use_sliding_window is not true")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _token_id(config: Mapping[str, Any], field: str) -> int | None:
+    value = config.get(field)
+    if value is None or value == -1:  # -1 stands for "none" in some configuration classes
+        return None
+    if type(value) is not int:
+        raise ValueError(f"field {field!r} must be an integer or null; got {value!r}")
+    return value
+
+
+def config_from_hf(
+    config: Mapping[str, Any],
+    names: Collection[str],
+    *,
+    mask_id: int | None = None,
+    block_size: int | None = None,
+    ignore: Collection[str] = (),
+) -> QwenConfig:
+    """The configuration that config.json and the names of the tensors describe.
+
+    Args:
+      config: content of config.json.
+      names: tensor names of the checkpoint; they decide what the family leaves open (biases, norms, own
+        head).
+      mask_id: mask token where config.json has none; it is never guessed.
+      block_size: training block where config.json has none.
+      ignore: fields of config.json known to be without effect.
+
+    Raises:
+      ValueError: naming the field and its value for everything that is missing, malformed or not implemented.
+    """
+    family = check_fields(config, ignore)
+    sizes = {name: _integer(config, field) for field, name in SIZES.items()}
+    layout = Layout.find(names)
+    first = f"{layout.prefix}layers.0.self_attn."
+    qkv_bias = first + "q_proj.bias" in names if family.qkv_bias is None else family.qkv_bias
+    qk_norm = first + "q_norm.weight" in names if family.qk_norm is None else family.qk_norm
+    head_dim = config.get("head_dim")
+    if head_dim is None:
+        # Qwen3's class has this default; elsewhere heads fill the width
+        head_dim = 128 if config["model_type"] in ("qwen3", "sdar") or qk_norm else sizes["dim"] // sizes["heads"]
+    eos = config.get("eos_token_id")
+    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    if any(type(i) is not int for i in eos_ids):
+        raise ValueError(f"field 'eos_token_id' must be an integer, a list of them, or null; got {eos!r}")
+
+    stored_mask = _token_id(config, "mask_token_id")
+    if None not in (stored_mask, mask_id) and stored_mask != mask_id:
+        raise ValueError(f"mask_id {mask_id} was given, but field 'mask_token_id' is {stored_mask}")
+    mask_id = stored_mask if mask_id is None else mask_id
+    if family.diffusion and mask_id is None:
+        raise ValueError(
+            f"model_type {config['model_type']!r} predicts masked tokens, but field 'mask_token_id' is missing; "
+            "it is not guessed: pass mask_id="
+        )
+    field = family.block_size or "block_size"
+    stored_block = config.get(field, family.default_block_size)
+    if stored_block is not None and type(stored_block) is not int:
+        raise ValueError(f"field {field!r} must be an integer or null; got {stored_block!r}")
+    if None not in (stored_block, block_size) and stored_block != block_size:
+        raise ValueError(f"block_size {block_size} was given, but field {field!r} is {stored_block}")
+    block_size = stored_block if block_size is None else block_size
+    if family.diffusion and family.block_size and block_size is None:
+        raise ValueError(
+            f"model_type {config['model_type']!r} was trained in blocks, but field {field!r} is missing; "
+            "pass block_size="
+        )
+    if config.get("dlm_paradigm") not in (None, *PARADIGMS):
+        raise ValueError(f"field 'dlm_paradigm' is {config['dlm_paradigm']!r}; known: {[*PARADIGMS]}")
+    if config.get("dlm_type") not in (None, "llada", "dream"):
+        raise ValueError(f"field 'dlm_type' is {config['dlm_type']!r}; known: 'llada', 'dream'")
+    token_shift = family.token_shift or config.get("dlm_type") == "dream"
+    if config.get("token_shift") is not None:
+        token_shift = _boolean(config, "token_shift")
+
+    rope, limit = rope_from_hf(config)
+    if limit is not None and sizes["max_positions"] > limit:
+        raise ValueError(
+            f"field 'rope_parameters': llama_4_scaling_beta changes queries beyond position {limit}, which is not "
+            f"implemented; lower max_position_embeddings ({sizes['max_positions']}) to {limit} to load the model"
+        )
+    return QwenConfig(
+        **sizes,
+        head_dim=head_dim,
+        rope=rope,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        tied_head=_boolean(config, "tie_word_embeddings"),
+        layer_windows=windows_from_hf(config, sizes["layers"]),
+        eos_ids=eos_ids,
+        bos_id=_token_id(config, "bos_token_id"),
+        pad_id=_token_id(config, "pad_token_id"),
+        mask_id=mask_id,
+        block_size=block_size,
+        token_shift=token_shift,
+        prompt_attention=config.get("prompt_attention", family.prompt_attention),
+    )
+
+
+def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -> dict[str, Any]:
+    """config.json for `config`; what `config_from_hf` reads back as an equal configuration.
+
+    `family` is "qwen2" or "qwen3" (read by transformers, as the autoregressive model), or "edlm"
+    (block-diffusion models; needs custom code elsewhere). None takes "edlm" for a model with a block size,
+    else the fitting Qwen.
+
+    Raises ValueError when `family` cannot express the configuration.
+    """
+    plain = {(True, False): "qwen2", (False, True): "qwen3"}.get((config.qkv_bias, config.qk_norm))
+    if family is None:
+        family = plain if config.block_size is None else "edlm"
+    if family not in ("edlm", plain) or family is None:
+        raise ValueError(
+            f"family {family!r} cannot express qkv_bias={config.qkv_bias}, qk_norm={config.qk_norm}; "
+            f"possible: {[f for f in (plain, 'edlm') if f]}"
+        )
+    if family == "edlm" and config.mask_id is None:
+        raise ValueError("family 'edlm' needs a mask token; mask_id is None")
+    windows = {w for w in config.layer_windows if w is not None}
+    if len(windows) > 1:
+        raise ValueError(f"layer_windows has windows of several sizes {sorted(windows)}; config.json holds one")
+    window = windows.pop() if windows else None
+    rope = _rope_to_hf(config)
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    result: dict[str, Any] = {
+        "architectures": {
+            "qwen2": ["Qwen2ForCausalLM"], "qwen3": ["Qwen3ForCausalLM"], "edlm": ["EfficientDLM"]
+        }[family],
+        "model_type": family,
+        **{field: getattr(config, name) for field, name in SIZES.items()},
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "attention_dropout": 0.0,
+        "rope_parameters": rope,
+        # the layout before transformers 5, which other readers still expect
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if config.rope.kind == "default" else scaling,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": _first_window(config),
+        "layer_types": [
+            "full_attention" if w is None else "sliding_attention" for w in config.layer_windows
+        ],
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else [*config.eos_ids] or None,
+        "pad_token_id": config.pad_id,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }  # fmt: skip
+    if family == "qwen3":
+        result["attention_bias"] = False
+    if config.mask_id is not None:
+        result["mask_token_id"] = config.mask_id
+    if config.block_size is not None or family == "edlm":
+        result["block_size"] = config.block_size
+    if config.block_size is not None or config.token_shift:
+        result |= {"token_shift": config.token_shift, "prompt_attention": config.prompt_attention}
+    elif config.prompt_attention != FAMILIES[family].prompt_attention:
+        result["prompt_attention"] = config.prompt_attention
+    if family == "edlm":
+        result |= {"dlm_paradigm": "block_diff", "dlm_type": "dream" if config.token_shift else "llada"}
+    return result
+
+
+def _first_window(config: QwenConfig) -> int:
+    """Layers before the first sliding one: what readers without `layer_types` go by."""
+    for layer, window in enumerate(config.layer_windows):
+        if window is not None:
+            return layer
+    return config.layers
+
+
+def _rope_to_hf(config: QwenConfig) -> dict[str, Any]:
+    rope = config.rope
+    result: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind == "default":
+        return result
+    result["factor"] = rope.factor
+    if rope.kind == "dynamic" and rope.original_max_positions != config.max_positions:
+        raise ValueError(
+            f"config.json cannot express dynamic RoPE with original_max_positions {rope.original_max_positions} "
+            f"other than max_positions {config.max_positions}"
+        )
+    if rope.kind == "yarn":
+        result["original_max_position_embeddings"] = rope.original_max_positions
+        optional = {
+            "attention_factor": rope.attention_factor,
+            "mscale": rope.mscale,
+            "mscale_all_dim": rope.mscale_all_dim,
+        }
+        result |= {name: value for name, value in optional.items() if value is not None}
+        result |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+    return result
