@@ -10,6 +10,7 @@ jitted call per step, cache donated. The profile lists every device operation ab
 
 import argparse
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +34,12 @@ def bytes_of(tree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def measure(lm, params, *, batch: int, length: int, block: int, profile: bool, bandwidth: float) -> list[dict]:
+def measure(
+    lm, params, *, batch: int, length: int, block: int, unroll: bool, profile: bool, bandwidth: float
+) -> list[dict]:
     config = lm.config
     capacity = length + 256
-    cache = KVCache.init(
-        config.layers, config.kv_heads, config.head_dim, batch=batch, capacity=capacity, dtype=jnp.bfloat16
-    )
+    cache = KVCache.init(config, batch=batch, capacity=capacity, dtype=jnp.bfloat16)
     keys = jax.random.split(jax.random.key(1))
     filled = jax.jit(
         lambda c: c.replace(
@@ -52,7 +53,7 @@ def measure(lm, params, *, batch: int, length: int, block: int, profile: bool, b
 
     @functools.partial(jax.jit, donate_argnums=1)
     def ar_step(params, cache, token):
-        hidden = lm.hidden(params, token[:, None], cache=cache)
+        hidden = lm.hidden(params, token[:, None], cache=cache, unroll=unroll)
         cache = cache.append(hidden.kv)
         # The cache keeps its length, so that every repeat does the same work.
         cache = cache.replace(lengths=cache.lengths - 1)
@@ -60,7 +61,7 @@ def measure(lm, params, *, batch: int, length: int, block: int, profile: bool, b
 
     @jax.jit
     def denoise(params, cache, tokens):
-        logits = lm.head(params, lm.hidden(params, tokens, cache=cache, own_mask=Full()).states)
+        logits = lm.head(params, lm.hidden(params, tokens, cache=cache, own_mask=Full(), unroll=unroll).states)
         best = jnp.argmax(logits, axis=-1)
         confidence = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
         return best.astype(jnp.int32), confidence
@@ -80,13 +81,15 @@ def measure(lm, params, *, batch: int, length: int, block: int, profile: bool, b
         ("ar", call_ar),
         (f"block {block}", lambda: denoise(params, state["cache"], tokens)),
     ):
-        row = {"step": name, "batch": batch, "length": length, "floor_ms": floor_ms, **report.timed(call)}
+        path = "unrolled" if unroll else "scanned"
+        row = {"step": name, "layers": path, "batch": batch, "length": length, "floor_ms": floor_ms}
+        row |= report.timed(call)
         row["percent_of_floor_bandwidth"] = 100 * floor_ms / row["median_ms"]
         if profile:
             row["profile"] = report.device_profile(call)
         rows.append(row)
         print(
-            f"batch {batch} length {length:6d} {name:10s} {row['median_ms']:8.3f} ms "
+            f"batch {batch} length {length:6d} {name:10s} {path:8s} {row['median_ms']:8.3f} ms "
             f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  floor {floor_ms:.3f} ms"
         )
         for operation in row.get("profile", {}).get("operations", []):
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--paths", nargs="+", choices=("scanned", "unrolled"), default=["scanned", "unrolled"])
     arguments = parser.parse_args()
 
     on_gpu = jax.devices()[0].platform == "gpu"
@@ -114,11 +118,11 @@ def main() -> None:
     params = jax.jit(lm.init, static_argnums=1)(jax.random.key(0), jnp.dtype(jnp.bfloat16))
     print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights")
     rows = []
-    for batch in arguments.batches:
-        for length in arguments.lengths:
-            rows += measure(
-                lm, params, batch=batch, length=length, block=arguments.block, profile=on_gpu, bandwidth=bandwidth
-            )
+    for batch, length, path in itertools.product(arguments.batches, arguments.lengths, arguments.paths):
+        rows += measure(
+            lm, params, batch=batch, length=length, block=arguments.block, unroll=path == "unrolled",
+            profile=on_gpu, bandwidth=bandwidth,
+        )  # fmt: skip
     report.write("decode_forward", {"preset": arguments.preset, "copy_bytes_per_second": bandwidth, "rows": rows})
 
 
