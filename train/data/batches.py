@@ -46,8 +46,8 @@ def batches(
 
     Returns:
         A grain iterator: `next()` gives a dict of arrays [global_batch / process_count, T], `get_state()` a
-        JSON-able dict, `set_state()` restores it. Rows of process p are rows p, p + count, ... of the global
-        batch.
+        JSON-able dict, `set_state()` restores it. The parts of processes 0, 1, ... one after the other are
+        the batch that one process alone would get.
 
     Raises:
         ValueError: sizes that do not divide or are not positive.
@@ -57,9 +57,7 @@ def batches(
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(f"process_index must lie in 0..{process_count - 1}; got {process_index}")
     if global_batch < 1 or global_batch % process_count:
-        raise ValueError(
-            f"global_batch must be a positive multiple of {process_count} processes; got {global_batch}"
-        )
+        raise ValueError(f"global_batch must be a positive multiple of {process_count} processes; got {global_batch}")
     if threads < 1 or prefetch < 1:
         raise ValueError(f"threads and prefetch must be positive; got {threads} and {prefetch}")
     if not len(store):
@@ -68,7 +66,7 @@ def batches(
     if shuffle:
         dataset = dataset.shuffle()
     return grain.experimental.ElasticIterator(
-        dataset.repeat(),
+        _contiguous(dataset.repeat(), global_batch, process_count),
         global_batch,
         grain.sharding.ShardOptions(process_index, process_count),
         read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch),
@@ -97,9 +95,7 @@ def evaluation_batches(
         Dicts of arrays [global_batch / process_count, T].
     """
     if global_batch < 1 or global_batch % process_count:
-        raise ValueError(
-            f"global_batch must be a positive multiple of {process_count} processes; got {global_batch}"
-        )
+        raise ValueError(f"global_batch must be a positive multiple of {process_count} processes; got {global_batch}")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be positive or None; got {max_rows}")
     rows = np.arange(len(store))
@@ -110,3 +106,26 @@ def evaluation_batches(
         mine = range(start + process_index, start + global_batch, process_count)
         items = [store[int(rows[i])] if i < len(rows) else padding for i in mine]
         yield {key: np.stack([item[key] for item in items]) for key in padding}
+
+
+def _contiguous(dataset: Any, batch: int, parts: int) -> Any:
+    """The dataset reordered within each batch, so that taking every `parts`-th element gives contiguous parts.
+
+    The elastic iterator gives process p elements p, p + parts, ...; a random draw per row (which tokens are
+    masked) then would depend on the number of processes.
+    """
+    if parts == 1:
+        return dataset
+    import grain
+
+    class Contiguous(grain.MapDataset):
+        def __len__(self) -> int:
+            return len(self._parent)
+
+        def __getitem__(self, index: int | slice) -> Any:
+            if isinstance(index, slice):
+                return self.slice(index)
+            start, row = index - index % batch, index % batch
+            return self._parent[start + row % parts * (batch // parts) + row // parts]
+
+    return Contiguous(dataset)

@@ -33,9 +33,7 @@ def make_file_list(directory: Path | None = None) -> str:
     lines = []
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root).as_posix()
-        if path.startswith(EXCLUDED_PREFIXES) or not set(EXCLUDED_DIRECTORIES).isdisjoint(
-            path.split("/")[:-1]
-        ):
+        if path.startswith(EXCLUDED_PREFIXES) or not set(EXCLUDED_DIRECTORIES).isdisjoint(path.split("/")[:-1]):
             continue
         content = file.read_bytes()
         if len(content) >= 200:
@@ -46,9 +44,7 @@ def make_file_list(directory: Path | None = None) -> str:
 def split_of(path: str) -> str:
     """`train`, `validation` or `test` by a hash of the path."""
     share = int.from_bytes(hashlib.sha256(f"jaxstream {path}".encode()).digest()[:8]) / 2**64
-    return (
-        "test" if share < TEST_SHARE else "validation" if share < TEST_SHARE + VALIDATION_SHARE else "train"
-    )
+    return "test" if share < TEST_SHARE else "validation" if share < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
 def open_or_build_corpus(
@@ -74,8 +70,7 @@ def open_or_build_corpus(
         ValueError: a stale store and `rebuild` is False.
     """
     files = [
-        (path, hashlib.sha256(text.encode()).hexdigest(), corpus.splits[path])
-        for path, text in corpus.texts.items()
+        (path, hashlib.sha256(text.encode()).hexdigest(), corpus.splits[path]) for path, text in corpus.texts.items()
     ]
     fingerprint = fingerprint_of(files, tokenizer, config, {"corpus": "stdlib"})
     if (directory / "manifest.json").is_file() and not rebuild:

@@ -99,9 +99,7 @@ class RowStore:
         self.split = split
         self.manifest = read_manifest(self.directory)
         if split not in self.manifest["splits"]:
-            raise ValueError(
-                f"row store {directory} has no split {split!r}; it has {[*self.manifest['splits']]}"
-            )
+            raise ValueError(f"row store {directory} has no split {split!r}; it has {[*self.manifest['splits']]}")
         info = self.manifest["splits"][split]
         for name, entry in info["files"].items():
             path = self.directory / split / name
@@ -116,16 +114,12 @@ class RowStore:
             if verify and _sha256(path) != entry["sha256"]:
                 raise ValueError(f"row store file {path} is corrupt: its SHA-256 differs; rebuild the store")
         if not info["rows"]:
-            raise ValueError(
-                f"split {split!r} of row store {directory} has no rows: too few documents for it"
-            )
+            raise ValueError(f"split {split!r} of row store {directory} has no rows: too few documents for it")
         self.seq_len: int = self.manifest["config"]["seq_len"]
         self.num_tokens: int = info["tokens"]
         self.num_documents: int = info["documents"]
         self._rows: int = info["rows"]
-        self._tokens = np.memmap(
-            self.directory / split / "tokens.bin", dtype=self.manifest["dtype"], mode="r"
-        )
+        self._tokens = np.memmap(self.directory / split / "tokens.bin", dtype=self.manifest["dtype"], mode="r")
         self._pieces = np.fromfile(self.directory / split / "pieces.bin", dtype="<i8").reshape(-1, 5)
         self._start = np.searchsorted(self._pieces[:, 0], np.arange(self._rows + 1))
 
@@ -222,9 +216,7 @@ def build_store(
             (temporary / name).mkdir(exist_ok=True)
             (temporary / name / "tokens.bin").touch()
             table = np.asarray(lengths.get(name, []), np.int64).reshape(-1, 2)
-            pieces, rows = cut_rows(
-                table, config.seq_len, align=config.align, cuts=config.cuts if name == TRAIN else 1
-            )
+            pieces, rows = cut_rows(table, config.seq_len, align=config.align, cuts=config.cuts if name == TRAIN else 1)
             _write_bytes(temporary / name / "pieces.bin", np.ascontiguousarray(pieces, "<i8").tobytes())
             files = {
                 file: {

@@ -61,9 +61,7 @@ class Source:
         return self.path.suffix[1:] if self.path.suffix in TABLE_SUFFIXES else "text"
 
 
-def find_sources(
-    paths: Sequence[str | Path], suffixes: Sequence[str] = TEXT_SUFFIXES + TABLE_SUFFIXES
-) -> list[Source]:
+def find_sources(paths: Sequence[str | Path], suffixes: Sequence[str] = TEXT_SUFFIXES + TABLE_SUFFIXES) -> list[Source]:
     """Files to read, sorted by name; directories are searched recursively, hidden entries left out.
 
     Args:
@@ -135,9 +133,7 @@ def read_documents(
         more = f"\n  and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
         raise ValueError(f"{len(problems)} data file(s) could not be read:\n  {shown}{more}")
     if not count:
-        raise ValueError(
-            f"no text in {len(sources)} data file(s), first {sources[0].path if sources else None}"
-        )
+        raise ValueError(f"no text in {len(sources)} data file(s), first {sources[0].path if sources else None}")
 
 
 def _read_text(source: Source, text_column: str) -> Iterator[Document]:
@@ -188,9 +184,7 @@ def _from_record(record: dict, name: str, text_column: str, where: str) -> Docum
     elif "completion" in record and "prompt" in record:
         fields = {"text": record["completion"], "prompt": record["prompt"]}
     else:
-        raise ValueError(
-            f"{where} has neither {text_column!r} nor 'prompt' and 'completion'; it has {[*record]}"
-        )
+        raise ValueError(f"{where} has neither {text_column!r} nor 'prompt' and 'completion'; it has {[*record]}")
     for key, value in fields.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: {key} must be a string; got {type(value).__name__}")

@@ -46,9 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"vocab_size {vocab_size} is more than the texts offer: {tokenizer.get_vocab_size()}"
-        )
+        raise ValueError(f"vocab_size {vocab_size} is more than the texts offer: {tokenizer.get_vocab_size()}")
     return tokenizer
 
 

@@ -19,9 +19,7 @@ EOS = special_ids(TOKENIZER)["eos"]
 def documents(count: int, seed: int = 0) -> list[Document]:
     rng = np.random.default_rng(seed)
     return [
-        Document(
-            f"d{i}", "".join(rng.choice(list("abc \n"), rng.integers(1, 40))), "?" * int(rng.integers(0, 5))
-        )
+        Document(f"d{i}", "".join(rng.choice(list("abc \n"), rng.integers(1, 40))), "?" * int(rng.integers(0, 5)))
         for i in range(count)
     ]
 
@@ -44,9 +42,7 @@ def segments(store: RowStore) -> list[list[int]]:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(
-    ("seq_len", "align", "cuts"), [(7, 1, 1), (16, 4, 1), (16, 4, 3), (64, 1, 2), (12, 12, 1)]
-)
+@pytest.mark.parametrize(("seq_len", "align", "cuts"), [(7, 1, 1), (16, 4, 1), (16, 4, 3), (64, 1, 2), (12, 12, 1)])
 def test_rows_hold_every_token_once_per_cut(tmp_path: Path, seq_len, align, cuts):
     items = documents(50)
     directory = build(tmp_path / "s", items, seq_len=seq_len, align=align, cuts=cuts, validation_fraction=0.0)

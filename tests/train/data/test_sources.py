@@ -26,9 +26,7 @@ def test_reads_text_jsonl_and_parquet(tmp_path: Path):
     (tmp_path / "a.txt").write_text("plain äöü")
     lines = [{"text": "one"}, {"prompt": "two?", "completion": "two!"}, {"text": "  "}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": ["three", "four"], "n": [1, 2]}), tmp_path / "c.parquet"
-    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["three", "four"], "n": [1, 2]}), tmp_path / "c.parquet")
     documents = list(read_documents(find_sources([tmp_path])))
     assert [document.text for document in documents] == ["plain äöü", "one", "two!", "three", "four"]
     assert [document.prompt for document in documents] == ["", "", "two?", "", ""]

@@ -8,9 +8,7 @@ import tokenizers
 
 from train.data.tokenizer import EOS, MASK, PAD, save_tokenizer, special_ids, train_tokenizer
 
-TEXTS = [
-    "def f(self, x):\n    return self._value_of(x)\n\n\nclass Another:\n    pass\n\n\n    return other_name\n"
-] * 3
+TEXTS = ["def f(self, x):\n    return self._value_of(x)\n\n\nclass Another:\n    pass\n\n\n    return other_name\n"] * 3
 
 
 def test_any_text_round_trips():
