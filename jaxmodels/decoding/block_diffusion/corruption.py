@@ -8,8 +8,6 @@ Source: Efficient-DLM (arXiv 2512.14067), section on position-dependent masking;
 Gumbel-top-k trick, that is, Plackett-Luce sampling without replacement.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NamedTuple
@@ -59,30 +57,23 @@ def make_groups(
     block_size: int | None,
     *,
     segment_ids: Int[Array, "B L"] | None = None,
-    alignment: str = "row",
 ) -> Groups:
     """Splits rows of `shape` = (B, L) into groups of `block_size` positions (None: as long as possible).
 
-    A group never crosses a change of `segment_ids`. With alignment "row" block boundaries lie at multiples
-    of `block_size` of the row, so a document that starts inside a block begins with a short group; with
-    "document" they lie at multiples of `block_size` counted from the start of each document.
+    Blocks are aligned to the row: boundaries lie at multiples of `block_size` of the row index, which is
+    what the attention masks use too. A group also ends where `segment_ids` change, so a document that
+    starts inside a block begins with a short group. Pack documents to start at multiples of `block_size`
+    to have blocks that are aligned to documents as well.
     """
-    if alignment not in ("row", "document"):
-        raise ValueError(f"alignment must be 'row' or 'document'; got {alignment!r}")
     length = shape[1]
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
     first = index == 0
     if segment_ids is not None:
         first |= segment_ids != jnp.roll(segment_ids, 1, axis=1)
     if block_size is not None:
-        check_block_size(block_size)
-        origin = _run_start(first, index) if alignment == "document" else 0
-        first |= (index - origin) % block_size == 0
-    return Groups(jnp.cumsum(first, axis=1, dtype=jnp.int32) - 1, _run_start(first, index))
-
-
-def _run_start(first: Bool[Array, "B L"], index: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    return jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+        first |= index % check_block_size(block_size) == 0
+    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    return Groups(jnp.cumsum(first, axis=1, dtype=jnp.int32) - 1, start)
 
 
 def _eligible_count(eligible: Bool[Array, "B L"], groups: Groups) -> Int[Array, "B L"]:
@@ -117,7 +108,6 @@ def sample_uniform_mask(
     *,
     block_size: int | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
-    alignment: str = "row",
     min_level: float = MIN_LEVEL,
 ) -> Corruption:
     """Every position of `loss_mask` is masked independently with probability level.
@@ -125,7 +115,7 @@ def sample_uniform_mask(
     One level per document (per row without `segment_ids`) as in the released training code, or one per
     block when `block_size` is given.
     """
-    groups = make_groups(loss_mask.shape, block_size, segment_ids=segment_ids, alignment=alignment)
+    groups = make_groups(loss_mask.shape, block_size, segment_ids=segment_ids)
     level_key, mask_key = jax.random.split(key)
     level = _draw_level(level_key, groups, min_level)
     masked = (jax.random.uniform(mask_key, loss_mask.shape) < level) & loss_mask.astype(bool)
@@ -162,7 +152,6 @@ def sample_block_mask(
     block_size: int | None,
     half_life_ratio: float = math.inf,
     segment_ids: Int[Array, "B L"] | None = None,
-    alignment: str = "row",
     min_masked: int = 0,
     min_level: float = MIN_LEVEL,
 ) -> Corruption:
@@ -180,14 +169,13 @@ def sample_block_mask(
         block_size: nominal block length; None makes each document (row) one block.
         half_life_ratio: lambda of the paper; the released models use 0.1.
         segment_ids: documents of packed rows; no block reaches over two of them.
-        alignment: see `make_groups`.
         min_masked: at least this many per block that has as many eligible positions; 0 in block mode, 1 in
             whole-sequence mode.
         min_level: lower end of the levels.
     """
     check_half_life_ratio(half_life_ratio)
     eligible = loss_mask.astype(bool)
-    groups = make_groups(eligible.shape, block_size, segment_ids=segment_ids, alignment=alignment)
+    groups = make_groups(eligible.shape, block_size, segment_ids=segment_ids)
     level_key, gumbel_key = jax.random.split(key)
     level = _draw_level(level_key, groups, min_level)
     size = _eligible_count(eligible, groups)
@@ -217,11 +205,10 @@ def sample_uniform_subset(
     *,
     block_size: int | None,
     segment_ids: Int[Array, "B L"] | None = None,
-    alignment: str = "row",
 ) -> SubsetSample:
     """k uniform on 1..n in each block of n eligible positions, then a uniform k-subset, with weight n / k."""
     eligible = loss_mask.astype(bool)
-    groups = make_groups(eligible.shape, block_size, segment_ids=segment_ids, alignment=alignment)
+    groups = make_groups(eligible.shape, block_size, segment_ids=segment_ids)
     count_key, subset_key = jax.random.split(key)
     size = _eligible_count(eligible, groups)
     uniform = _per_group(jax.random.uniform(count_key, eligible.shape), groups)
@@ -234,9 +221,7 @@ RANDOM_BLOCK_SIZES = (4, 8, 12, 16, 20, 24, 28)
 """Block sizes that random-length training draws from, uniformly: 4 * randint(1..7)."""
 
 
-def draw_block_size(
-    key: Array, block_size: int, random_length_prob: float
-) -> tuple[Int[Array, ""], tuple[int, ...]]:
+def draw_block_size(key: Array, block_size: int, random_length_prob: float) -> tuple[Int[Array, ""], tuple[int, ...]]:
     """An index into the returned static sizes: `block_size`, or with `random_length_prob` a random one.
 
     Block sizes shape the attention mask and are therefore static: use the index with `jax.lax.switch`.

@@ -151,15 +151,12 @@ def test_uniform_mask_shares_one_level_per_document():
     assert len(np.unique(per_block)) == 3
 
 
-def test_groups_follow_rows_or_documents():
+def test_groups_end_at_blocks_and_documents():
     segments = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]])
-    row = make_groups((1, 12), 4, segment_ids=segments, alignment="row")
-    document = make_groups((1, 12), 4, segment_ids=segments, alignment="document")
-    assert row.group.tolist() == [[0, 0, 0, 0, 1, 2, 2, 2, 3, 3, 4, 4]]
-    assert document.group.tolist() == [[0, 0, 0, 0, 1, 2, 2, 2, 2, 3, 4, 4]]
-    assert document.offset.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 0, 0, 1]]
-    with pytest.raises(ValueError, match="alignment must be 'row' or 'document'; got 'left'"):
-        make_groups((1, 4), 4, alignment="left")
+    groups = make_groups((1, 12), 4, segment_ids=segments)
+    assert groups.group.tolist() == [[0, 0, 0, 0, 1, 2, 2, 2, 3, 3, 4, 4]]
+    assert groups.offset.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 0, 1, 0, 1]]
+    assert make_groups((1, 12), None, segment_ids=segments).group.tolist() == [[0] * 5 + [1] * 5 + [2] * 2]
 
 
 def test_complement_covers_every_supervised_token_once():
