@@ -205,7 +205,7 @@ class DecodeState:
     remaining: Int[Array, " B"]
 
     @classmethod
-    def init(cls, lm: Any, decoding: BlockDecoding, cache: Any) -> DecodeState:
+    def init(cls, lm: Any, decoding: BlockDecoding, cache: Any) -> "DecodeState":
         """No rows started; `cache` is empty. The dtype of the cache is that of the parameters."""
         rows = cache.lengths.shape[0]
         context = jnp.zeros((rows, lm.config.dim), cache.k.dtype) if decoding.token_shift else None
