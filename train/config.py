@@ -82,9 +82,7 @@ class HostsConfig:
                 f"{self.coordinator!r}, {self.num_processes!r}, {self.process_id!r}"
             )
         if all(given) and not 0 <= self.process_id < self.num_processes:  # type: ignore[operator]
-            raise ValueError(
-                f"process_id must lie in [0, num_processes={self.num_processes}); got {self.process_id}"
-            )
+            raise ValueError(f"process_id must lie in [0, num_processes={self.num_processes}); got {self.process_id}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +124,7 @@ class RunConfig:
         _positive(self, "keep", "max_rejected", "eval_batches")
         _not_negative(self, "eval_every", "seed")
         if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate must divide batch_size={self.batch_size}; got accumulate={self.accumulate}"
-            )
+            raise ValueError(f"accumulate must divide batch_size={self.batch_size}; got accumulate={self.accumulate}")
         self.profile_range  # noqa: B018 (checks the format)
 
     @property
@@ -138,9 +134,7 @@ class RunConfig:
             return None
         start, _, count = self.profile.partition(":")
         if not (start.isdecimal() and count.isdecimal() and int(count) > 0):
-            raise ValueError(
-                f"profile must be START:COUNT with COUNT > 0, such as 10:3; got {self.profile!r}"
-            )
+            raise ValueError(f"profile must be START:COUNT with COUNT > 0, such as 10:3; got {self.profile!r}")
         return int(start), int(count)
 
 

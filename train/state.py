@@ -23,9 +23,7 @@ class TrainState:
     rejected_in_a_row: Any  # int32 scalar
 
     @classmethod
-    def create(
-        cls, params: Any, optimizer: optax.GradientTransformation, key: Key[Array, ""]
-    ) -> "TrainState":
+    def create(cls, params: Any, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> "TrainState":
         """The state before the first step. Jit it with `out_shardings` to place it on a mesh."""
         # Three arrays, not one: a donated buffer may appear only once.
         step, rejected, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))

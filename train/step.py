@@ -31,9 +31,7 @@ def _cast(tree: Any, dtype: Any) -> Any:
 
 def _pairs(metrics: dict[str, Any], denominator: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
     return {
-        name: tuple(
-            jnp.asarray(v, jnp.float32) for v in (value if isinstance(value, tuple) else (value, denominator))
-        )
+        name: tuple(jnp.asarray(v, jnp.float32) for v in (value if isinstance(value, tuple) else (value, denominator)))
         for name, value in metrics.items()
     }
 
@@ -147,14 +145,17 @@ def make_train_step(
         )
         return new, metrics
 
-    out = None if state_shardings is None else (state_shardings, None)
+    # Metrics on every device: each process can read them.
+    out = None if state_shardings is None else (state_shardings, state_shardings.step)
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def make_eval_step(loss_fn: LossFn, *, compute_dtype: Any = jnp.float32) -> Callable[..., dict[str, Any]]:
+def make_eval_step(
+    loss_fn: LossFn, *, compute_dtype: Any = jnp.float32, out_sharding: jax.sharding.Sharding | None = None
+) -> Callable[..., dict[str, Any]]:
     """`evaluate(params, batch, key[, frozen])` -> name -> (sum, weight), "loss" among them; jitted."""
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=out_sharding)
     def evaluate(params: Any, batch: dict[str, jax.Array], key: jax.Array, *frozen: Any):
         loss_sum, denominator, metrics = loss_fn(_cast(params, compute_dtype), batch, key, *frozen)
         denominator = jnp.float32(denominator)

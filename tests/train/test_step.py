@@ -45,9 +45,7 @@ def test_accumulation_equals_one_big_batch(parts):
         step = make_train_step(loss_fn, optimizer, accumulate=accumulate, schedule=schedule)
         for _ in range(3):
             state, metrics = step(state, batch)
-        results.append(
-            (state.params, state.opt_state, metrics["loss"], metrics["grad_norm"], metrics["sums"]["loss"])
-        )
+        results.append((state.params, state.opt_state, metrics["loss"], metrics["grad_norm"], metrics["sums"]["loss"]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *results)
 
 
@@ -188,10 +186,7 @@ def test_accumulation_must_divide_the_batch():
 def test_schedules():
     rates = {
         kind: np.array(
-            [
-                make_schedule(OptimConfig(1.0, kind, warmup_steps=4, final_learning_rate=0.1), 20)(n)
-                for n in range(20)
-            ]
+            [make_schedule(OptimConfig(1.0, kind, warmup_steps=4, final_learning_rate=0.1), 20)(n) for n in range(20)]
         )
         for kind in ("constant", "cosine", "wsd")
     }

@@ -1,0 +1,109 @@
+"""A run of `train.loop.fit` on a toy model, small enough to be killed often; a program and a module.
+
+    python toy_run.py '{"directory": "...", "steps": 20, ...}'
+
+prints the final loss records as JSON. The task: next token = (3 * token + 1) mod V, from an embedding and an MLP.
+"""
+
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxmodels.decoding.cross_entropy import token_nll
+from train import mesh as meshes
+from train.config import MeshConfig, OptimConfig, RunConfig
+from train.loop import Weights, fit
+
+V, D, F, T = 32, 16, 64, 12
+
+
+class Rows:
+    """Batches of random rows with a position as state, like DATA's iterator but in memory."""
+
+    def __init__(self, rows, part=(0, 1), seed=0, poison=(), delay=0.0):
+        self.rows, self.part, self.seed, self.poison, self.delay, self.index = rows, part, seed, poison, delay, 0
+
+    def __next__(self):
+        rng = np.random.default_rng((self.seed, self.index))
+        start = rng.integers(0, V, (self.rows, 1))
+        tokens = [start]
+        for _ in range(T - 1):
+            tokens.append((3 * tokens[-1] + 1) % V)
+        tokens = np.concatenate(tokens, 1).astype(np.int32)
+        weights = rng.random((self.rows, T)).astype(np.float32)
+        if self.index in self.poison:
+            weights[0, 0] = np.nan
+        self.index += 1
+        time.sleep(self.delay)
+        index, count = self.part
+        return {"tokens": tokens[index::count], "weights": weights[index::count]}
+
+    def get_state(self):
+        return {"index": self.index}
+
+    def set_state(self, state):
+        self.index = state["index"]
+
+
+def init(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"embed": (V, D), "up": (D, F), "down": (F, D), "final_norm": (D,)}
+    return {k: jnp.asarray(rng.normal(0, 0.3, s), jnp.float32) for k, s in shapes.items()}
+
+
+SPECS = {
+    "embed": PartitionSpec("tensor", "fsdp"),
+    "up": PartitionSpec("fsdp", "tensor"),
+    "down": PartitionSpec("tensor", "fsdp"),
+    "final_norm": PartitionSpec(None),
+}
+
+
+def loss_fn(params, batch, key):
+    """Cross-entropy of all but the last position; noise on the states, so the key matters."""
+    tokens = batch["tokens"]
+    h = params["embed"][tokens]
+    h = h + jnp.tanh(h @ params["up"]) @ params["down"]
+    h = h * params["final_norm"] + 0.01 * jax.random.normal(key, h.shape, h.dtype)
+    targets, weights = jnp.roll(tokens, -1, 1), batch["weights"].at[:, -1].set(0.0)
+    head = lambda x: jnp.einsum("md,vd->mv", x, params["embed"], preferred_element_type=jnp.float32)  # noqa: E731
+    nll, _ = token_nll(head, h.reshape(-1, D), targets.reshape(-1), chunk_size=64)
+    total = (weights.reshape(-1) * nll).sum()
+    return total, weights.sum(), {"nll": total, "by_position": (nll.reshape(-1, T).sum(0), jnp.full(T, len(tokens)))}
+
+
+def weights_for(mesh):
+    params = init()
+    shapes = {
+        k: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=NamedSharding(mesh, SPECS[k])) for k, x in params.items()
+    }
+    return Weights(shapes, lambda: params)
+
+
+def run(options):
+    options = dict(options)
+    mesh = meshes.make_mesh(MeshConfig(**options.pop("mesh", {})))
+    optim = OptimConfig(**({"learning_rate": 3e-3, "warmup_steps": 3} | options.pop("optim", {})))
+    identity = options.pop("identity", {"model": {"dim": D, "layers": 1}, "data": {"seed": 0}})
+    poison, delay = options.pop("poison", ()), options.pop("delay", 0.0)
+    defaults = {"batch_size": 16, "log_every": 1, "checkpoint_every": 5, "steps": 20}
+    config = RunConfig(**(defaults | options))
+    part = meshes.data_shard(mesh)
+    data = Rows(config.batch_size, part, poison=poison, delay=delay)
+
+    def held_out():
+        rows = Rows(config.batch_size, part, seed=99)
+        return (next(rows) for _ in range(3))
+
+    return fit(config, optim, mesh, weights_for(mesh), loss_fn, data, identity=identity, eval_data=held_out)
+
+
+if __name__ == "__main__":
+    result = run(json.loads(sys.argv[1]))
+    if jax.process_index() == 0:
+        print(json.dumps({"step": int(result.state.step), "interrupted": result.interrupted}))
