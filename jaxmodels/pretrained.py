@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.checkpoints.huggingface import (
@@ -175,6 +176,7 @@ def load_pretrained(
         or unused tensors, wrong shapes or dtypes, and damaged or unsafe files.
     """
     directory = resolve(directory_or_repo_id)
+    before = directory.stat()
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise ValueError(f"{directory}: has no config.json")
@@ -191,10 +193,13 @@ def load_pretrained(
         raise ValueError(f"{config_path}: {error}") from None
     layout = qwen_load.Layout.find(checkpoint.names())
     config, ignored = _settle_head(checkpoint, config, layout)
+    tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").is_file() else None
+    generation = _generation(directory, config, tokenizer)
+    if (after := directory.stat()).st_ino != before.st_ino or after.st_dev != before.st_dev:
+        raise ValueError(f"{directory}: was replaced by another save while it was being opened; load it again")
     lm = build(config)
     params = load_params(checkpoint, lm, layout, dtype=dtype, mesh=mesh, ignored=ignored)
-    tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").is_file() else None
-    return Pretrained(lm, params, tokenizer, _generation(directory, config, tokenizer), directory, hf_config)
+    return Pretrained(lm, params, tokenizer, generation, directory, hf_config)
 
 
 def _settle_head(checkpoint: Checkpoint, config: Any, layout: qwen_load.Layout) -> tuple[Any, tuple[str, ...]]:
@@ -312,14 +317,16 @@ def save_pretrained(
     tensors = to_tensors(qwen_load.table(lm.config, layout), params, None if dtype is None else stored, _fetch)
     if jax.process_index() != 0:
         write_weights(directory, tensors, max_shard_bytes=max_shard_bytes, write=False)
-        return
-    generation = generation or GenerationDefaults(eos_ids=lm.config.eos_ids, pad_id=lm.config.pad_id)
-    with replaced_directory(directory) as new:
-        write_weights(new, tensors, max_shard_bytes=max_shard_bytes)
-        write_json(new / "config.json", hf_config)
-        write_json(new / "generation_config.json", generation.to_hf())
-        if tokenizer is not None:
-            tokenizer.save(new)
+    else:
+        generation = generation or GenerationDefaults(eos_ids=lm.config.eos_ids, pad_id=lm.config.pad_id)
+        with replaced_directory(directory) as new:
+            write_weights(new, tensors, max_shard_bytes=max_shard_bytes)
+            write_json(new / "config.json", hf_config)
+            write_json(new / "generation_config.json", generation.to_hf())
+            if tokenizer is not None:
+                tokenizer.save(new)
+    if jax.process_count() > 1:  # nobody goes on to load what is not there yet
+        multihost_utils.sync_global_devices("save_pretrained")
 
 
 def _fetch(array: Any, layer: int | None) -> np.ndarray:

@@ -67,14 +67,14 @@ def parse_json(text: str, where: str) -> Any:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise ValueError(f"{where}: duplicate key {key!r}")
+                raise ValueError(f"duplicate key {key!r}")
             result[key] = value
         return result
 
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
 
 
 class SafetensorsFile(Mapping[str, np.ndarray]):
