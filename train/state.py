@@ -8,8 +8,7 @@ import optax
 from jaxtyping import Array, Key
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """State of a run; saved and restored as a whole. Every field is replaced, never mutated.
 
     The same class holds the shardings or the abstract shapes of a state, hence no array annotations.

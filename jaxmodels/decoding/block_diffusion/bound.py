@@ -29,8 +29,7 @@ from jaxmodels.decoding.block_diffusion.corruption import (
 from jaxmodels.decoding.block_diffusion.patterns import Pattern, gathered_nll, predict
 
 
-@flax.struct.dataclass
-class Score:
+class Score(flax.struct.PyTreeNode):
     """Negative log-likelihood, or an upper bound of it, of the scored tokens of each row.
 
     nats: sum over the row's scored tokens.
