@@ -8,11 +8,11 @@ required to have the one value that this implementation has (`FIXED`), or withou
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from jaxmodels.checkpoints.mapping import Row
 from jaxmodels.layers.rope import RopeConfig
-from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.qwen.config import PromptAttention, QwenConfig
 
 # ----------------------------------------------------------------------------------------------------
 # Tensors. N query heads, K kv heads, H head dim, D model dim, F mlp dim, V vocabulary; "{}" is the layer.
@@ -196,6 +196,7 @@ ROPE_FIELDS = {
     "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor",
     "llama_4_scaling_beta",
 }  # fmt: skip
+ORIGINAL = "original_max_position_embeddings"
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
 
@@ -206,6 +207,13 @@ def _integer(config: Mapping[str, Any], field: str) -> int:
     if type(value) is not int:
         raise ValueError(f"field {field!r} must be an integer; got {value!r}")
     return value
+
+
+def _number(config: Mapping[str, Any], field: str, default: float) -> float:
+    value = config.get(field, default)
+    if type(value) not in (int, float):
+        raise ValueError(f"field {field!r} must be a number; got {value!r}")
+    return float(value)
 
 
 def _boolean(config: Mapping[str, Any], field: str) -> bool:
@@ -280,15 +288,16 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, int | None]:
         if new != {k: v for k, v in old.items() if k != "rope_theta"} or theta != old.get("rope_theta", theta):
             raise ValueError("fields 'rope_parameters' and 'rope_scaling' disagree")
     rope = {**blocks.get("rope_scaling", {}), **blocks.get("rope_parameters", {})}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    if config.get("rope_theta") is not None and theta != config["rope_theta"]:
-        raise ValueError(f"field 'rope_theta' is {config['rope_theta']}, but 'rope_parameters' has {theta}")
+    outer = _number(config, "rope_theta", 10_000.0)
+    theta = _number(rope, "rope_theta", outer)
+    if "rope_theta" in config and theta != outer:
+        raise ValueError(f"field 'rope_theta' is {outer}, but 'rope_parameters' has {theta}")
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not implemented")
     kind = rope.get("rope_type", "default")
     max_positions = _integer(config, "max_position_embeddings")
     fields: dict[str, Any] = {}
-    original = rope.get("original_max_position_embeddings")
+    original = _integer(rope, ORIGINAL) if ORIGINAL in rope else None
     if kind == "dynamic":  # transformers takes the trained length from max_position_embeddings
         if original not in (None, max_positions):
             raise ValueError(
@@ -301,18 +310,18 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, int | None]:
         fields["factor"] = max_positions / original
     if original is not None:
         fields["original_max_positions"] = original
-    for name in ("factor", "attention_factor", "mscale", "mscale_all_dim", "truncate"):
-        if name in rope:
-            fields[name] = rope[name]
-    for name in ("beta_fast", "beta_slow"):
-        if rope.get(name):  # transformers reads 0 as "not given"
-            fields[name] = rope[name]
+    for name in ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"):
+        value = _number(rope, name, 0.0)
+        if name in rope and not (value == 0 and name.startswith("beta")):  # transformers reads 0 as "not given"
+            fields[name] = value
+    if "truncate" in rope:
+        fields["truncate"] = _boolean(rope, "truncate")
     limit = None
     if rope.get("llama_4_scaling_beta"):  # queries times 1 + beta log(1 + floor(position / original)): 1 below it
-        limit = rope.get("original_max_position_embeddings")
+        limit = original
         if limit is None:
             raise ValueError("llama_4_scaling_beta needs original_max_position_embeddings")
-    return RopeConfig(theta=float(theta), kind=kind, **fields), limit
+    return RopeConfig(theta=theta, kind=kind, **fields), limit
 
 
 def windows_from_hf(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
@@ -320,7 +329,9 @@ def windows_from_hf(config: Mapping[str, Any], layers: int) -> tuple[int | None,
     window = _integer(config, "sliding_window") if _boolean(config, "use_sliding_window") else None
     kinds = config.get("layer_types")
     if kinds is None:
-        first = config.get("max_window_layers", 28)  # the classes of transformers have this default
+        first = _integer(
+            {"max_window_layers": 28} | dict(config), "max_window_layers"
+        )  # the classes of transformers have this default
         kinds = ["full_attention" if window is None or n < first else "sliding_attention" for n in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ValueError(f"field 'layer_types' must name {layers} layers; got {kinds!r}")
@@ -368,8 +379,9 @@ def config_from_hf(
     first = f"{layout.prefix}layers.0.self_attn."
     qkv_bias = first + "q_proj.bias" in names if family.qkv_bias is None else family.qkv_bias
     qk_norm = first + "q_norm.weight" in names if family.qk_norm is None else family.qk_norm
-    head_dim = config.get("head_dim")
-    if head_dim is None:
+    if config.get("head_dim") is not None:
+        head_dim = _integer(config, "head_dim")
+    else:
         # Qwen3's class has this default; elsewhere heads fill the width
         head_dim = 128 if config["model_type"] in ("qwen3", "sdar") or qk_norm else sizes["dim"] // sizes["heads"]
     eos = config.get("eos_token_id")
@@ -387,12 +399,13 @@ def config_from_hf(
             "it is not guessed: pass mask_id="
         )
     field = family.block_size or "block_size"
-    stored_block = config.get(field, family.default_block_size)
+    stored_block = config.get(field)
     if stored_block is not None and type(stored_block) is not int:
         raise ValueError(f"field {field!r} must be an integer or null; got {stored_block!r}")
     if None not in (stored_block, block_size) and stored_block != block_size:
         raise ValueError(f"block_size {block_size} was given, but field {field!r} is {stored_block}")
-    block_size = stored_block if block_size is None else block_size
+    for fallback in (stored_block, family.default_block_size):
+        block_size = fallback if block_size is None else block_size
     if family.diffusion and family.block_size and block_size is None:
         raise ValueError(
             f"model_type {config['model_type']!r} was trained in blocks, but field {field!r} is missing; "
@@ -406,6 +419,10 @@ def config_from_hf(
     if config.get("token_shift") is not None:
         token_shift = _boolean(config, "token_shift")
 
+    prompt_attention = config.get("prompt_attention", family.prompt_attention)
+    if prompt_attention not in get_args(PromptAttention):
+        raise ValueError(f"field 'prompt_attention' is {prompt_attention!r}; known: {get_args(PromptAttention)}")
+
     rope, limit = rope_from_hf(config)
     if limit is not None and sizes["max_positions"] > limit:
         raise ValueError(
@@ -416,7 +433,7 @@ def config_from_hf(
         **sizes,
         head_dim=head_dim,
         rope=rope,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(config, "rms_norm_eps", 1e-6),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         tied_head=_boolean(config, "tie_word_embeddings"),
@@ -427,7 +444,7 @@ def config_from_hf(
         mask_id=mask_id,
         block_size=block_size,
         token_shift=token_shift,
-        prompt_attention=config.get("prompt_attention", family.prompt_attention),
+        prompt_attention=prompt_attention,
     )
 
 
@@ -448,8 +465,8 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
             f"family {family!r} cannot express qkv_bias={config.qkv_bias}, qk_norm={config.qk_norm}; "
             f"possible: {[f for f in (plain, 'edlm') if f]}"
         )
-    if family == "edlm" and config.mask_id is None:
-        raise ValueError("family 'edlm' needs a mask token; mask_id is None")
+    if family == "edlm" and None in (config.mask_id, config.block_size):
+        raise ValueError(f"family 'edlm' needs mask_id and block_size; got {config.mask_id} and {config.block_size}")
     windows = {w for w in config.layer_windows if w is not None}
     if len(windows) > 1:
         raise ValueError(f"layer_windows has windows of several sizes {sorted(windows)}; config.json holds one")
@@ -489,7 +506,7 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
         result["attention_bias"] = False
     if config.mask_id is not None:
         result["mask_token_id"] = config.mask_id
-    if config.block_size is not None or family == "edlm":
+    if config.block_size is not None:
         result["block_size"] = config.block_size
     if config.block_size is not None or config.token_shift:
         result |= {"token_shift": config.token_shift, "prompt_attention": config.prompt_attention}
