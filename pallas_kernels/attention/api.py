@@ -4,15 +4,15 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import reference, xla
 from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
 
 # Fastest first. Each module has `unsupported(q, k, v, *, mask, limits, scale)`: None, or why not, in words;
 # and `run(...)` of the same arguments, returning (output, log-sum-exp).
-IMPLEMENTATIONS: dict[str, Any] = {"reference": reference}
-AUTOMATIC = ("reference",)  # tried in this order when implementation is None
+IMPLEMENTATIONS: dict[str, Any] = {"xla": xla, "reference": reference}
+AUTOMATIC = ("xla",)  # tried in this order when implementation is None
 
 
 def flash_attention(
