@@ -22,9 +22,7 @@ def test_list_is_complete_and_split_by_file():
     assert not [f.path for f in files if "test" in f.path.split("/")[:-1] or "idle_test" in f.path]
 
 
-@pytest.mark.skipif(
-    platform.python_version() != PYTHON_VERSION, reason=f"the list is that of Python {PYTHON_VERSION}"
-)
+@pytest.mark.skipif(platform.python_version() != PYTHON_VERSION, reason=f"the list is that of Python {PYTHON_VERSION}")
 def test_list_is_what_its_maker_gives():
     committed = "".join(f"{file.sha256} {file.split} {file.path}\n" for file in corpus_files())
     assert make_file_list() == committed
@@ -41,11 +39,7 @@ def test_another_python_is_a_warning(tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING, "jaxstream"):
         corpus = load_corpus(tmp_path)
     assert len(corpus.changed) == 40 and len(corpus.missing) == len(corpus_files()) - 40
-    assert (
-        len(caplog.records) == 1
-        and f"not Python {PYTHON_VERSION}'s" in caplog.text
-        and "40 differ" in caplog.text
-    )
+    assert len(caplog.records) == 1 and f"not Python {PYTHON_VERSION}'s" in caplog.text and "40 differ" in caplog.text
     assert sum(len(corpus.split(split)) for split in SPLITS) == 40
     with pytest.raises(ValueError, match="split must be one of"):
         corpus.split("dev")
