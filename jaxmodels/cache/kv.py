@@ -5,7 +5,7 @@ a pure function of its own. Jitted with the cache donated it works in place, and
 carries a cache. Layer axis first, so that a kernel takes the whole stack and a layer index.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ class KV(NamedTuple):
     v: Float[Array, "L B T K H"]
 
 
+@runtime_checkable
 class Shape(Protocol):
     """Any model configuration with these fields."""
 
@@ -74,8 +75,7 @@ def _valid(time: int, count: Int[Array, " B"] | None, batch: int) -> tuple[Array
     return count.astype(jnp.int32), jnp.arange(time) < count[:, None]
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keeps every token; slot = position.
 
     Attributes:
@@ -154,11 +154,10 @@ class KVCache:
         )
 
 
-@flax.struct.dataclass
-class SinkRingCache:
+class SinkRingCache(flax.struct.PyTreeNode):
     """Keeps the first `num_sinks` tokens and, in a ring, the latest ones: endless streams in fixed memory.
 
-    A query at position p sees the sinks and the keys p - ring < k <= p, in chunks of any size: that is the
+    A query at position p sees the sinks and the keys p - ring < k <= p, in chunks of any size: the
     mask `SlidingWindow(ring, num_sinks)`. A layer with a smaller window of its own keeps to it, without sinks.
 
     Attributes:

@@ -109,7 +109,7 @@ def rope_tables(
     head_dim: int,
     positions: Int[Array, "B T"],
     lengths: Int[Array, " B"] | None = None,
-) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosine and sine of the rotation angles, float32.
 
     The "dynamic" kind depends on the sequence length, which is the largest position of the row plus one.
@@ -134,7 +134,7 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T H/2"], sin: Float[Array, "B T H/2"]
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T N H"]:
     """Rotates the pairs (i, i + H / 2) of each head; float32 inside, result in the dtype of `x`."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

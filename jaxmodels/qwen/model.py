@@ -48,15 +48,15 @@ class Hidden(NamedTuple):
     states: Float[Array, "B T D"]  # after the final norm
     kv: KV | None  # keys and values of these tokens, [L, B, T, K, H]
     layers: (
-        Float[Array, "L+1 B T D"] | None
+        Float[Array, "states B T D"] | None
     )  # embeddings, then the output of each block (before the final norm)
 
 
 class Attend(NamedTuple):
     """What the attention of every block of one forward pass has in common."""
 
-    cos: Float[Array, "B T H/2"]
-    sin: Float[Array, "B T H/2"]
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
     mask: Mask  # over all tokens without a cache, among the own tokens with one
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None
@@ -94,12 +94,12 @@ class Attention(nnx.Module):
         self.v = weight(rngs, (K, H, D), ("kv_heads", None, "embed"), dtype)
         self.o = weight(rngs, (D, N, H), ("embed", "heads", None), dtype)
         if config.qkv_bias:
-            self.q_bias = constant(0, (N, H), ("heads", None), dtype)
-            self.k_bias = constant(0, (K, H), ("kv_heads", None), dtype)
-            self.v_bias = constant(0, (K, H), ("kv_heads", None), dtype)
+            self.q_bias = constant(0.0, (N, H), ("heads", None), dtype)
+            self.k_bias = constant(0.0, (K, H), ("kv_heads", None), dtype)
+            self.v_bias = constant(0.0, (K, H), ("kv_heads", None), dtype)
         if config.qk_norm:
-            self.q_norm = constant(1, (H,), (None,), dtype)
-            self.k_norm = constant(1, (H,), (None,), dtype)
+            self.q_norm = constant(1.0, (H,), (None,), dtype)
+            self.k_norm = constant(1.0, (H,), (None,), dtype)
         self.config = config
 
     def __call__(
@@ -138,9 +138,9 @@ class Block(nnx.Module):
     """One decoder layer."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.attention_norm = constant(1, (config.dim,), ("embed",), dtype)
+        self.attention_norm = constant(1.0, (config.dim,), ("embed",), dtype)
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
-        self.mlp_norm = constant(1, (config.dim,), ("embed",), dtype)
+        self.mlp_norm = constant(1.0, (config.dim,), ("embed",), dtype)
         self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
         self.norm_eps = config.norm_eps
 
@@ -162,7 +162,7 @@ class Ends(nnx.Module):
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.embed = weight(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), dtype)
-        self.final_norm = constant(1, (config.dim,), ("embed",), dtype)
+        self.final_norm = constant(1.0, (config.dim,), ("embed",), dtype)
         if not config.tied_head:
             self.head = weight(rngs, (config.vocab_size, config.dim), ("vocab", "embed"), dtype)
 
@@ -220,7 +220,7 @@ class CausalLM:
         return axes
 
     def unstack(self, params: Params) -> Params:
-        """The same parameters with one dict per layer instead of stacked arrays, for the unrolled decode path.
+        """The same parameters with one dict per layer instead of stacked arrays, for unrolled decoding.
 
         On a CPU the per-layer arrays are views: nothing is copied, and a compiled step reads weights in
         place, where slices inside the step would be copied (XLA's CPU backend materialises them). Elsewhere
@@ -246,7 +246,7 @@ class CausalLM:
         tokens: Int[Array, "B T"],
         *,
         positions: Int[Array, "B T"] | None = None,
-        mask: Mask = Causal(),  # noqa: B008 (frozen)
+        mask: Mask = Causal(),
         segment_ids: Int[Array, "B T"] | None = None,
         lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T V"]:
@@ -267,7 +267,7 @@ class CausalLM:
         tokens: Int[Array, "B T"],
         *,
         positions: Int[Array, "B T"] | None = None,
-        mask: Mask = Causal(),  # noqa: B008 (frozen)
+        mask: Mask = Causal(),
         segment_ids: Int[Array, "B T"] | None = None,
         lengths: Int[Array, " B"] | None = None,
         cache: Cache | None = None,

@@ -1,0 +1,71 @@
+"""Where arrays live on a mesh: logical axis names, one table of rules, and the shardings of a model's parameters.
+
+Mesh axes: "data" (replicas), "fsdp" (batch and parameters both split), "tensor" (heads, mlp and vocabulary split).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxmodels.functional import Axes
+
+AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+"""Logical axis -> mesh axes that split it. A mesh axis that the mesh lacks splits nothing."""
+
+
+def partition_spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The mesh axes of each dimension of an array with these logical axes (None: not split)."""
+    parts: list[str | tuple[str, ...] | None] = []
+    for axis in axes:
+        if axis is not None and axis not in AXIS_RULES:
+            raise ValueError(f"logical axis must be None or one of {[*AXIS_RULES]}; got {axis!r}")
+        rule = AXIS_RULES[axis] if axis is not None else None
+        names = (rule,) if isinstance(rule, str) else rule or ()
+        present = tuple(name for name in names if name in mesh.shape)
+        parts.append(present if len(present) > 1 else present[0] if present else None)
+    return PartitionSpec(*parts)
+
+
+def sharding(axes: Axes, mesh: Mesh | AbstractMesh, shape: tuple[int, ...], name: str) -> NamedSharding:
+    """The sharding of one array; ValueError naming it when a mesh axis does not divide its dimension."""
+    spec = partition_spec(axes, mesh)
+    for dimension, (size, part) in enumerate(zip(shape, spec, strict=True)):
+        names = (part,) if isinstance(part, str) else part or ()
+        ways = 1
+        for mesh_axis in names:
+            ways *= mesh.shape[mesh_axis]
+        if size % ways:
+            raise ValueError(
+                f"mesh axes {names} split dimension {dimension} ({axes[dimension]!r}) of {name} {shape} "
+                f"{ways} ways; {size} is not divisible by {ways}"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh, ndim: int = 2) -> NamedSharding:
+    """The sharding of a batch: its rows over "data" and "fsdp", the other dimensions whole."""
+    return NamedSharding(mesh, partition_spec(("batch", *[None] * (ndim - 1)), mesh))
+
+
+def param_shardings(lm: Any, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """Nested dict of NamedSharding like the parameters of `lm`; allocates nothing.
+
+    Raises:
+      ValueError: a mesh axis does not divide a dimension; names the parameter, the dimension and both sizes.
+    """
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+
+    def one(path: tuple, shape: jax.ShapeDtypeStruct, axes: Axes) -> NamedSharding:
+        return sharding(axes, mesh, shape.shape, jax.tree_util.keystr(path, simple=True, separator="."))
+
+    return jax.tree.map_with_path(one, shapes, lm.logical_axes)
