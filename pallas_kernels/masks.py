@@ -108,7 +108,7 @@ class Full(Mask):
     """Every query sees every key."""
 
     def allowed(self, q_index, k_index):
-        return (q_index == q_index) & (k_index == k_index)  # noqa: PLR0124 (True in the broadcast shape)
+        return (q_index == q_index) & (k_index == k_index)  # True, in the broadcast shape
 
     def key_intervals(self, q_index, num_keys):
         return [(np.zeros_like(q_index), np.full_like(q_index, num_keys))]
@@ -213,9 +213,7 @@ class BlockDiffusion(Mask):
 
     def key_intervals(self, q_index, num_keys):
         q_clean = q_index >= self.seq_len
-        start = (
-            (q_index % self.seq_len) // self.block_size * self.block_size
-        )  # first token of the query's block
+        start = (q_index % self.seq_len) // self.block_size * self.block_size  # first token of the query's block
         stop = np.minimum(start + self.block_size, self.seq_len)
         noisy = (start, np.where(q_clean, start, stop))
         last_clean = q_index + 1 if self.clean == "token" else self.seq_len + stop

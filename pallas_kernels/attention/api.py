@@ -43,12 +43,15 @@ def flash_attention(
     matters, be it NaN.
 
     Args:
-      q, k, v: bfloat16, float16, float32 or float64, all the same; N a multiple of K.
+      q: queries; bfloat16, float16, float32 or float64.
+      k: keys, dtype of `q`; N a multiple of K.
+      v: values, like `k`.
       mask: static structure, see `pallas_kernels.masks`.
       segment_ids: documents of a packed row; one array for T = S, or a pair for queries and keys.
-      q_positions, k_positions: what the mask compares instead of indices. One may be given alone; the other is
-        then the index. Not for `BlockDiffusion`, whose indices run over the doubled sequence. With positions the
-        live tiles are no longer known at compile time, so every tile is visited.
+      q_positions: what the mask compares instead of query indices. Positions may be given for one side alone. Not
+        for `BlockDiffusion`, whose indices run over the doubled sequence. With positions the live tiles are not
+        known at compile time, so every tile is visited.
+      k_positions: the same for key slots; negative is empty.
       kv_lengths: leading key slots in use, per row.
       scale: of the scores; None is H ** -0.5. Static.
       return_lse: also return the natural log-sum-exp of the scaled visible scores, float32 `[B, N, T]`.
@@ -65,9 +68,7 @@ def flash_attention(
         raise ValueError(f"mask must be a pallas_kernels.masks.Mask; got {mask!r}")
     mask.check(num_queries, num_keys)
     if isinstance(mask, BlockDiffusion) and (q_positions is not None or k_positions is not None):
-        raise ValueError(
-            f"positions cannot be given with {mask}: it compares indices of the doubled sequence"
-        )
+        raise ValueError(f"positions cannot be given with {mask}: it compares indices of the doubled sequence")
     if segment_ids is None:
         q_segments = k_segments = None
     elif isinstance(segment_ids, tuple):

@@ -22,17 +22,11 @@ def check_heads(*arrays: tuple[str, Any]) -> None:
             raise ValueError(f"{name} must have the dtype of {q_name}, {q.dtype}; got {array.dtype}")
     for name, array in others:
         if array.shape != others[0][1].shape:
-            raise ValueError(
-                f"{name} must have the shape of {others[0][0]}, {others[0][1].shape}; got {array.shape}"
-            )
+            raise ValueError(f"{name} must have the shape of {others[0][0]}, {others[0][1].shape}; got {array.shape}")
         if (array.shape[0], array.shape[3]) != (q.shape[0], q.shape[3]):
-            raise ValueError(
-                f"{name} must share batch and head_dim with {q_name} {q.shape}; got {array.shape}"
-            )
+            raise ValueError(f"{name} must share batch and head_dim with {q_name} {q.shape}; got {array.shape}")
         if q.shape[2] % array.shape[2]:
-            raise ValueError(
-                f"the {q.shape[2]} heads of {q_name} must be a multiple of the {array.shape[2]} of {name}"
-            )
+            raise ValueError(f"the {q.shape[2]} heads of {q_name} must be a multiple of the {array.shape[2]} of {name}")
 
 
 def check_scale(scale: Any, head_dim: int) -> float:
@@ -46,9 +40,7 @@ def check_scale(scale: Any, head_dim: int) -> float:
 
 def check_choice(implementation: str | None, implementations: dict[str, Any]) -> None:
     if implementation not in (None, *implementations):
-        raise ValueError(
-            f"implementation must be None or one of {[*implementations]}; got {implementation!r}"
-        )
+        raise ValueError(f"implementation must be None or one of {[*implementations]}; got {implementation!r}")
 
 
 def int_array(name: str, array: Any, shape: tuple[int, ...]) -> Array | None:

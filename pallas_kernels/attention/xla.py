@@ -375,7 +375,7 @@ def _forward(
     shape = _shape(q, k, tiling)
     sight = _Sight(mask, limits, shape)
     q_tiles = _cut_queries(q, shape)
-    k_tiles, v_tiles = (_cut_keys(sight.clean_keys(x), shape) for x in (k, v))
+    k_tiles, v_tiles = _cut_keys(k, shape), _cut_keys(sight.clean_keys(v), shape)
     zeros = jnp.zeros_like(q_tiles, jnp.promote_types(q.dtype, jnp.float32))
     start = Partial(top=jnp.full_like(zeros[..., 0], -jnp.inf), total=zeros[..., 0], out=zeros)
 
@@ -439,8 +439,7 @@ def _backward(
             return dq, dk, dv
         tiles = (q_tile, k_tile, k_tile)
         return tuple(
-            _put(x, tile, _pick(x, tile) + new)
-            for x, tile, new in zip(state, tiles, (dq, dk, dv), strict=True)
+            _put(x, tile, _pick(x, tile) + new) for x, tile, new in zip(state, tiles, (dq, dk, dv), strict=True)
         )
 
     dq, dk, dv = _walk(visit, start, shape, sight, tiling.lanes)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention import reference, xla
 from pallas_kernels.decode_attention.operands import Operands
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
 
 # Fastest first. Each module has `unsupported(q, k_cache, v_cache, *, operands, own_mask, scale)`: None, or why not,
 # in words; and `run(...)` of the same arguments, returning (output, log-sum-exp).
-IMPLEMENTATIONS: dict[str, Any] = {"reference": reference}
-AUTOMATIC = ("reference",)  # tried in this order when implementation is None
+IMPLEMENTATIONS: dict[str, Any] = {"xla": xla, "reference": reference}
+AUTOMATIC = ("xla",)  # tried in this order when implementation is None
 
 
 def decode_attention(
@@ -47,20 +47,23 @@ def decode_attention(
     - With a `window`, either kind must also be near, `q_position - k_position < window`, or a sink,
       `k_position < num_sinks`.
 
-    A query that sees nothing gives output 0 and log-sum-exp -inf. What an unseen slot holds never matters as long
-    as no query of its row sees it, be it NaN.
+    A query that sees nothing gives output 0 and log-sum-exp -inf. What an empty slot holds (beyond `kv_lengths`, at a
+    negative position, or an own key beyond `own_lengths`) never matters, be it NaN.
 
     Args:
       q: queries of the new tokens; bfloat16, float16, float32 or float64.
-      k_cache, v_cache: all layers, dtype of `q`; N a multiple of K.
+      k_cache: keys of all layers, dtype of `q`; N a multiple of K.
+      v_cache: values of all layers.
       layer: which of the L layers to read; may be traced (then it is clamped to 0..L-1).
       kv_lengths: leading slots in use. May exceed S (a ring that has wrapped), then all S are in use.
       k_positions: position held by each slot, negative is empty; None: slot j holds position j.
       q_positions: positions of the new tokens; None is `kv_lengths[b] + i`.
-      own_k, own_v: keys and values of the new tokens, not (yet) in the cache; None: only the cache is read.
+      own_k: keys of the new tokens, not (yet) in the cache; None: only the cache is read.
+      own_v: values of the new tokens.
       own_mask: who among the new tokens sees whom. Not `BlockDiffusion`.
       own_lengths: leading new tokens that are real, per row.
-      window, num_sinks: sliding window in positions; may be traced.
+      window: sliding window in positions, static or traced; None sees everything.
+      num_sinks: with a window, positions below this stay visible; static or traced.
       scale: of the scores; None is H ** -0.5. Static.
       return_lse: also return the natural log-sum-exp of the scaled visible scores, float32 `[B, N, T]`.
       implementation: None chooses; a name runs that or raises.
@@ -71,9 +74,7 @@ def decode_attention(
     """
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.ndim != 5:
-            raise ValueError(
-                f"{name} must be [layers, batch, slots, kv_heads, head_dim]; got shape {cache.shape}"
-            )
+            raise ValueError(f"{name} must be [layers, batch, slots, kv_heads, head_dim]; got shape {cache.shape}")
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"k_cache and v_cache must have one shape; got {k_cache.shape} and {v_cache.shape}")
     num_layers, _, capacity = k_cache.shape[:3]
@@ -95,9 +96,7 @@ def decode_attention(
     elif own_lengths is not None:
         raise ValueError("own_lengths needs own_k and own_v")
     if not isinstance(own_mask, Mask) or isinstance(own_mask, BlockDiffusion):
-        raise ValueError(
-            f"own_mask must be a Mask over the new tokens and not BlockDiffusion; got {own_mask!r}"
-        )
+        raise ValueError(f"own_mask must be a Mask over the new tokens and not BlockDiffusion; got {own_mask!r}")
     if isinstance(window, int) and window < 1:
         raise ValueError(f"window must be at least 1 or None; got {window}")
     if isinstance(num_sinks, int) and num_sinks < 0:

@@ -28,9 +28,7 @@ def visible(operands: Operands, own_mask: Mask, capacity: int) -> Bool[Array, "B
     seen = jnp.broadcast_to(filled[:, None], (batch, num_queries, capacity))
     if operands.own_k is not None:
         index = jnp.arange(num_queries)
-        own = jnp.broadcast_to(
-            own_mask.allowed(index[:, None], index[None]), (batch, num_queries, num_queries)
-        )
+        own = jnp.broadcast_to(own_mask.allowed(index[:, None], index[None]), (batch, num_queries, num_queries))
         if operands.own_lengths is not None:
             own &= index < operands.own_lengths[:, None, None]
         seen = jnp.concatenate([seen, own], axis=2)

@@ -1,0 +1,202 @@
+"""Portable decode attention: the cache is read chunk by chunk in place, as far as the longest row reaches.
+
+Each chunk is a `dynamic_slice` `[1, B, chunk, K, H]` of the stacked cache, so the only copy is one chunk (on a CPU it
+stays in the caches). The trip count is a run-time value, ceil(max(kv_lengths) / chunk); a window without sinks also
+raises the first chunk. A cache of one chunk takes no loop. Queries beyond `tile_t` are walked tile by tile, their own
+keys over the live tiles of `own_mask`. Arithmetic and numerics are those of `attention/xla.py`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels.attention.xla import Partial, finish, merge, partial_attention
+from pallas_kernels.decode_attention.operands import Operands
+from pallas_kernels.masks import Mask
+
+
+def unsupported(
+    q: Array, k_cache: Array, v_cache: Array, *, operands: Operands, own_mask: Mask, scale: float
+) -> str | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Queries per tile, cache slots per chunk, and up to which capacity the whole cache is one chunk."""
+
+    tile_t: int
+    chunk: int
+    one_chunk: int
+
+
+def default_tiling(batch: int, heads: int, num_queries: int, platform: str) -> Tiling:
+    """A tiling by measurement (see README.md): changes speed and memory only."""
+    tile_t = min(num_queries, 128)
+    if platform == "cpu":
+        return Tiling(tile_t, chunk=256, one_chunk=512)
+    # A run-time trip count costs a GPU one round trip to the host per chunk, hence few and large chunks.
+    rows = max(1, batch * heads * tile_t)
+    chunk = 2 ** int(np.clip(np.log2(2**26 / rows), 7, 11))
+    return Tiling(tile_t, chunk=chunk, one_chunk=2 * chunk)
+
+
+def run(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    *,
+    operands: Operands,
+    own_mask: Mask,
+    scale: float,
+    tiling: Tiling | None = None,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp; see `decode_attention`."""
+    batch, num_queries, num_heads, head_dim = q.shape
+    capacity, num_kv_heads = k_cache.shape[2:4]
+    if tiling is None:
+        tiling = default_tiling(batch, num_heads, num_queries, jax.default_backend())
+    tile_t = min(tiling.tile_t, num_queries)
+    tiles = -(-num_queries // tile_t)
+    group = num_heads // num_kv_heads
+    # [tiles, B, K, G * tile_t, H] and [tiles, B, tile_t]; padded queries are cut off at the end
+    padding = tiles * tile_t - num_queries
+    q_tiles = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else q
+    q_tiles = q_tiles.reshape(batch, tiles, tile_t, num_kv_heads, group, head_dim)
+    q_tiles = jnp.moveaxis(q_tiles, (1, 0, 3, 4, 2), (0, 1, 2, 3, 4))
+    q_tiles = q_tiles.reshape(tiles, batch, num_kv_heads, group * tile_t, head_dim)
+    positions = jnp.pad(operands.q_positions, ((0, 0), (0, padding)), mode="edge")
+    position_tiles = jnp.swapaxes(positions.reshape(batch, tiles, tile_t), 0, 1)
+    chunk = capacity if capacity <= tiling.one_chunk else tiling.chunk
+
+    def attend(index: Array | int, q_tile: Array, position: Array) -> tuple[Array, Array]:
+        cached = functools.partial(
+            _cache_chunk, q_tile, position, k_cache, v_cache, operands=operands, scale=scale, chunk=chunk
+        )
+        own = functools.partial(
+            _own_tile, q_tile, position, index, operands=operands, own_mask=own_mask, scale=scale, tile_t=tile_t
+        )
+        if chunk == capacity:
+            part = cached(0)
+        else:
+            first, last = _chunk_range(position, operands, capacity, chunk)
+            part = jax.lax.fori_loop(first, last, lambda c, part: merge(part, cached(c)), _nothing(q_tile))
+        if operands.own_k is None:
+            return finish(part)
+        if tiles == 1:
+            return finish(merge(part, own(0)))
+        schedule = own_mask.schedule(num_queries, num_queries, tile_t, tile_t)
+        table = np.zeros((tiles, max(1, *(len(row) for row in schedule.q_to_k))), np.int32)
+        for row, live in zip(table, schedule.q_to_k, strict=True):
+            row[: len(live)] = live
+        counts = np.asarray([len(live) for live in schedule.q_to_k], np.int32)
+        visit = jnp.asarray(table)[index]
+        part = jax.lax.fori_loop(0, jnp.asarray(counts)[index], lambda n, part: merge(part, own(visit[n])), part)
+        return finish(part)
+
+    if tiles == 1:
+        out, lse = (x[None] for x in attend(0, q_tiles[0], position_tiles[0]))
+    else:
+        out, lse = jax.lax.map(lambda x: attend(*x), (jnp.arange(tiles), q_tiles, position_tiles))
+    # out [tiles, B, K, G * tile_t, H], lse [tiles, B, K, G * tile_t]
+    out = out.reshape(tiles, batch, num_kv_heads, group, tile_t, head_dim)
+    out = jnp.moveaxis(out, (0, 1, 2, 3, 4), (1, 0, 3, 4, 2)).reshape(batch, tiles * tile_t, num_heads, head_dim)
+    lse = jnp.moveaxis(lse.reshape(tiles, batch, num_heads, tile_t), 0, 2)
+    lse = lse.reshape(batch, num_heads, tiles * tile_t)
+    return out[:, :num_queries].astype(q.dtype), lse[:, :, :num_queries]
+
+
+def _nothing(q_tile: Array) -> Partial:
+    zeros = jnp.zeros_like(q_tile, jnp.promote_types(q_tile.dtype, jnp.float32))
+    return Partial(top=jnp.full_like(zeros[..., 0], -jnp.inf), total=zeros[..., 0], out=zeros)
+
+
+def _chunk_range(position: Array, operands: Operands, capacity: int, chunk: int) -> tuple[Array | int, Array]:
+    """First chunk and one past the last that some row can see."""
+    used = jnp.minimum(operands.kv_lengths.max(initial=0), capacity)
+    last = (used + chunk - 1) // chunk
+    if operands.window is None or operands.k_positions is not None or not isinstance(operands.num_sinks, int):
+        return jnp.zeros_like(last), last
+    if operands.num_sinks:
+        return jnp.zeros_like(last), last
+    # Slot j holds position j: nothing below the farthest reach of the window matters.
+    reach = position.min(initial=np.iinfo(np.int32).max) - operands.window + 1
+    return jnp.clip(reach // chunk, 0, last), last
+
+
+def _near(position: Array, k_position: Array, operands: Operands) -> Array:
+    """[B, tile_t] x [1 | B, S] -> bool [B, tile_t, S]: inside the window, or a sink."""
+    assert operands.window is not None
+    near = position[:, :, None] - k_position[:, None] < operands.window
+    return near | (k_position < operands.num_sinks)[:, None]
+
+
+def _partial(q_tile: Array, k: Array, v: Array, filled: Array, seen: Array, scale: float) -> Partial:
+    """q_tile [B, K, M, H] on k, v [B, S, K, H]; NaN in slots that are not `filled` [B, S] cannot spread."""
+    v = jnp.where(filled[:, :, None, None], v, 0)
+    k, v = (jnp.swapaxes(x, 1, 2)[None] for x in (k, v))
+    part = partial_attention(q_tile[None], k, v, seen[None], scale)
+    return Partial(*(x[0] for x in part))
+
+
+def _cache_chunk(
+    q_tile: Array,
+    position: Array,
+    k_cache: Array,
+    v_cache: Array,
+    index: Array | int,
+    *,
+    operands: Operands,
+    scale: float,
+    chunk: int,
+) -> Partial:
+    """Attention to cache slots `index * chunk ...`; the last chunk starts early, without counting a slot twice."""
+    _, batch, capacity, num_kv_heads, head_dim = k_cache.shape
+    start = jnp.minimum(index * chunk, capacity - chunk)
+    at = (operands.layer, 0, start, 0, 0)
+    k, v = (jax.lax.dynamic_slice(x, at, (1, batch, chunk, num_kv_heads, head_dim))[0] for x in (k_cache, v_cache))
+    slots = start + jnp.arange(chunk)
+    filled = (slots >= index * chunk) & (slots < operands.kv_lengths[:, None])
+    k_position = slots[None]
+    if operands.k_positions is not None:
+        k_position = jax.lax.dynamic_slice_in_dim(operands.k_positions, start, chunk, axis=1)
+        filled &= k_position >= 0
+    seen = filled[:, None]
+    if operands.window is not None:
+        seen &= _near(position, k_position, operands)
+    seen = jnp.broadcast_to(seen, (batch, position.shape[1], chunk))
+    return _partial(q_tile, k, v, filled, seen, scale)
+
+
+def _own_tile(
+    q_tile: Array,
+    position: Array,
+    q_index: Array | int,
+    k_index: Array | int,
+    *,
+    operands: Operands,
+    own_mask: Mask,
+    scale: float,
+    tile_t: int,
+) -> Partial:
+    """Attention of query tile `q_index` to tile `k_index` of the new tokens' own keys."""
+    assert operands.own_k is not None and operands.own_v is not None
+    batch, num_queries = operands.own_k.shape[:2]
+    start = jnp.minimum(k_index * tile_t, num_queries - tile_t)  # the last tile starts early, as in the cache
+    k, v, k_position = (
+        jax.lax.dynamic_slice_in_dim(x, start, tile_t, axis=1)
+        for x in (operands.own_k, operands.own_v, operands.q_positions)
+    )
+    key = start + jnp.arange(tile_t)
+    filled = jnp.broadcast_to(key >= k_index * tile_t, (batch, tile_t))
+    if operands.own_lengths is not None:
+        filled &= key < operands.own_lengths[:, None]
+    query = q_index * tile_t + jnp.arange(tile_t)
+    seen = filled[:, None] & own_mask.allowed(query[:, None], key[None])
+    if operands.window is not None:
+        seen &= _near(position, k_position, operands)
+    return _partial(q_tile, k, v, filled, seen, scale)
