@@ -49,9 +49,7 @@ def _check_chunk(cache: "Cache", kv: KV, limit: int, what: str) -> None:
     layers, rows, _, kv_heads, head_dim = cache.k.shape
     expected = (layers, rows, kv.k.shape[2], kv_heads, head_dim)
     if kv.k.shape != expected or kv.v.shape != expected:
-        raise ValueError(
-            f"kv must have the shape {expected} of this cache; got k {kv.k.shape} and v {kv.v.shape}"
-        )
+        raise ValueError(f"kv must have the shape {expected} of this cache; got k {kv.k.shape} and v {kv.v.shape}")
     if kv.k.shape[2] > limit:
         raise ValueError(f"a chunk of {kv.k.shape[2]} tokens does not fit into {limit} {what}")
 
@@ -122,9 +120,7 @@ class KVCache(flax.struct.PyTreeNode):
         count, valid = _valid(time, count, self.lengths.shape[0])
         # Padding goes to distinct slots past the end, where it is dropped.
         slots = jnp.where(valid, self.next_positions(time), self.capacity + self.next_positions(time))
-        return self.replace(
-            k=_put(self.k, kv.k, slots), v=_put(self.v, kv.v, slots), lengths=self.lengths + count
-        )
+        return self.replace(k=_put(self.k, kv.k, slots), v=_put(self.v, kv.v, slots), lengths=self.lengths + count)
 
     def attend(
         self,
@@ -175,9 +171,7 @@ class SinkRingCache(flax.struct.PyTreeNode):
     num_sinks: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def init(
-        cls, config: Shape, *, batch: int, capacity: int, dtype: Any, num_sinks: int = 4
-    ) -> "SinkRingCache":
+    def init(cls, config: Shape, *, batch: int, capacity: int, dtype: Any, num_sinks: int = 4) -> "SinkRingCache":
         """An empty cache of `capacity` slots, `num_sinks` of them sinks, the rest the ring."""
         if not 0 <= num_sinks < capacity:
             raise ValueError(f"num_sinks must lie in [0, capacity={capacity}); got {num_sinks}")

@@ -56,16 +56,17 @@ class RopeConfig:
         if self.factor < 1:
             raise ValueError(f"factor must be at least 1; got {self.factor}")
         if self.kind in ("dynamic", "yarn") and not self.original_max_positions:
-            raise ValueError(
-                f"RoPE kind {self.kind!r} needs original_max_positions; got {self.original_max_positions}"
-            )
+            raise ValueError(f"RoPE kind {self.kind!r} needs original_max_positions; got {self.original_max_positions}")
         for field in dataclasses.fields(self):
             if field.name in _UNUSED[self.kind] and getattr(self, field.name) != field.default:
-                raise ValueError(
-                    f"RoPE kind {self.kind!r} does not use {field.name}; got {getattr(self, field.name)}"
-                )
+                raise ValueError(f"RoPE kind {self.kind!r} does not use {field.name}; got {getattr(self, field.name)}")
         if not self.beta_fast > self.beta_slow > 0:
             raise ValueError(f"need beta_fast > beta_slow > 0; got {self.beta_fast} and {self.beta_slow}")
+
+
+def _trained_length(config: RopeConfig) -> int:
+    assert config.original_max_positions is not None  # RopeConfig checks it for the kinds that need it
+    return config.original_max_positions
 
 
 def _inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
@@ -78,7 +79,7 @@ def _inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
     def dimension(rotations: float) -> float:
         """The (fractional) dimension that turns `rotations` times over the trained length."""
-        trained = config.original_max_positions / (rotations * 2 * math.pi)
+        trained = _trained_length(config) / (rotations * 2 * math.pi)
         return head_dim * math.log(trained) / (2 * math.log(config.theta))
 
     low, high = dimension(config.beta_fast), dimension(config.beta_slow)
@@ -122,7 +123,7 @@ def rope_tables(
         own = positions
         if lengths is not None:
             own = jnp.where(jnp.arange(positions.shape[1]) < lengths[:, None], positions, 0)
-        trained = config.original_max_positions
+        trained = _trained_length(config)
         length = jnp.maximum(jnp.max(own, axis=1) + 1, trained).astype(jnp.float32)  # [B]
         # theta grows by stretch ** (H / (H - 2)), so frequency i shrinks by stretch ** (-2 i / (H - 2)).
         stretch = config.factor * length / trained - (config.factor - 1)

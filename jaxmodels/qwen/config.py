@@ -1,7 +1,7 @@
 """Configuration of the Qwen2, Qwen2.5 and Qwen3 decoders and of block-diffusion models made from them."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxmodels.layers.rope import RopeConfig
 
@@ -140,9 +140,9 @@ class QwenConfig:
         )  # fmt: skip
 
     @classmethod
-    def tiny(cls, **changes) -> "QwenConfig":
+    def tiny(cls, **changes: Any) -> "QwenConfig":
         """A model for tests: Qwen3's structure, three layers, head_dim apart from dim / heads."""
-        fields = {
+        fields: dict[str, Any] = {
             "vocab_size": 97, "dim": 64, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 32,
             "mlp_dim": 128, "rope": RopeConfig(theta=10_000.0), "qk_norm": True, "max_positions": 256,
             "eos_ids": (1,), "pad_id": 0, "mask_id": 2,

@@ -47,9 +47,7 @@ class Hidden(NamedTuple):
 
     states: Float[Array, "B T D"]  # after the final norm
     kv: KV | None  # keys and values of these tokens, [L, B, T, K, H]
-    layers: (
-        Float[Array, "states B T D"] | None
-    )  # embeddings, then the output of each block (before the final norm)
+    layers: Float[Array, "states B T D"] | None  # embeddings, then the output of each block (before the final norm)
 
 
 class Attend(NamedTuple):
@@ -168,7 +166,7 @@ class Ends(nnx.Module):
 
 
 @functools.lru_cache(maxsize=32)
-def _structure(part: type[nnx.Module], config: QwenConfig) -> Structure:
+def _structure(part: Callable[..., nnx.Module], config: QwenConfig) -> Structure:
     return Structure.of(lambda rngs, dtype: part(config, rngs=rngs, dtype=dtype))
 
 
@@ -327,7 +325,7 @@ class CausalLM:
         x, kv, states = self._layers(
             params["layers"], x, attend, keep_kv=keep_kv, keep_states=layer_states, remat=remat, unroll=unroll
         )
-        if layer_states:
+        if states is not None:
             states = jnp.concatenate([jnp.take(params["embed"], tokens, axis=0)[None], states])
         with jax.named_scope("final_norm"):
             return Hidden(rms_norm(x, params["final_norm"], self.config.norm_eps), kv, states)
@@ -344,34 +342,30 @@ class CausalLM:
         unroll: bool | None,
     ) -> tuple[Float[Array, "B T D"], KV | None, Float[Array, "L B T D"] | None]:
         block = _structure(Block, self.config)
-        stacked = isinstance(layers, dict)
-        if not stacked and unroll is False:
-            raise ValueError("unroll=False scans stacked layers; got parameters from unstack()")
 
-        def run_block(
-            params: Params, x: Array, layer: int | Array, window: int | None
-        ) -> tuple[Array, tuple]:
+        def run_block(params: Params, x: Array, layer: int | Array, window: int | None) -> tuple[Array, tuple]:
             x, kv = block.module(params)(x, attend, layer=layer, window=window)
             return x, (kv if keep_kv else None, x if keep_states else None)
 
+        scanned = isinstance(layers, dict) and not unroll
         policy = REMAT_POLICIES[remat or "none"]
         if policy is not None:
             # Inside a scan common subexpressions cannot defeat the recomputation; unrolled they could.
-            scanned = stacked and not unroll
             run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not scanned, static_argnums=(3,))
 
         outputs = []
-        if not stacked or unroll:
-            for layer, window in enumerate(self.config.layer_windows):
-                params = _layer(layers, layer) if stacked else layers[layer]
-                x, output = run_block(params, x, layer, window)
+        if isinstance(layers, dict) and not unroll:
+            for run in layer_runs(self.config.layer_windows):
+                x, output = _scan(run, run_block, layers, x, slice_first=attend.cache is None)
                 outputs.append(output)
-            return x, *jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
-
-        for run in layer_runs(self.config.layer_windows):
-            x, output = _scan(run, run_block, layers, x, slice_first=attend.cache is None)
+            return x, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+        if unroll is False:
+            raise ValueError("unroll=False scans stacked layers; got parameters from unstack()")
+        for layer, window in enumerate(self.config.layer_windows):
+            params = _layer(layers, layer) if isinstance(layers, dict) else layers[layer]
+            x, output = run_block(params, x, layer, window)
             outputs.append(output)
-        return x, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+        return x, *jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
 def _layer(layers: Params, index: int | Array) -> Params:

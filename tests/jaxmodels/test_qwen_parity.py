@@ -1,18 +1,17 @@
 """The decoders against transformers: goldens of every option of the family (see goldens/make_goldens.py)."""
 
 import functools
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from jaxmodels.cache import KVCache
-from jaxmodels.layers import RopeConfig
-from jaxmodels.qwen import CausalLM, QwenConfig, build
+from jaxmodels.pretrained import load_pretrained
+from jaxmodels.qwen import CausalLM
+from jaxmodels.qwen.load import Layout, table
 from pallas_kernels.masks import BlockDiffusion
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -28,77 +27,10 @@ def outputs(name: str) -> dict[str, np.ndarray]:
         return {key: jnp.asarray(x) if x.dtype == np.int32 else x for key, x in file.items()}
 
 
-def config_of(folder: Path) -> QwenConfig:
-    raw = json.loads((folder / "config.json").read_text())
-    rope = raw["rope_parameters"]
-    kind = rope["rope_type"]
-    trained = {
-        "dynamic": raw["max_position_embeddings"],
-        "yarn": rope.get("original_max_position_embeddings"),
-    }
-    extra = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-    return QwenConfig(
-        vocab_size=raw["vocab_size"],
-        dim=raw["hidden_size"],
-        layers=raw["num_hidden_layers"],
-        heads=raw["num_attention_heads"],
-        kv_heads=raw["num_key_value_heads"],
-        head_dim=raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
-        mlp_dim=raw["intermediate_size"],
-        rope=RopeConfig(
-            theta=rope["rope_theta"],
-            kind=kind,
-            original_max_positions=trained.get(kind),
-            **{key: rope[key] for key in extra if key in rope},
-        ),
-        norm_eps=raw["rms_norm_eps"],
-        qkv_bias=raw["model_type"] == "qwen2",
-        qk_norm=raw["model_type"] == "qwen3",
-        tied_head=raw["tie_word_embeddings"],
-        layer_windows=tuple(
-            raw["sliding_window"] if kind.startswith("sliding") else None for kind in raw["layer_types"]
-        ),
-        max_positions=raw["max_position_embeddings"],
-    )
-
-
-def tree_of(tensors: dict[str, np.ndarray], config: QwenConfig) -> dict:
-    """Our parameters from the names of a checkpoint; also for gradients."""
-    N, K, H = config.heads, config.kv_heads, config.head_dim
-
-    def stack(key, *shape):
-        parts = [tensors[f"model.layers.{i}.{key}"] for i in range(config.layers)]
-        return jnp.stack([part.reshape(shape or part.shape) for part in parts])
-
-    attention = {
-        "q": stack("self_attn.q_proj.weight", N, H, -1),
-        "k": stack("self_attn.k_proj.weight", K, H, -1),
-        "v": stack("self_attn.v_proj.weight", K, H, -1),
-        "o": stack("self_attn.o_proj.weight", -1, N, H),
-    }
-    if config.qkv_bias:
-        attention |= {f"{x}_bias": stack(f"self_attn.{x}_proj.bias", -1, H) for x in "qkv"}
-    if config.qk_norm:
-        attention |= {f"{x}_norm": stack(f"self_attn.{x}_norm.weight") for x in "qk"}
-    params = {
-        "embed": jnp.asarray(tensors["model.embed_tokens.weight"]),
-        "final_norm": jnp.asarray(tensors["model.norm.weight"]),
-        "layers": {
-            "attention_norm": stack("input_layernorm.weight"),
-            "attention": attention,
-            "mlp_norm": stack("post_attention_layernorm.weight"),
-            "mlp": {x: stack(f"mlp.{x}_proj.weight") for x in ("gate", "up", "down")},
-        },
-    }
-    if not config.tied_head:
-        params["head"] = jnp.asarray(tensors["lm_head.weight"])
-    return params
-
-
 @functools.cache
 def load(name: str) -> tuple[CausalLM, dict]:
-    config = config_of(GOLDENS / name)
-    return build(config), tree_of(load_file(GOLDENS / name / "model.safetensors"), config)
+    pretrained = load_pretrained(GOLDENS / name)
+    return pretrained.lm, pretrained.params
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
@@ -211,9 +143,11 @@ def test_gradients(name, remat):
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
     assert_close(loss, golden["loss"])
-    expected = tree_of({key[5:]: x for key, x in golden.items() if key.startswith("grad/")}, lm.config)
-    assert jax.tree.structure(grads) == jax.tree.structure(expected)
-    for (path, actual), wanted in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
-        scale = float(np.abs(wanted).max())
-        assert scale > 0, f"the golden gradient of {jax.tree_util.keystr(path)} is zero and would prove nothing"
-        np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-4 * scale, err_msg=jax.tree_util.keystr(path))
+    for row in table(lm.config, Layout(head=None if lm.config.tied_head else "lm_head.weight")):
+        actual = functools.reduce(lambda tree, key: tree[key], row.path, grads)
+        names = [row.name(layer) for layer in range(lm.config.layers)] if row.stacked else [row.key]
+        for name, part in zip(names, actual if row.stacked else [actual], strict=True):
+            expected = golden[f"grad/{name}"]
+            scale = float(np.abs(expected).max())
+            assert scale > 0, f"the golden gradient of {name} is zero and would prove nothing"
+            np.testing.assert_allclose(part.reshape(expected.shape), expected, rtol=0, atol=1e-4 * scale, err_msg=name)
