@@ -49,20 +49,19 @@ class Programs:
 
     def __init__(self, on_compile: OnCompile | None = None):
         self.seconds: dict[str, float] = {}
-        self._compiled: dict[str, Any] = {}
+        self._programs: dict[str, Callable] = {}
         self._on_compile = on_compile or (lambda name, seconds: None)
 
     def get(self, name: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Any:
         """The program for `function(*args)`, compiled when `name` is new; arguments `donate` will be given
         away.
         """
-        program = self._compiled.get(name)
+        program = self._programs.get(name)
         if program is None:
             self._on_compile(name, None)
             started = time.perf_counter()
-            program = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            program = self._programs[name] = _compile(function, args, donate)
             self.seconds[name] = time.perf_counter() - started
-            self._compiled[name] = program
             self._on_compile(name, self.seconds[name])
         return program
 
@@ -71,6 +70,29 @@ def prefill_buckets(capacity: int, smallest: int = 32) -> tuple[int, ...]:
     """Padded prompt lengths: powers of two from `smallest`, the last one being the capacity itself."""
     sizes = [smallest << i for i in range(32) if smallest << i < capacity]
     return (*sizes, capacity)
+
+
+def _compile(function: Callable, args: tuple, donate: tuple[int, ...]) -> Callable:
+    """`function` compiled for these arguments' shapes.
+
+    Compiled over the flat leaves: `lower` would rebuild the arguments with placeholders for leaves, which classes that
+    check the types of their fields refuse.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    sizes = [len(jax.tree.leaves(arg)) for arg in args]
+    first = [sum(sizes[:i]) for i in range(len(args))]
+    donated = tuple(leaf for i in donate for leaf in range(first[i], first[i] + sizes[i]))
+    flat = jax.jit(lambda *leaves: function(*jax.tree.unflatten(structure, leaves)), donate_argnums=donated)
+    compiled = flat.lower(*leaves).compile()
+
+    def run(*args: Any) -> Any:
+        leaves, given = jax.tree.flatten(args)
+        if given != structure:
+            raise TypeError(f"compiled for arguments of structure {structure}; got {given}")
+        return compiled(*leaves)
+
+    run.compiled = compiled  # for its memory analysis and text
+    return run
 
 
 class ARDecoder:

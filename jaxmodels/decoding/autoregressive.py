@@ -19,14 +19,23 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jaxmodels.cache import KV, KVCache
-from jaxmodels.decoding.sampling import IN_OUTPUT, IN_PROMPT, Sampling, SamplingOptions, mark_seen, sample
+from jaxmodels.decoding.sampling import (
+    IN_OUTPUT,
+    IN_PROMPT,
+    Sampling,
+    SamplingOptions,
+    mark_seen,
+    sample,
+)
+
+AnyArray = Array | np.ndarray
 
 
-@flax.struct.dataclass
-class ARState:
+class ARState(flax.struct.PyTreeNode):
     """All that decoding carries from step to step; every leaf but the cache's has the row axis first."""
 
     cache: KVCache  # the tokens before `token`
@@ -38,20 +47,18 @@ class ARState:
     seen: UInt8[Array, "B V"]  # which tokens occurred: bits IN_PROMPT, IN_OUTPUT of `sampling`
 
 
-@flax.struct.dataclass
-class Prompt:
+class Prompt(flax.struct.PyTreeNode):
     """P prompts and where they go. A row index outside the batch marks filler: nothing is written for it."""
 
-    tokens: Int[Array, "P T"]  # right-padded with any id
-    lengths: Int[Array, "P"]  # 1 <= length <= T
-    rows: Int[Array, "P"]
-    remaining: Int[Array, "P"]  # tokens to produce, >= 1
-    eos: Int[Array, "P E"]
+    tokens: Int[AnyArray, "P T"]  # right-padded with any id
+    lengths: Int[AnyArray, "P"]  # 1 <= length <= T
+    rows: Int[AnyArray, "P"]
+    remaining: Int[AnyArray, "P"]  # tokens to produce, >= 1
+    eos: Int[AnyArray, "P E"]
     sampling: Sampling
 
 
-@flax.struct.dataclass
-class Sampled:
+class Sampled(flax.struct.PyTreeNode):
     """Tokens of a prefill or step; `valid` is False where the row was done before."""
 
     token: Int[Array, "B"]
@@ -59,8 +66,7 @@ class Sampled:
     valid: Bool[Array, "B"]
 
 
-@flax.struct.dataclass
-class SampledChunk:
+class SampledChunk(flax.struct.PyTreeNode):
     """Tokens of up to n steps; row i has `counts[i]` of them, then zeros."""
 
     tokens: Int[Array, "B n"]

@@ -32,7 +32,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 IN_PROMPT, IN_OUTPUT = 1, 2  # bits of `seen`
 _INF_BITS = 0x7F800000
@@ -78,8 +78,7 @@ class SamplingOptions:
         check("seed", 0 <= self.seed < 2**32, "in [0, 2**32)")
 
 
-@flax.struct.dataclass
-class Sampling:
+class Sampling(flax.struct.PyTreeNode):
     """`SamplingOptions` of a batch, one array entry per row; traced, so changing a value never recompiles."""
 
     temperature: Float[Array, "B"]
@@ -88,23 +87,20 @@ class Sampling:
     min_p: Float[Array, "B"]
     repetition_penalty: Float[Array, "B"]
     presence_penalty: Float[Array, "B"]
-    seed: Int[Array, "B"]  # uint32
+    seed: UInt32[Array, "B"]
 
     @classmethod
     def stack(cls, rows: Sequence[SamplingOptions]) -> "Sampling":
         """The rows' options as arrays (float32, int32, uint32)."""
         dtypes = {"top_k": np.int32, "seed": np.uint32}
-        return cls(
-            **{
-                f.name: jnp.asarray(
-                    np.array([getattr(row, f.name) for row in rows], dtypes.get(f.name, np.float32))
-                )
-                for f in dataclasses.fields(SamplingOptions)
-            }
-        )
+        columns = {
+            f.name: np.array([getattr(row, f.name) for row in rows], dtypes.get(f.name, np.float32))
+            for f in dataclasses.fields(SamplingOptions)
+        }
+        return cls(**jax.device_put(columns))
 
 
-def _reach(distance: Float[Array, "B V"], weight: Array, target: Array) -> Float[Array, "B"]:
+def _reach(distance: Float[Array, "B V"], weight: Array | int, target: Array) -> Float[Array, "B"]:
     """The smallest x >= 0 such that the tokens with distance <= x weigh at least `target` (inf if none).
 
     `distance` must not be negative: the bits of non-negative floats are ordered like the floats.
@@ -127,9 +123,7 @@ def _when(condition: Array, function, otherwise: Array, *args) -> Array:
     return jax.lax.cond(jnp.any(condition), function, lambda *_: otherwise, *args)
 
 
-def penalise(
-    logits: Float[Array, "B V"], sampling: Sampling, seen: UInt8[Array, "B V"]
-) -> Float[Array, "B V"]:
+def penalise(logits: Float[Array, "B V"], sampling: Sampling, seen: UInt8[Array, "B V"]) -> Float[Array, "B V"]:
     """Logits after repetition and presence penalty; `seen` holds the bits IN_PROMPT and IN_OUTPUT."""
     repetition = sampling.repetition_penalty[:, None]
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
@@ -150,7 +144,7 @@ def filter_limit(distance: Float[Array, "B V"], sampling: Sampling) -> Float[Arr
     uses_top_p = sampling.top_p < 1
 
     def top_k():
-        limit = _reach(distance, jnp.int32(1), sampling.top_k)
+        limit = _reach(distance, 1, sampling.top_k)
         return jnp.where(uses_top_k, limit, jnp.inf)
 
     limit = _when(uses_top_k, top_k, infinity)
@@ -164,7 +158,7 @@ def filter_limit(distance: Float[Array, "B V"], sampling: Sampling) -> Float[Arr
     return jnp.minimum(limit, -jnp.log(sampling.min_p))  # -log(0) = inf
 
 
-def _gumbel(seed: Int[Array, "B"], position: Int[Array, "B"], V: int) -> Float[Array, "B V"]:
+def _gumbel(seed: UInt32[Array, "B"], position: Int[Array, "B"], V: int) -> Float[Array, "B V"]:
     def row(seed, position):
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (V,), jnp.float32)
 
@@ -220,6 +214,4 @@ def mark_seen(
     rows = jnp.arange(seen.shape[0])[:, None]
     outside = jnp.where(valid, token, seen.shape[1])  # out of range is dropped
     # `max` would lose the other bit, `add` would count twice: read, or, write. Duplicates write equal values.
-    return seen.at[rows, outside].set(
-        seen.at[rows, outside].get(mode="fill", fill_value=0) | bit, mode="drop"
-    )
+    return seen.at[rows, outside].set(seen.at[rows, outside].get(mode="fill", fill_value=0) | bit, mode="drop")
