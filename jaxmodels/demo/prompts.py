@@ -1,0 +1,72 @@
+"""Prompts from the held-out files of the demonstration corpus, as tokens."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.demo.completions import PromptCut, choose_cuts, find_cuts
+from jaxmodels.demo.corpus import Corpus, load_corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class CodePrompt:
+    """What a model reads, and what its completion is judged with.
+
+    Attributes:
+        ids: the last tokens before the cut; their number is a multiple of the block length, so that the
+            blocks of a completion lie as in training.
+        cut: file and code before the completion.
+    """
+
+    ids: tuple[int, ...]
+    cut: PromptCut
+
+
+def corpus_prompts(
+    tokenizer: Any,
+    count: int,
+    *,
+    max_tokens: int,
+    multiple: int,
+    seed: int = 0,
+    split: str = "test",
+    corpus: Corpus | None = None,
+) -> list[CodePrompt]:
+    """`count` prompts drawn from all places where a statement of a held-out file ends.
+
+    Args:
+        tokenizer: a jaxmodels Tokenizer.
+        count: number of prompts.
+        max_tokens: longest prompt.
+        multiple: prompt lengths are multiples of this.
+        seed: of the choice.
+        split: of the corpus.
+        corpus: the running interpreter's if None.
+    """
+    if max_tokens < multiple:
+        raise ValueError(f"max_tokens must be at least {multiple}; got {max_tokens}")
+    files = (corpus or load_corpus()).split(split)
+    cuts = [cut for path, text in files.items() for cut in find_cuts(path, text)]
+    prompts = []
+    for cut in choose_cuts(cuts, count, seed):
+        ids = tokenizer.encode(cut.context[-max_tokens * 8 :], add_special_tokens=False)
+        length = min(max_tokens, len(ids)) // multiple * multiple
+        prompts.append(CodePrompt(tuple(ids[len(ids) - length :]), cut))
+    return prompts
+
+
+def write_prompts(path: Path, prompts: Iterable[CodePrompt]) -> None:
+    """One JSON object per line: ids, path, context."""
+    lines = [json.dumps({"ids": p.ids, "path": p.cut.path, "context": p.cut.context}) + "\n" for p in prompts]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(lines), "utf-8")
+    temporary.replace(path)
+
+
+def read_prompts(path: Path) -> Sequence[CodePrompt]:
+    """What `write_prompts` wrote."""
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [CodePrompt(tuple(r["ids"]), PromptCut(r["path"], r["context"])) for r in records]
