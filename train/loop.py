@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,14 @@ from train.step import LossFn, make_eval_step, make_train_step
 __all__ = ["FitResult", "TrainingError", "Weights", "compute_dtype", "fit", "weights_of"]
 
 Batch = dict[str, np.ndarray]
-REMEDIES = ("--run.accumulate", "--remat", "--mesh.fsdp", "--run.compute-dtype bfloat16", "--optim.moment-dtype")
+REMEDIES = ("--accumulate", "--remat", "--mesh.fsdp", "--compute-dtype bfloat16", "--optim.moment-dtype bfloat16")
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is kept."""
 
 
+@runtime_checkable
 class DataIterator(Protocol):
     """Endless batches of this process's rows, and their position as a JSON-able dict."""
 
@@ -103,7 +104,7 @@ def fit(
     config: Any = None,
     eval_data: Callable[[], Iterable[Batch]] | None = None,
     eval_fn: LossFn | None = None,
-    on_eval: Callable[[Any], dict[str, float | list[float]]] | None = None,
+    on_eval: Callable[[Any], dict[str, Any]] | None = None,
     remedies: tuple[str, ...] = REMEDIES,
     reporter: Reporter | None = None,
 ) -> FitResult:
@@ -367,7 +368,7 @@ class _Loop:
         values["perf/data_seconds"] = self.batches.seconds / len(steps)
         rate = self.work / seconds / self.mesh.size
         values["perf/tflops_per_device"] = rate / 1e12
-        peak = memory.peak_flops(self.mesh.devices.flat[0], compute_dtype(self.run.compute_dtype))
+        peak = memory.peak_flops(self.mesh.devices.flat[0].device_kind, compute_dtype(self.run.compute_dtype))
         if peak is not None:
             values["perf/mfu"] = rate / peak
         if self.log is not None:

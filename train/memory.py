@@ -19,10 +19,10 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
+def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Peak FLOP/s of one device at `dtype`; None where it is not known (then no MFU is reported)."""
     for name, peaks in PEAK_FLOPS.items():
-        if device.device_kind.startswith(name):
+        if device_kind.startswith(name):
             return peaks.get(dtype)
     return None
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.config import MeshConfig
 from train.state import TrainState
@@ -79,7 +79,7 @@ def state_shardings(
     )
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int) -> None:
     """Every part of a batch must give each device of the data and fsdp axes the same number of rows."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (shards * accumulate):

@@ -13,7 +13,7 @@ import rich.progress
 
 __all__ = ["MetricsLog", "Reporter"]
 
-Value = float | list[float]
+Value = int | float | list
 
 
 class MetricsLog:
@@ -57,7 +57,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text("utf-8").splitlines() if path.is_file() else []
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # a line that a kill cut short

@@ -8,6 +8,7 @@ prints the final loss records as JSON. The task: next token = (3 * token + 1) mo
 import json
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,23 +26,27 @@ V, D, F, T = 32, 16, 64, 12
 class Rows:
     """Batches of random rows with a position as state, like DATA's iterator but in memory."""
 
-    def __init__(self, rows, part=(0, 1), seed=0, poison=(), delay=0.0):
-        self.rows, self.part, self.seed, self.poison, self.delay, self.index = rows, part, seed, poison, delay, 0
+    def __init__(self, rows, part=(0, 1), seed=0, poison=(), delay=0.0, hook=None):
+        self.rows, self.part, self.seed, self.poison, self.delay = rows, part, seed, poison, delay
+        self.hook = hook  # called with the number of batches so far
+        self.index = 0
 
     def __next__(self):
         rng = np.random.default_rng((self.seed, self.index))
-        start = rng.integers(0, V, (self.rows, 1))
-        tokens = [start]
+        columns = [rng.integers(0, V, (self.rows, 1))]
         for _ in range(T - 1):
-            tokens.append((3 * tokens[-1] + 1) % V)
-        tokens = np.concatenate(tokens, 1).astype(np.int32)
+            columns.append((3 * columns[-1] + 1) % V)
+        tokens = np.concatenate(columns, 1).astype(np.int32)
         weights = rng.random((self.rows, T)).astype(np.float32)
         if self.index in self.poison:
             weights[0, 0] = np.nan
         self.index += 1
         time.sleep(self.delay)
+        if self.hook is not None:
+            self.hook(self.index)
         index, count = self.part
-        return {"tokens": tokens[index::count], "weights": weights[index::count]}
+        mine = slice(index * self.rows // count, (index + 1) * self.rows // count)
+        return {"tokens": tokens[mine], "weights": weights[mine]}
 
     def get_state(self):
         return {"index": self.index}
@@ -85,16 +90,17 @@ def weights_for(mesh):
     return Weights(shapes, lambda: params)
 
 
-def run(options):
+def run(options, hook=None):
+    """One `fit`; `options` are fields of RunConfig and a few more, JSON-able."""
     options = dict(options)
     mesh = meshes.make_mesh(MeshConfig(**options.pop("mesh", {})))
     optim = OptimConfig(**({"learning_rate": 3e-3, "warmup_steps": 3} | options.pop("optim", {})))
     identity = options.pop("identity", {"model": {"dim": D, "layers": 1}, "data": {"seed": 0}})
     poison, delay = options.pop("poison", ()), options.pop("delay", 0.0)
     defaults = {"batch_size": 16, "log_every": 1, "checkpoint_every": 5, "steps": 20}
-    config = RunConfig(**(defaults | options))
+    config = RunConfig(**(defaults | options | {"directory": Path(options["directory"])}))
     part = meshes.data_shard(mesh)
-    data = Rows(config.batch_size, part, poison=poison, delay=delay)
+    data = Rows(config.batch_size, part, poison=poison, delay=delay, hook=hook)
 
     def held_out():
         rows = Rows(config.batch_size, part, seed=99)

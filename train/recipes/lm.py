@@ -1,0 +1,98 @@
+"""Recipe `lm`: the ordinary next-token objective on packed text."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from train.config import HostsConfig, MeshConfig, OptimConfig, RunConfig, to_json
+from train.recipes.text import Flat, RowsConfig, open_model, open_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """Train or fine-tune an autoregressive language model on text.
+
+    Starts from a Hugging Face directory and writes one:
+
+    python -m train lm --init DIR --data FILES --directory runs/mine --steps 2000
+
+    The same command continues an interrupted run. Several hosts: the same command on each of them, with
+    --coordinator, --num-processes and --process-id, or under srun without.
+    """
+
+    init: str
+    """Hugging Face directory (or org/name) with config.json, tokenizer.json and weights."""
+    data: tuple[Path, ...]
+    """Files or directories of text, JSONL or Parquet; or one directory of packed rows."""
+    random_weights: bool = False
+    """Start from random weights of that configuration; the directory then needs none."""
+    rows: RowsConfig = dataclasses.field(default_factory=RowsConfig)
+    run: Flat[RunConfig] = dataclasses.field(default_factory=RunConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    hosts: Flat[HostsConfig] = dataclasses.field(default_factory=HostsConfig)
+    remat: Literal["none", "full", "dots", "attention"] = "none"
+    """What blocks keep for the backward pass: everything; nothing; products with weights; attention only."""
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)**2, which keeps logits from drifting (1e-4 is usual)."""
+    loss_chunk: int | None = None
+    """Positions whose logits are in memory at once; None: chosen by the vocabulary."""
+    export: Path | None = None
+    """Where the trained model goes; None: model/ in the run directory."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the exported weights; None: that of the initial ones."""
+
+    def __post_init__(self):
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss must not be negative; got {self.z_loss}")
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise ValueError(f"loss_chunk must be at least 1 or None; got {self.loss_chunk}")
+
+
+def main(config: LM) -> int:
+    """Runs the recipe; 0 when the model is exported, 1 when the run was interrupted."""
+    from jaxmodels import save_pretrained
+    from train import distributed
+    from train.loop import fit, weights_of
+    from train.mesh import check_batch, make_mesh
+    from train.objectives.next_token import make_next_token_loss
+
+    distributed.initialize(config.hosts)
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.run.batch_size, config.run.accumulate)
+    model = open_model(config.init, mesh, random_weights=config.random_weights)
+    rows = open_rows(config.data, config.rows, model, config.run.directory)
+    loss_fn = make_next_token_loss(model.lm, z_loss=config.z_loss, chunk_size=config.loss_chunk, remat=config.remat)
+    result = fit(
+        config.run,
+        config.optim,
+        mesh,
+        weights_of(model.lm, mesh, model.create, seed=config.run.seed),
+        loss_fn,
+        rows.batches(config.run, mesh),
+        identity={
+            "recipe": "lm",
+            "init": config.init,
+            "random_weights": config.random_weights,
+            "model": to_json(model.lm.config),
+            "data": rows.identity,
+            "z_loss": config.z_loss,
+        },
+        config=config,
+        eval_data=rows.held_out(config.run, mesh),
+        eval_fn=make_next_token_loss(model.lm, chunk_size=config.loss_chunk),
+    )
+    if result.interrupted:
+        return 1
+    directory = config.export or config.run.directory / "model"
+    save_pretrained(
+        directory,
+        model.lm,
+        result.state.params,
+        tokenizer=model.tokenizer,
+        generation=model.generation,
+        dtype=config.export_dtype or model.dtype,
+    )
+    if distributed.is_main():
+        print(directory)
+    return 0

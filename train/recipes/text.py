@@ -1,0 +1,204 @@
+"""What recipes on text have in common: opening the model they start from and the rows they train on."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+if TYPE_CHECKING:  # importing a recipe must stay quick: `--help` imports it
+    from jax.sharding import Mesh
+
+    from jaxmodels.pretrained import GenerationDefaults
+    from jaxmodels.qwen.model import CausalLM
+    from jaxmodels.tokenizer import Tokenizer
+    from train.config import RunConfig
+    from train.data import RowStore
+
+__all__ = ["Flat", "RowsConfig", "StartModel", "TextRows", "open_model", "open_rows"]
+
+T = TypeVar("T")
+Flat = Annotated[T, tyro.conf.arg(name="")]
+"""A nested configuration whose flags have no prefix: --steps, not --run.steps. In TOML it is a table as usual."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsConfig:
+    """How documents become rows of tokens."""
+
+    seq_len: int = 1024
+    """Tokens per row; several documents share a row and do not see each other."""
+    store: Path | None = None
+    """Where the packed rows are kept; None: rows/ in the run directory."""
+    validation_fraction: float = 0.01
+    """Share of the documents that is held out, chosen by name; 0: no evaluation."""
+    split_seed: int = 0
+    """Another seed holds out other documents."""
+    text_column: str = "text"
+    """Field of JSONL and column of Parquet files that holds the text."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a file that cannot be read."""
+    cuts: int = 1
+    """How many times the tokens are cut into rows, each time at another offset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StartModel:
+    """The model a run starts from.
+
+    Attributes:
+        lm: its pure functions.
+        create: its weights; None: random ones.
+        tokenizer: never None.
+        generation: kept for the export.
+        hf_config: content of its config.json.
+        dtype: name of the dtype its weights are stored in.
+    """
+
+    lm: "CausalLM"
+    create: Callable[[], Any] | None
+    tokenizer: "Tokenizer"
+    generation: "GenerationDefaults | None"
+    hf_config: dict[str, Any]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRows:
+    """Packed rows: what to train on, and what is held out (None if nothing is)."""
+
+    train: "RowStore"
+    validation: "RowStore | None"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a continued run must find again."""
+        return {"fingerprint": self.train.fingerprint, "seq_len": self.train.seq_len}
+
+    def batches(self, run: "RunConfig", mesh: "Mesh") -> Any:
+        """This process's part of every batch, endless, as `train.loop.fit` takes it."""
+        from train.data import batches
+        from train.mesh import data_shard
+
+        index, count = data_shard(mesh)
+        return batches(self.train, global_batch=run.batch_size, seed=run.seed, process_index=index, process_count=count)
+
+    def held_out(self, run: "RunConfig", mesh: "Mesh") -> Callable[[], Iterable[dict]] | None:
+        """Makes this process's part of the held-out batches, the same ones every time."""
+        if self.validation is None:
+            return None
+        from train.data import evaluation_batches
+        from train.mesh import data_shard
+
+        index, count = data_shard(mesh)
+        return functools.partial(
+            evaluation_batches,
+            self.validation,
+            global_batch=run.batch_size,
+            max_rows=run.eval_batches * run.batch_size,
+            process_index=index,
+            process_count=count,
+        )
+
+
+def open_model(
+    init: str,
+    mesh: "Mesh",
+    *,
+    random_weights: bool = False,
+    mask_id: int | None = None,
+    block_size: int | None = None,
+) -> StartModel:
+    """The model of a Hugging Face directory or repository, its weights sharded over the mesh.
+
+    With `random_weights` only config.json and the tokenizer are read.
+
+    Raises:
+        ValueError: see `load_pretrained`; or there is no tokenizer.
+    """
+    from jaxmodels import load_pretrained
+    from jaxmodels.checkpoints.huggingface import read_json, resolve
+    from jaxmodels.qwen import build
+    from jaxmodels.qwen.load import config_from_hf
+    from jaxmodels.tokenizer import Tokenizer
+
+    directory = resolve(init)
+    if not (directory / "tokenizer.json").is_file():
+        raise ValueError(f"{directory}: has no tokenizer.json, which training on text needs")
+    if random_weights:
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory}: has no config.json")
+        hf_config = dict(read_json(directory / "config.json"))
+        names = ("model.embed_tokens.weight",)  # no weights there: the family decides biases and norms
+        config = config_from_hf(hf_config, names, mask_id=mask_id, block_size=block_size)
+        tokenizer = Tokenizer.from_directory(directory)
+        return StartModel(build(config), None, tokenizer, None, hf_config, "float32")
+    loaded = load_pretrained(init, mesh=mesh, mask_id=mask_id, block_size=block_size)
+    assert loaded.tokenizer is not None  # checked above
+    dtype = loaded.params["embed"].dtype.name
+    weights = [loaded.params]  # handed over once, so that the run does not keep a second copy alive
+    return StartModel(loaded.lm, weights.pop, loaded.tokenizer, loaded.generation, dict(loaded.hf_config), dtype)
+
+
+def open_rows(
+    data: tuple[Path, ...], rows: RowsConfig, model: StartModel, directory: Path, *, align: int = 1
+) -> TextRows:
+    """Packed rows of the text in `data`, built by process 0 unless they are there already.
+
+    `data` may also be one directory that `build_store` has written.
+
+    Args:
+        data: files and directories of text, JSONL or Parquet.
+        rows: packing.
+        model: gives tokenizer, end token, and the limits to check against.
+        directory: the run's; `rows.store` overrides where the rows go.
+        align: documents start at multiples of this column (a block size).
+    """
+    from train.data import RowStore, StoreConfig, open_or_build
+    from train.data.rows import VALIDATION
+    from train.distributed import barrier, is_main
+
+    config = model.lm.config
+    if rows.seq_len > config.max_positions:
+        raise ValueError(
+            f"rows.seq_len must be at most the model's {config.max_positions} positions; got {rows.seq_len}"
+        )
+    if len(data) == 1 and (data[0] / "manifest.json").is_file():
+        store = data[0]
+    else:
+        if not config.eos_ids:
+            raise ValueError("the model's config.json has no eos_token_id, which separates documents")
+        store = rows.store or Path(directory) / "rows"
+        settings = StoreConfig(
+            rows.seq_len,
+            config.eos_ids[0],
+            align=align,
+            cuts=rows.cuts,
+            validation_fraction=rows.validation_fraction,
+            split_seed=rows.split_seed,
+        )
+        if is_main():
+            open_or_build(
+                store,
+                data,
+                model.tokenizer.backend,
+                settings,
+                text_column=rows.text_column,
+                on_error=rows.on_error,
+            )
+        barrier("rows built")
+    train = RowStore(store)
+    vocab = train.manifest["vocab_size"]
+    if vocab > config.vocab_size:
+        raise ValueError(f"the rows use {vocab} token ids, the model has only {config.vocab_size}")
+    if train.seq_len != rows.seq_len:
+        raise ValueError(f"rows.seq_len is {rows.seq_len}, but {store} holds rows of {train.seq_len} tokens")
+    held_out = None
+    if rows.validation_fraction > 0:
+        try:
+            held_out = RowStore(store, VALIDATION)
+        except ValueError as error:
+            raise ValueError(f"{error}; raise --rows.validation-fraction, or set it to 0 for no evaluation") from None
+    return TextRows(train, held_out)
