@@ -4,15 +4,16 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference, xla
-from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array
+from pallas_kernels.attention import cudnn, reference, xla
+from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array_or_none
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
 
-# Fastest first. Each module has `unsupported(q, k, v, *, mask, limits, scale)`: None, or why not, in words;
-# and `run(...)` of the same arguments, returning (output, log-sum-exp).
-IMPLEMENTATIONS: dict[str, Any] = {"xla": xla, "reference": reference}
-AUTOMATIC = ("xla",)  # tried in this order when implementation is None
+# Each module has `unsupported(q, k, v, *, mask, limits, scale, return_lse)`: None, or why not, in words; and `run(...)`
+# without `return_lse`, returning (output, log-sum-exp).
+IMPLEMENTATIONS: dict[str, Any] = {"cudnn": cudnn, "xla": xla, "reference": reference}
+# Tried in this order when implementation is None. A GPU kernel joins once a committed GPU result covers it.
+AUTOMATIC = ("xla",)
 
 
 def flash_attention(
@@ -80,17 +81,17 @@ def flash_attention(
     else:
         q_segments = k_segments = segment_ids
     limits = Limits(
-        q_segments=int_array("segment_ids of the queries", q_segments, (batch, num_queries)),
-        k_segments=int_array("segment_ids of the keys", k_segments, (batch, num_keys)),
-        q_positions=int_array("q_positions", q_positions, (batch, num_queries)),
-        k_positions=int_array("k_positions", k_positions, (batch, num_keys)),
-        kv_lengths=int_array("kv_lengths", kv_lengths, (batch,)),
+        q_segments=int_array_or_none("segment_ids of the queries", q_segments, (batch, num_queries)),
+        k_segments=int_array_or_none("segment_ids of the keys", k_segments, (batch, num_keys)),
+        q_positions=int_array_or_none("q_positions", q_positions, (batch, num_queries)),
+        k_positions=int_array_or_none("k_positions", k_positions, (batch, num_keys)),
+        kv_lengths=int_array_or_none("kv_lengths", kv_lengths, (batch,)),
     )
     check_choice(implementation, IMPLEMENTATIONS)
     options = {"mask": mask, "limits": limits, "scale": check_scale(scale, q.shape[-1])}
     reason = None
     for name in AUTOMATIC if implementation is None else (implementation,):
-        reason = IMPLEMENTATIONS[name].unsupported(q, k, v, **options)
+        reason = IMPLEMENTATIONS[name].unsupported(q, k, v, **options, return_lse=return_lse)
         if reason is None:
             out, lse = IMPLEMENTATIONS[name].run(q, k, v, **options)
             return (out, lse) if return_lse else out

@@ -43,13 +43,16 @@ def check_choice(implementation: str | None, implementations: dict[str, Any]) ->
         raise ValueError(f"implementation must be None or one of {[*implementations]}; got {implementation!r}")
 
 
-def int_array(name: str, array: Any, shape: tuple[int, ...]) -> Array | None:
-    """`array` as int32 after its kind and shape were checked; None stays None."""
-    if array is None:
-        return None
+def int_array(name: str, array: Any, shape: tuple[int, ...]) -> Array:
+    """`array` as int32 after its kind and shape were checked."""
     array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers; got {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}; got {array.shape}")
     return array.astype(jnp.int32)
+
+
+def int_array_or_none(name: str, array: Any, shape: tuple[int, ...]) -> Array | None:
+    """`int_array`, but None stays None."""
+    return None if array is None else int_array(name, array, shape)

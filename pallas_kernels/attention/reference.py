@@ -8,7 +8,9 @@ from pallas_kernels.attention.limits import Limits
 from pallas_kernels.masks import Mask
 
 
-def unsupported(q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float) -> str | None:
+def unsupported(
+    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool
+) -> str | None:
     return None
 
 

@@ -23,7 +23,9 @@ from pallas_kernels.attention.limits import Limits
 from pallas_kernels.masks import Mask
 
 
-def unsupported(q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float) -> str | None:
+def unsupported(
+    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool
+) -> str | None:
     return None
 
 
@@ -202,7 +204,7 @@ class _Sight:
         if limits.q_segments is not None and limits.k_segments is not None:
             self.rows["q_segment"] = q_rows(limits.q_segments, value=-1)
             self.rows["k_segment"] = k_rows(limits.k_segments, value=-1)
-        self.filled = None  # [B, S] bool: slots that are not empty
+        self.filled: Array | None = None  # [B, S] bool: slots that are not empty
         for limit in (limits.k_positions, limits.k_segments):
             if limit is not None:
                 self.filled = limit >= 0 if self.filled is None else self.filled & (limit >= 0)
@@ -287,8 +289,8 @@ def _spread(pairs: list[tuple[int, int]], shape: _Shape, lanes: int) -> np.ndarr
         step: list[tuple[int, int]] = []
         taken: set[int] = set()
         for i in sorted(waiting, key=lambda i: -len(waiting[i])):  # the longest rows first
-            j = next((j for j in waiting[i] if j not in taken), None)
-            if j is None:
+            free = (j for j in waiting[i] if j not in taken)
+            if (j := next(free, -1)) < 0:
                 continue
             taken.add(j)
             waiting[i].remove(j)

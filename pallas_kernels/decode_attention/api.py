@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array
+from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array, int_array_or_none
 from pallas_kernels.decode_attention import reference, xla
 from pallas_kernels.decode_attention.operands import Operands
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
@@ -104,15 +104,15 @@ def decode_attention(
     if window is None and isinstance(num_sinks, int) and num_sinks:
         raise ValueError(f"num_sinks={num_sinks} needs a window: without one every key is seen")
     lengths = int_array("kv_lengths", kv_lengths, (batch,))
-    positions = int_array("q_positions", q_positions, (batch, num_queries))
+    positions = int_array_or_none("q_positions", q_positions, (batch, num_queries))
     operands = Operands(
         layer=jnp.asarray(layer, jnp.int32),
         kv_lengths=lengths,
-        k_positions=int_array("k_positions", k_positions, (batch, capacity)),
+        k_positions=int_array_or_none("k_positions", k_positions, (batch, capacity)),
         q_positions=lengths[:, None] + jnp.arange(num_queries) if positions is None else positions,
         own_k=own_k,
         own_v=own_v,
-        own_lengths=int_array("own_lengths", own_lengths, (batch,)),
+        own_lengths=int_array_or_none("own_lengths", own_lengths, (batch,)),
         window=window,
         num_sinks=num_sinks,
     )

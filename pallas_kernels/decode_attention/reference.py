@@ -52,7 +52,7 @@ def run(
     k = jax.lax.dynamic_index_in_dim(k_cache, operands.layer, keepdims=False)
     v = jax.lax.dynamic_index_in_dim(v_cache, operands.layer, keepdims=False)
     seen = visible(operands, own_mask, k.shape[1])
-    if operands.own_k is not None:
+    if operands.own_k is not None and operands.own_v is not None:
         k = jnp.concatenate([k, operands.own_k], axis=1)
         v = jnp.concatenate([v, operands.own_v], axis=1)
     return attend(q, k, v, seen, scale)
