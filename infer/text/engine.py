@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from infer.text.decoders import Decoder
+from infer.text.decoders import ARDecoder, Decoder, OnCompile
 from infer.text.events import Chunk, Completion, Event, FinishReason, Job, Usage
 from infer.text.requests import SAMPLING_FIELDS, Request
 from infer.text.stops import StopScanner
@@ -24,6 +24,40 @@ from jaxmodels.decoding.sampling import SamplingOptions
 from jaxmodels.tokenizer import StreamDecoder
 
 DEFAULT_MAX_NEW_TOKENS = 256
+DEFAULT_CAPACITY = 4096
+
+
+def encode(request: Request, tokenizer: Any) -> np.ndarray:
+    """The request's prompt as int32 ids [P]."""
+    if request.ids is not None:
+        return np.asarray(request.ids, np.int32).reshape(-1)
+    if tokenizer is None:
+        raise ValueError("a prompt given as text needs a tokenizer; this checkpoint has none, give token ids")
+    if request.messages is not None:
+        return np.asarray(tokenizer.chat(list(request.messages)), np.int32)
+    return np.asarray(tokenizer.encode(request.prompt), np.int32)
+
+
+def resolve_max_new_tokens(request: Request, default: int | None, generation: Any) -> int:
+    """The request's, the engine's, the checkpoint's, or 256: the first that is given."""
+    for value in (request.max_new_tokens, default, getattr(generation, "max_new_tokens", None)):
+        if value is not None:
+            if value < 1:
+                raise ValueError(f"max_new_tokens must be >= 1; got {value}")
+            return int(value)
+    return DEFAULT_MAX_NEW_TOKENS
+
+
+def needed_capacity(pretrained: Any, requests: Sequence[Request], max_new_tokens: int | None = None) -> int:
+    """Slots for the largest of the requests, rounded up: to a power of two up to 1024, then to multiples of 1024."""
+    needed = 128
+    for request in requests:
+        try:
+            prompt = len(encode(request, pretrained.tokenizer))
+            needed = max(needed, prompt + resolve_max_new_tokens(request, max_new_tokens, pretrained.generation))
+        except ValueError:
+            continue  # `prepare` will report it
+    return 1 << (needed - 1).bit_length() if needed <= 1024 else -(-needed // 1024) * 1024
 
 
 class _Running:
@@ -108,12 +142,59 @@ class TextEngine:
         self.eos_ids = tuple(eos_ids)
         self.max_new_tokens = max_new_tokens
         self._busy = False
+        self._started = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the latest `generate` began to decode, compilation excluded."""
+        return time.perf_counter() - self._started
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained: Any,
+        *,
+        batch: int = 1,
+        capacity: int | None = None,
+        requests: Sequence[Request] = (),
+        chunk: int = 1,
+        prefill_rows: int = 1,
+        max_new_tokens: int | None = None,
+        on_compile: OnCompile | None = None,
+    ) -> "TextEngine":
+        """The engine of a loaded model (`jaxmodels.load_pretrained`).
+
+        Without a `capacity` the slots are as large as the `requests` need (rounded up so that similar ones share
+        compiled programs), or 4096 tokens where there are none, and never larger than the model's `max_positions`.
+        The other arguments are those of `ARDecoder` and of the engine.
+        """
+        limit = pretrained.config.max_positions
+        if capacity is None:
+            capacity = min(DEFAULT_CAPACITY, limit)
+            if requests:
+                capacity = min(limit, needed_capacity(pretrained, requests, max_new_tokens))
+        decoder = ARDecoder(
+            pretrained.lm,
+            pretrained.params,
+            batch=batch,
+            capacity=capacity,
+            chunk=chunk,
+            prefill_rows=prefill_rows,
+            on_compile=on_compile,
+        )
+        return cls(
+            decoder,
+            tokenizer=pretrained.tokenizer,
+            generation=pretrained.generation,
+            eos_ids=pretrained.generation.eos_ids,
+            max_new_tokens=max_new_tokens,
+        )
 
     def prepare(self, request: Request) -> Job:
         """Encodes a request and resolves its defaults; every error a request can have is raised here."""
         job = Job(
-            prompt=self._encode(request),
-            max_new_tokens=self._max_new_tokens(request),
+            prompt=encode(request, self.tokenizer),
+            max_new_tokens=resolve_max_new_tokens(request, self.max_new_tokens, self.generation),
             sampling=self._sampling(request),
             eos_ids=self.eos_ids if request.eos_ids is None else tuple(request.eos_ids),
             stop=tuple(request.stop),
@@ -135,29 +216,6 @@ class TextEngine:
             )
         self.decoder.check(job)
         return job
-
-    def _encode(self, request: Request) -> np.ndarray:
-        if request.ids is not None:
-            return np.asarray(request.ids, np.int32).reshape(-1)
-        if self.tokenizer is None:
-            raise ValueError(
-                "a prompt given as text needs a tokenizer; this checkpoint has none, give token ids"
-            )
-        if request.messages is not None:
-            return np.asarray(self.tokenizer.chat(list(request.messages)), np.int32)
-        return np.asarray(self.tokenizer.encode(request.prompt), np.int32)
-
-    def _max_new_tokens(self, request: Request) -> int:
-        for value in (
-            request.max_new_tokens,
-            self.max_new_tokens,
-            getattr(self.generation, "max_new_tokens", None),
-        ):
-            if value is not None:
-                if value < 1:
-                    raise ValueError(f"max_new_tokens must be >= 1; got {value}")
-                return int(value)
-        return DEFAULT_MAX_NEW_TOKENS
 
     def _sampling(self, request: Request) -> SamplingOptions:
         values = {}
@@ -198,6 +256,7 @@ class TextEngine:
         self._busy = True
         try:
             self.decoder.warm({len(job.prompt) for job in jobs})
+            self._started = time.perf_counter()
             yield from self._loop(deque(enumerate(jobs)))
         finally:
             self._busy = False

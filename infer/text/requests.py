@@ -43,8 +43,6 @@ class Request:
     def __post_init__(self):
         given = [name for name in ("prompt", "ids", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"a request needs exactly one of prompt, ids and messages; got {given or 'none'}"
-            )
+            raise ValueError(f"a request needs exactly one of prompt, ids and messages; got {given or 'none'}")
         if isinstance(self.stop, str):
             raise ValueError(f"stop must be a sequence of strings; got the string {self.stop!r}")

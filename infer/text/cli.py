@@ -1,0 +1,276 @@
+"""`python -m infer text`: complete prompts with a language model. JAX is imported by `main`, not by this module."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from infer.console import CompileNotes, note, timed
+from infer.text.events import Completion, Event
+from infer.text.jsonl import ResultFile, read_requests
+from infer.text.requests import SAMPLING_FIELDS, Request
+
+if TYPE_CHECKING:
+    from infer.text.engine import TextEngine
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Complete text with a language model, streaming to the terminal.
+
+    Give one prompt (--prompt, or standard input), a conversation (--chat), or many requests (--jsonl). Sampling
+    options that are not given come from the checkpoint's generation_config.json; without one, decoding is greedy.
+    The first run of a model compiles its programs; they are kept in ~/.cache/jaxstream/xla (or
+    JAX_COMPILATION_CACHE_DIR) and reused by later runs.
+    """
+
+    model: str
+    """Directory with config.json and safetensors, or a Hugging Face repository org/name."""
+    prompt: str | None = None
+    """Text to continue. Without --prompt, --chat or --jsonl, standard input is the prompt."""
+    chat: bool = False
+    """Use the checkpoint's chat template: with --prompt for one answer, else a conversation, one line per turn."""
+    system: str | None = None
+    """System message of --chat."""
+    jsonl: Path | None = None
+    """File of requests, one JSON object a line: "prompt", "messages" or "ids", and optionally "id" and any sampling
+    option under the name of its flag with underscores."""
+    out: Path | None = None
+    """Where results of --jsonl go, one JSON object a line; without it, standard output. A file is appended to, and
+    requests whose id has a result in it are skipped, so the same command continues a killed run."""
+    json: bool = False
+    """Print one JSON object per completion instead of streaming text."""
+    max_new_tokens: int | None = None
+    """Most tokens to generate; default: generation_config.json, else 256."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """String that ends the text and is not printed; may be given several times."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    """Draw from the k most probable tokens; 0 is off."""
+    top_p: float | None = None
+    """Draw from the most probable tokens that make up this mass; 1 is off."""
+    min_p: float | None = None
+    """Draw from tokens with at least this fraction of the best token's probability; 0 is off."""
+    repetition_penalty: float | None = None
+    """Divide the logits of tokens that occurred in prompt or output (multiply negative ones); 1 is off."""
+    presence_penalty: float | None = None
+    """Subtract from the logits of tokens that occurred in the output; 0 is off."""
+    seed: int | None = None
+    """Seed of the draws, 0 <= seed < 2**32; equal requests with equal seeds give equal text. Default 0."""
+    ignore_eos: bool = False
+    """Go on after an end-of-text token."""
+    logprobs: bool = False
+    """Report each token's log-probability; needs --json or --jsonl."""
+    batch: int | None = None
+    """Requests decoded at a time; default 1, with --jsonl 8."""
+    capacity: int | None = None
+    """Cache slots per request, for prompt and new tokens; default: what the requests need, 4096 for a conversation."""
+    chunk: int | None = None
+    """Tokens decoded per call of the device; default 1, with --jsonl 8. More hides the host behind a small model."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type of weights and computation; default: the checkpoint's."""
+    quiet: bool = False
+    """Print no progress and no statistics."""
+
+    def __post_init__(self):
+        def refuse(flag: str, given: bool, why: str) -> None:
+            if given:
+                raise ValueError(f"--{flag} {why}")
+
+        refuse("prompt", self.prompt is not None and self.jsonl is not None, "cannot be combined with --jsonl")
+        refuse("chat", self.chat and self.jsonl is not None, 'cannot be combined with --jsonl; use "messages" there')
+        refuse("system", self.system is not None and not self.chat, "needs --chat")
+        refuse("out", self.out is not None and self.jsonl is None, "needs --jsonl")
+        refuse("logprobs", self.logprobs and not (self.json or self.jsonl), "needs --json or --jsonl")
+        for name in ("batch", "capacity", "chunk", "max_new_tokens"):
+            value = getattr(self, name)
+            refuse(name.replace("_", "-"), value is not None and value < 1, f"must be at least 1; got {value}")
+
+    def defaults(self) -> dict[str, Any]:
+        """What the flags say about every request."""
+        names = ("max_new_tokens", "stop", "logprobs", *SAMPLING_FIELDS)
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return values | ({"eos_ids": ()} if self.ignore_eos else {})
+
+
+def main(config: Text) -> int:
+    """Runs the task; returns the exit code. Input is read and checked before the model is loaded."""
+    if config.jsonl is not None:
+        return _run_jsonl(config)
+    if config.chat and config.prompt is None:
+        return _run_conversation(config)
+    prompt = config.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            note("error: give --prompt TEXT, --chat or --jsonl FILE, or a prompt on standard input")
+            return 2
+        prompt = _decode(sys.stdin.buffer.read(), "standard input").rstrip("\n")
+    if config.chat:
+        request = Request(messages=_conversation(config, prompt), **config.defaults())
+    else:
+        request = Request(prompt=prompt, **config.defaults())
+    pretrained = _load(config)
+    engine = _engine(config, pretrained, [request], batch=1)
+    completion = _stream(config, engine, request)
+    if config.json:
+        print(json.dumps(_record(None, completion), ensure_ascii=False))
+    return 0
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _conversation(config: Text, *turns: str) -> list[dict[str, str]]:
+    """Messages from alternating turns of user and assistant."""
+    messages = [] if config.system is None else [{"role": "system", "content": config.system}]
+    roles = ("user", "assistant")
+    return messages + [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def _load(config: Text) -> Any:
+    with timed(f"loading {config.model}", config.quiet):
+        from jaxmodels.pretrained import load_pretrained
+
+        return load_pretrained(config.model, dtype=config.dtype)
+
+
+def _engine(config: Text, pretrained: Any, requests: Sequence[Request], batch: int, chunk: int = 1) -> "TextEngine":
+    from infer.text.engine import TextEngine
+
+    return TextEngine.from_pretrained(
+        pretrained,
+        batch=batch if config.batch is None else config.batch,
+        capacity=config.capacity,
+        requests=requests,
+        chunk=chunk if config.chunk is None else config.chunk,
+        on_compile=CompileNotes(config.quiet),
+    )
+
+
+def _stream(config: Text, engine: "TextEngine", request: Request) -> Completion:
+    """Runs one request, printing its text as it comes (unless --json) and what it cost."""
+    from infer.text.engine import join_events
+
+    events: list[Event] = []
+    for event in engine.generate([request]):
+        events.append(event)
+        if not config.json:
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+    if not config.json:
+        print(flush=True)
+    completion = join_events(events)
+    if not config.quiet:
+        note(_statistics(completion))
+    return completion
+
+
+def _statistics(completion: Completion) -> str:
+    usage = completion.usage
+    line = (
+        f"[{usage.prompt_tokens} prompt tokens in {usage.prefill_seconds:.2f} s, {usage.new_tokens} new"
+        f" ({completion.finish_reason}), {usage.tokens_per_second:.1f} tokens/s"
+    )
+    if usage.forwards and usage.forwards != usage.decode_tokens:
+        line += f", {usage.tokens_per_forward:.2f} tokens per forward"
+    return line + "]"
+
+
+def _record(key: str | None, completion: Completion) -> dict[str, Any]:
+    record: dict[str, Any] = {} if key is None else {"id": key}
+    record |= {
+        "text": completion.text,
+        "ids": list(completion.tokens),
+        "finish_reason": completion.finish_reason,
+        "usage": completion.usage.to_json(),
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = list(completion.logprobs)
+    return record
+
+
+def _run_conversation(config: Text) -> int:
+    """Turns from standard input, one a line, until it ends."""
+    pretrained = _load(config)
+    if pretrained.tokenizer is None:
+        raise ValueError(f"{config.model}: has no tokenizer.json, which --chat needs")
+    engine = _engine(config, pretrained, [], batch=1)
+    turns: list[str] = []
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return 0
+        text = _decode(line, "standard input").strip()
+        if not text:
+            continue
+        turns.append(text)
+        completion = _stream(config, engine, Request(messages=_conversation(config, *turns), **config.defaults()))
+        if config.json:
+            print(json.dumps(_record(None, completion), ensure_ascii=False), flush=True)
+        turns.append(completion.text)
+
+
+def _run_jsonl(config: Text) -> int:
+    """Many requests. A request that cannot be run gets an "error" line, and makes the exit code 1."""
+    assert config.jsonl is not None
+    try:
+        with sys.stdin.buffer if str(config.jsonl) == "-" else config.jsonl.open("rb") as lines:
+            requests = read_requests(lines, str(config.jsonl), config.defaults())
+    except OSError as error:
+        raise ValueError(f"--jsonl {config.jsonl}: {error.strerror}") from None
+    with nullcontext() if config.out is None else ResultFile(config.out) as results:
+        if results is not None:
+            total = len(requests)
+            requests = [(key, request) for key, request in requests if key not in results.done]
+            if len(requests) < total and not config.quiet:
+                note(f"{total - len(requests)} of {total} requests have a result in {config.out}")
+        if not requests:
+            return 0
+
+        def write(record: dict[str, Any]) -> None:
+            if results is None:
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+            else:
+                results.append(record)
+
+        return _run_requests(config, requests, write)
+
+
+def _run_requests(config: Text, requests: list[tuple[str, Request]], write: Any) -> int:
+    from infer.text.engine import join_events
+
+    engine = _engine(config, _load(config), [request for _, request in requests], batch=min(8, len(requests)), chunk=8)
+    keys, jobs, failed = [], [], 0
+    for key, request in requests:
+        try:
+            jobs.append(engine.prepare(request))
+            keys.append(key)
+        except ValueError as error:
+            failed += 1
+            write({"id": key, "error": str(error)})
+    parts: list[list[Event]] = [[] for _ in jobs]
+    tokens = finished = 0
+    for event in engine.generate(jobs):
+        parts[event.index].append(event)
+        tokens += len(event.tokens)
+        if event.finish_reason is not None:
+            write(_record(keys[event.index], join_events(parts[event.index])))
+            parts[event.index] = []
+            finished += 1
+            if not config.quiet:
+                note(f"{finished} of {len(jobs)} requests, {tokens} tokens, {engine.elapsed:.1f} s")
+    if failed:
+        note(f'error: {failed} of {len(requests)} requests could not be run; see their "error"')
+    return 1 if failed else 0
