@@ -22,6 +22,10 @@ from jaxmodels.cache import KVCache
 from pallas_kernels.masks import Full
 
 
+# The layers scanned, written out over slices of the stacked arrays, and written out over arrays of their own.
+PATHS = ("scanned", "unrolled", "unstacked")
+
+
 def copy_bandwidth(gigabytes: float = 4.0) -> float:
     """Bytes read plus bytes written per second of a large device copy."""
     x = jnp.ones(int(gigabytes * 2**30 / 2), jnp.bfloat16)
@@ -35,10 +39,11 @@ def bytes_of(tree) -> int:
 
 
 def measure(
-    lm, params, *, batch: int, length: int, block: int, unroll: bool, profile: bool, bandwidth: float
+    lm, params, *, batch: int, length: int, block: int, path: str, profile: bool, bandwidth: float
 ) -> list[dict]:
     config = lm.config
     capacity = length + 256
+    unroll = path != "scanned"
     cache = KVCache.init(config, batch=batch, capacity=capacity, dtype=jnp.bfloat16)
     keys = jax.random.split(jax.random.key(1))
     filled = jax.jit(
@@ -81,7 +86,6 @@ def measure(
         ("ar", call_ar),
         (f"block {block}", lambda: denoise(params, state["cache"], tokens)),
     ):
-        path = "unrolled" if unroll else "scanned"
         row = {"step": name, "layers": path, "batch": batch, "length": length, "floor_ms": floor_ms}
         row |= report.timed(call)
         row["percent_of_floor_bandwidth"] = 100 * floor_ms / row["median_ms"]
@@ -108,7 +112,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--paths", nargs="+", choices=("scanned", "unrolled"), default=["scanned", "unrolled"])
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS)
     arguments = parser.parse_args()
 
     on_gpu = jax.devices()[0].platform == "gpu"
@@ -118,11 +122,13 @@ def main() -> None:
     params = jax.jit(lm.init, static_argnums=1)(jax.random.key(0), jnp.dtype(jnp.bfloat16))
     print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights")
     rows = []
-    for batch, length, path in itertools.product(arguments.batches, arguments.lengths, arguments.paths):
-        rows += measure(
-            lm, params, batch=batch, length=length, block=arguments.block, unroll=path == "unrolled",
-            profile=on_gpu, bandwidth=bandwidth,
-        )  # fmt: skip
+    for path in arguments.paths:
+        weights = lm.unstack(params) if path == "unstacked" else params
+        for batch, length in itertools.product(arguments.batches, arguments.lengths):
+            rows += measure(
+                lm, weights, batch=batch, length=length, block=arguments.block, path=path,
+                profile=on_gpu, bandwidth=bandwidth,
+            )  # fmt: skip
     report.write("decode_forward", {"preset": arguments.preset, "copy_bytes_per_second": bandwidth, "rows": rows})
 
 
