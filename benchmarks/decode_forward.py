@@ -21,7 +21,6 @@ from jaxmodels import qwen
 from jaxmodels.cache import KVCache
 from pallas_kernels.masks import Full
 
-
 # The layers scanned, written out over slices of the stacked arrays, and written out over arrays of their own.
 PATHS = ("scanned", "unrolled", "unstacked")
 
