@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxmodels.checkpoints.huggingface import (
     Checkpoint,
@@ -31,6 +32,7 @@ from jaxmodels.checkpoints.mapping import (
 )
 from jaxmodels.qwen import load as qwen_load
 from jaxmodels.qwen.model import CausalLM, build
+from jaxmodels.sharding import param_shardings
 from jaxmodels.tokenizer import Tokenizer
 
 log = logging.getLogger("jaxstream")
@@ -143,9 +145,9 @@ class Pretrained:
     def config(self) -> Any:
         return self.lm.config
 
-    def apply(self, params: Mapping[str, Any], tokens: jax.Array, **options: Any) -> jax.Array:
-        """`lm.apply`: float32 logits `[B, T, V]` of tokens `[B, T]`."""
-        return self.lm.apply(params, tokens, **options)
+    def apply(self, params: Mapping[str, Any], tokens: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
+        """`lm.apply`: float32 logits, from any integer array of tokens."""
+        return self.lm.apply(params, jnp.asarray(tokens, jnp.int32), **options)
 
 
 def load_pretrained(
@@ -238,8 +240,6 @@ def load_params(
     shapes = flatten(jax.eval_shape(lambda: lm.init(jax.random.key(0))))
     shardings = None
     if mesh is not None:
-        from jaxmodels.sharding import param_shardings
-
         shardings = flatten(param_shardings(lm, mesh))
     arrays = load_arrays(
         checkpoint,
