@@ -26,7 +26,11 @@ class Recipe(NamedTuple):
     help: str
 
 
-RECIPES = (Recipe("lm", "train.recipes.lm", "LM", "train or fine-tune an autoregressive language model on text"),)
+RECIPES = (
+    Recipe("lm", "train.recipes.lm", "LM", "train or fine-tune an autoregressive language model on text"),
+    Recipe("quickstart", "train.recipes.quickstart", "Quickstart", "the whole chain, small, on a CPU in minutes"),
+    Recipe("shipped", "train.recipes.shipped", "Shipped", "train the models that the project ships"),
+)
 
 
 class UsageError(Exception):

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from train.config import MeshConfig, OptimConfig, RunConfig, to_json
 
@@ -82,7 +82,7 @@ class DemoConfig:
     directory: Path
     """Everything goes here; the same command with the same directory continues."""
     store: Path | None
-    """Packed rows prepared elsewhere by `--prepare`; None: made from the running interpreter's library."""
+    """Packed rows made elsewhere with `--until store`; None: made from the running interpreter's library."""
     vocab_size: int
     dim: int
     layers: int
@@ -106,8 +106,13 @@ class DemoConfig:
     completions: int
     """Held-out prompts completed for the evaluation at the end; 0: bounds only."""
     seed: int
-    prepare: bool
-    """Stop after the packed rows: to carry them to another machine."""
+    until: Literal["store", "ar", "dlm", "evaluation"]
+    """Stop after this stage. A store, which holds its tokeniser, or a directory with finished stages can be
+    carried to another machine."""
+    measure: bool
+    """Only time some steps of both stages on this machine, and say how long they would take."""
+    eval_rows: int
+    """Rows of test files that bounds are evaluated on."""
 
     def __post_init__(self):
         if self.seq_len % self.block_size:
@@ -150,13 +155,18 @@ def run(config: DemoConfig, command: str) -> int:
     root.mkdir(parents=True, exist_ok=True)
     record = _Record(root / "record.json", config, command)
     store = _prepared(config, root, report, record)
-    if config.prepare:
+    if config.until == "store":
         print(store)
         return 0
     chain = _Chain(config, root, store, report, record)
-    if not (chain.train_ar() and chain.convert()):
-        return 1
-    chain.evaluate()
+    if config.measure:
+        chain.measure()
+        return 0
+    for name, stage in (("ar", chain.train_ar), ("dlm", chain.convert), ("evaluation", chain.evaluate)):
+        if not stage():
+            return 1
+        if name == config.until:
+            break
     print(root)
     return 0
 
@@ -167,7 +177,9 @@ class _Record:
     def __init__(self, path: Path, config: DemoConfig, command: str):
         self.path = path
         identity = {
-            k: v for k, v in to_json(config).items() if k not in ("directory", "prepare", "completions", "store")
+            k: v
+            for k, v in to_json(config).items()
+            if k not in ("directory", "until", "measure", "completions", "eval_rows", "store")
         }
         if path.is_file():
             self.values = json.loads(path.read_text("utf-8"))
@@ -284,15 +296,11 @@ class _Chain:
 
     def train_ar(self) -> bool:
         """Trains the autoregressive model; False if interrupted."""
-        from train.objectives.next_token import make_next_token_loss
-
-        plain = make_next_token_loss(self.ar)
-        loss = make_dropped_input_loss(self.ar, self.config.input_dropout) if self.config.input_dropout else plain
 
         def held_out(params: Any) -> float:
             return self.ar_nats(params, "validation")
 
-        return self._fit(AR, self.ar, self.config.ar, None, loss, plain, held_out)
+        return self._fit(AR, self.ar, self.config.ar, None, *self._ar_losses(), held_out)
 
     def convert(self) -> bool:
         """Converts it into a block-diffusion model; False if interrupted."""
@@ -305,6 +313,42 @@ class _Chain:
             return self.bound_nats(params, "validation", self.config.block_size, samples=2)[0]
 
         return self._fit(DLM, self.dlm, self.config.dlm, lambda: start, loss, loss, held_out)
+
+    def _ar_losses(self) -> tuple[Any, Any]:
+        """What to train on, and what to evaluate."""
+        from train.objectives.next_token import make_next_token_loss
+
+        plain = make_next_token_loss(self.ar)
+        rate = self.config.input_dropout
+        return make_dropped_input_loss(self.ar, rate) if rate else plain, plain
+
+    def measure(self, steps: int = 30) -> None:
+        """Prints how long both stages would take on this machine, from some steps of random models."""
+        import tempfile
+
+        from train.data import batches
+        from train.loop import fit, weights_of
+        from train.metrics import Reporter
+
+        conversion = conversion_loss(self.dlm, self.config)
+        for name, lm, stage, loss in (
+            (AR, self.ar, self.config.ar, self._ar_losses()[0]),
+            (DLM, self.dlm, self.config.dlm, conversion),
+        ):
+            with tempfile.TemporaryDirectory() as scratch:
+                short = dataclasses.replace(stage, steps=steps, warmup_steps=0, eval_every=0)
+                run = dataclasses.replace(short.run(Path(scratch), 0), log_every=steps // 2, checkpoint_every=steps)
+                data = batches(self.rows["train"], global_batch=stage.batch_size, seed=0)
+                weights = weights_of(lm, self.mesh, None)
+                before = time.perf_counter()
+                fit(run, short.optim, self.mesh, weights, loss, data, identity={}, reporter=Reporter(enabled=False))
+                total = time.perf_counter() - before
+                last = json.loads((Path(scratch) / "metrics.jsonl").read_text().splitlines()[-1])
+            seconds = last["perf/step_seconds"]
+            self.report.line(
+                f"{name}: {1000 * seconds:.1f} ms a step, {stage.steps} steps {stage.steps * seconds:.0f} s; "
+                f"compiling and starting {total - steps * seconds:.0f} s"
+            )
 
     def _fit(
         self,
@@ -364,7 +408,7 @@ class _Chain:
     # -- evaluation
     # -----------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> bool:
         """Exact NLL of the AR model, bound of the diffusion model, and completions, all on test files."""
         import rich.table
 
@@ -376,7 +420,7 @@ class _Chain:
         nats = self.ar_nats(ar, "test")
         bits = self._bits_per_byte
         rows = [("AR, exact", nats, None)]
-        for block in sorted({1, self.config.block_size // 2, self.config.block_size}):
+        for block in (self.config.block_size // 2, self.config.block_size):
             rows.append((f"block diffusion, bound, block {block}", *self.bound_nats(dlm, "test", block, samples=4)))
         table = rich.table.Table("test files", "nats/token", "bits/byte")
         for label, value, error in rows:
@@ -392,6 +436,7 @@ class _Chain:
             values["completions"] = self._complete(dlm)
         values["seconds"] = round(time.perf_counter() - before, 1)
         self.record.stage("evaluation", values)
+        return True
 
     def _bits_per_byte(self, nats_per_token: float) -> float:
         import math
@@ -408,7 +453,7 @@ class _Chain:
         from train.data import evaluation_batches
 
         size = min(64, len(self.rows[split]))
-        return evaluation_batches(self.rows[split], global_batch=size, max_rows=512)
+        return evaluation_batches(self.rows[split], global_batch=size, max_rows=self.config.eval_rows)
 
     def ar_nats(self, params: Any, split: str) -> float:
         """Exact nats per token (first tokens of documents excluded) under the AR model."""
@@ -537,9 +582,29 @@ def make_dropped_input_loss(lm: "CausalLM", rate: float) -> Any:
 
 def conversion_loss(lm: "CausalLM", config: DemoConfig) -> Any:
     """The block-diffusion objective with clean context and position-dependent masking."""
-    from train.objectives.block_diffusion import make_block_diffusion_loss
+    import jax.numpy as jnp
 
-    return make_block_diffusion_loss(lm, block_size=config.block_size, half_life_ratio=config.half_life_ratio)
+    from jaxmodels.decoding.block_diffusion import Pattern, gathered_nll, predict, sample_block_mask
+    from jaxmodels.decoding.block_diffusion.bound import suppressed_ids
+
+    pattern = Pattern("block_diffusion", config.block_size)
+
+    def loss_fn(params, batch, key):
+        tokens, segments = batch["tokens"], batch["segment_ids"]
+        corruption = sample_block_mask(
+            key, batch["loss_mask"], block_size=config.block_size, half_life_ratio=config.half_life_ratio,
+            segment_ids=segments,
+        )  # fmt: skip
+        out = predict(
+            lm, params, tokens, corruption.masked, pattern, mask_id=lm.config.mask_id,
+            positions=batch["positions"], segment_ids=segments,
+        )  # fmt: skip
+        nll, _ = gathered_nll(lm, params, out.states, tokens, corruption.masked, suppress=suppressed_ids(lm.config))
+        total = jnp.sum(nll / corruption.level)
+        masked = jnp.sum(corruption.masked, dtype=jnp.float32)
+        return total, jnp.sum(batch["loss_mask"], dtype=jnp.float32), {"masked_nll": (jnp.sum(nll), masked)}
+
+    return loss_fn
 
 
 def weight_drift(before: Any, after: Any) -> dict[str, float]:

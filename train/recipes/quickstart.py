@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from train.recipes import demo
 from train.recipes.demo import DemoConfig, StageConfig
@@ -34,7 +35,9 @@ class Quickstart(DemoConfig):
     dlm: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(200, 16, 1.5e-3, 20))
     completions: int = 24
     seed: int = 0
-    prepare: bool = False
+    until: Literal["store", "ar", "dlm", "evaluation"] = "evaluation"
+    measure: bool = False
+    eval_rows: int = 128
 
 
 def main(config: Quickstart) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from train.recipes import demo
 from train.recipes.demo import DemoConfig, StageConfig
@@ -14,7 +15,7 @@ class Shipped(DemoConfig):
     python -m train shipped
 
     The corpus is the standard library of Python 3.12.1; under another Python the command warns. To train on
-    another machine, make the rows first (`--prepare`), carry the store there, and give it with `--store`.
+    another machine, make the rows first (`--until store`), carry the store there, and give it with `--store`.
     """
 
     directory: Path = Path("runs/shipped")
@@ -38,7 +39,9 @@ class Shipped(DemoConfig):
     )
     completions: int = 128
     seed: int = 0
-    prepare: bool = False
+    until: Literal["store", "ar", "dlm", "evaluation"] = "evaluation"
+    measure: bool = False
+    eval_rows: int = 1024
 
 
 def main(config: Shipped) -> int:
