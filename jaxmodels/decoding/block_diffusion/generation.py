@@ -144,8 +144,7 @@ class RevealOptions:
         return block_length if self.steps is None else -(-self.steps // max(blocks, 1))
 
 
-@flax.struct.dataclass
-class RowOptions:
+class RowOptions(flax.struct.PyTreeNode):
     """Traced options, one entry per row."""
 
     threshold: Float[Array, " B"]  # NaN: no threshold
@@ -191,8 +190,7 @@ class RowOptions:
         )
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """What a batch of rows carries from block to block.
 
     cache: keys and values of prompts and committed blocks.
@@ -212,8 +210,7 @@ class DecodeState:
         return cls(cache, context, jnp.zeros((rows,), jnp.int32))
 
 
-@flax.struct.dataclass
-class Block:
+class Block(flax.struct.PyTreeNode):
     """One block of every row, while it is being decoded.
 
     tokens: ids; the mask token where `masked`.
@@ -229,26 +226,25 @@ class Block:
     forced: tokens revealed only because the steps were used up.
     """
 
-    tokens: Int[Array, "B n"]
-    masked: Bool[Array, "B n"]
-    given: Bool[Array, "B n"]
-    hole: Bool[Array, "B n"]
-    skip: Int[Array, " B"]
-    reveal: Int[Array, "B n"]
-    confidence: Float[Array, "B n"]
-    logprob: Float[Array, "B n"]
-    step: Int[Array, ""]
-    steps: Int[Array, " B"]
-    forced: Int[Array, " B"]
+    tokens: Int[Array | np.ndarray, "B n"]
+    masked: Bool[Array | np.ndarray, "B n"]
+    given: Bool[Array | np.ndarray, "B n"]
+    hole: Bool[Array | np.ndarray, "B n"]
+    skip: Int[Array | np.ndarray, " B"]
+    reveal: Int[Array | np.ndarray, "B n"]
+    confidence: Float[Array | np.ndarray, "B n"]
+    logprob: Float[Array | np.ndarray, "B n"]
+    step: Int[Array | np.ndarray, ""]
+    steps: Int[Array | np.ndarray, " B"]
+    forced: Int[Array | np.ndarray, " B"]
 
 
-@flax.struct.dataclass
-class Guess:
+class Guess(flax.struct.PyTreeNode):
     """What a denoising pass proposes for every position of a block."""
 
-    token: Int[Array, "B n"]
-    confidence: Float[Array, "B n"]  # raw; see `BlockDecoding.confidence`
-    logprob: Float[Array, "B n"]
+    token: Int[Array | np.ndarray, "B n"]
+    confidence: Float[Array | np.ndarray, "B n"]  # raw; see `BlockDecoding.confidence`
+    logprob: Float[Array | np.ndarray, "B n"]
 
 
 def new_block(
@@ -404,23 +400,22 @@ def reveal(
     )
 
 
-@flax.struct.dataclass
-class Output:
+class Output(flax.struct.PyTreeNode):
     """What a finished block gives out: the first `counts` tokens, an end token included.
 
     Arrays as in `Block`, moved to the left by its `skip`; `commits` are passes (0 or 1) that did nothing else
     than committing the row; `done` rows give out no more.
     """
 
-    tokens: Int[Array, "B n"]
-    reveal: Int[Array, "B n"]
-    confidence: Float[Array, "B n"]
-    logprob: Float[Array, "B n"]
-    counts: Int[Array, " B"]
-    steps: Int[Array, " B"]
-    forced: Int[Array, " B"]
-    commits: Int[Array, " B"]
-    done: Bool[Array, " B"]
+    tokens: Int[Array | np.ndarray, "B n"]
+    reveal: Int[Array | np.ndarray, "B n"]
+    confidence: Float[Array | np.ndarray, "B n"]
+    logprob: Float[Array | np.ndarray, "B n"]
+    counts: Int[Array | np.ndarray, " B"]
+    steps: Int[Array | np.ndarray, " B"]
+    forced: Int[Array | np.ndarray, " B"]
+    commits: Int[Array | np.ndarray, " B"]
+    done: Bool[Array | np.ndarray, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -563,9 +558,8 @@ class BlockSteps:
             last = hidden.states[:, length - 1]
             context = last if self.decoding.token_shift else None
             start = state.cache.lengths + length
-            return committed, last, self._guess(
-                params, hidden.states[:, length:], context, following, start, options
-            )  # fmt: skip
+            guess = self._guess(params, hidden.states[:, length:], context, following, start, options)
+            return committed, last, (guess.token, guess.confidence, guess.logprob)
 
         def nothing():
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(forward))
@@ -573,4 +567,4 @@ class BlockSteps:
         kv, last, guess = jax.lax.cond(jnp.any(goes_on), forward, nothing)
         cache = state.cache.append(kv, jnp.where(goes_on, length, 0))
         state = DecodeState(cache, self._new_context(state, last, goes_on), remaining)
-        return state, output, guess
+        return state, output, Guess(*guess)

@@ -121,6 +121,54 @@ def prefill_length(longest: int, capacity: int) -> int:
     return max(longest, min(padded, capacity))
 
 
+class Programs:
+    """The jitted programs of a model under static settings; state is donated. `traces` counts their
+    compilations."""
+
+    def __init__(self, lm: Any, decoding: BlockDecoding):
+        steps = BlockSteps(lm, decoding)
+        self.steps = steps
+        self.traces: collections.Counter[str] = collections.Counter()
+
+        def stop(state, active):
+            return state.replace(remaining=jnp.where(active, state.remaining, 0))
+
+        def block(params, state, active, block, options):
+            return steps.run_block(params, stop(state, active), block, options)
+
+        def fused(params, state, active, block, guess, options, following):
+            return steps.run_fused_block(params, stop(state, active), block, guess, options, following)
+
+        def first_guess(params, state, block, options, fresh, old):
+            new = steps.guess(params, state, block, options)
+            return jax.tree.map(lambda a, b: jnp.where(fresh[:, None], a, b), new, old)
+
+        def denoise(params, state, block, options):
+            block = steps.denoise(params, state, block, options)
+            return block, jnp.any(unfinished(block, options, state.remaining))
+
+        self.prefill = self._jit("prefill", steps.prefill, donate=(1,))
+        self.first_guess = self._jit("first_guess", first_guess)
+        self.block = self._jit("block", block, donate=(1,))
+        self.fused = self._jit("fused", fused, donate=(1,))
+        self.denoise = self._jit("denoise", denoise)
+        self.commit = self._jit("commit", steps.commit, donate=(1,))
+
+    def _jit(self, name: str, function: Callable, donate: tuple[int, ...] = ()) -> Callable:
+        @functools.wraps(function)
+        def traced(*args):
+            self.traces[name] += 1
+            return function(*args)
+
+        return jax.jit(traced, donate_argnums=donate)
+
+
+@functools.lru_cache(maxsize=16)
+def programs(lm: Any, decoding: BlockDecoding) -> Programs:
+    """Shared by all streams of equal model and settings, so that a second stream compiles nothing."""
+    return Programs(lm, decoding)
+
+
 class BlockStream:
     """Rows of one batch, decoded block by block. Calls only dispatch; the host reads a result when it wants
     it.
@@ -154,49 +202,24 @@ class BlockStream:
         self.params, self.decoding, self.fused = params, decoding, fused
         self.batch, self.capacity, self.eos_slots = batch, capacity, eos_slots
         self.prefill_rows = batch if prefill_rows is None else min(prefill_rows, batch)
-        self.traces: collections.Counter[str] = collections.Counter()
-        """how often each program was traced; a stream traces `block` once"""
         dtype = params["embed"].dtype
         cache = KVCache.init(lm.config, batch=batch, capacity=capacity, dtype=dtype)
         self._state = DecodeState.init(lm, decoding, cache)
-        self._steps = BlockSteps(lm, decoding)
         self._plans: list[Plan | None] = [None] * batch
         self._cursor = [0] * batch
         self._requests = [(RevealOptions(), 1, (), SamplingOptions())] * batch
         self._options: RowOptions | None = None
         self._guess: Guess | None = None
-        self._prefill = self._jit("prefill", self._steps.prefill, donate=1)
-        self._open = self._jit("open", self._open_guess)
-        self._block = self._jit("block", self._run_fused if fused else self._run_plain, donate=1)
-        self._denoise = self._jit("denoise", self._denoise_and_check)
-        self._commit = self._jit("commit", self._steps.commit, donate=1)
+        self._programs = programs(lm, decoding)
 
-    def _jit(self, name: str, function: Callable, donate: int | None = None) -> Callable:
-        @functools.wraps(function)
-        def traced(*args):
-            self.traces[name] += 1
-            return function(*args)
+    @property
+    def traces(self) -> collections.Counter[str]:
+        """How often each program of this model and these settings was traced, over all streams that share
+        them.
 
-        return jax.jit(traced, donate_argnums=() if donate is None else donate)
-
-    # -- traced ------
-
-    def _stop(self, state: DecodeState, active: Any) -> DecodeState:
-        return state.replace(remaining=jnp.where(active, state.remaining, 0))
-
-    def _run_plain(self, params, state, active, block, options):
-        return self._steps.run_block(params, self._stop(state, active), block, options)
-
-    def _run_fused(self, params, state, active, block, guess, options, following):
-        return self._steps.run_fused_block(params, self._stop(state, active), block, guess, options, following)
-
-    def _open_guess(self, params, state, block, options, fresh, old):
-        new = self._steps.guess(params, state, block, options)
-        return jax.tree.map(lambda a, b: jnp.where(fresh[:, None], a, b), new, old)
-
-    def _denoise_and_check(self, params, state, block, options):
-        block = self._steps.denoise(params, state, block, options)
-        return block, jnp.any(unfinished(block, options, state.remaining))
+        A stream traces its block once: "fused" or "block".
+        """
+        return self._programs.traces
 
     # -- host ------
 
@@ -241,7 +264,7 @@ class BlockStream:
             lengths[i] = len(plan.prefix)
             tokens[i, : lengths[i]] = plan.prefix
         remaining = [plan.total for plan in plans] + [0] * filler
-        self._state = self._prefill(
+        self._state = self._programs.prefill(
             self.params, self._state, tokens, lengths,
             np.asarray([*rows] + [self.batch] * filler, np.int32), np.asarray(remaining, np.int32),
         )  # fmt: skip
@@ -252,7 +275,9 @@ class BlockStream:
                 self._guess = Guess(
                     jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
                 )
-            self._guess = self._open(self.params, self._state, self._blocks(), self._options, fresh, self._guess)
+            self._guess = self._programs.first_guess(
+                self.params, self._state, self._blocks(), self._options, fresh, self._guess
+            )
 
     def _blocks(self, ahead: int = 0) -> Block:
         """The current block of every row, or one further ahead; rows without one get given zeros."""
@@ -280,11 +305,11 @@ class BlockStream:
             raise RuntimeError("advance() before start(): no row is running")
         active = np.ones(self.batch, bool) if active is None else np.asarray(active, bool)
         if self.fused:
-            self._state, output, self._guess = self._block(
+            self._state, output, self._guess = self._programs.fused(
                 self.params, self._state, active, self._blocks(), self._guess, self._options, self._blocks(1)
             )
         else:
-            self._state, output = self._block(self.params, self._state, active, self._blocks(), self._options)
+            self._state, output = self._programs.block(self.params, self._state, active, self._blocks(), self._options)
         self._next()
         return output
 
@@ -300,10 +325,10 @@ class BlockStream:
         block, options = self._blocks(), self._options
         running = bool(jnp.any(unfinished(block, options, self._state.remaining)))
         while running:
-            block, more = self._denoise(self.params, self._state, block, options)
+            block, more = self._programs.denoise(self.params, self._state, block, options)
             yield block
             running = bool(more)
-        self._state, output = self._commit(self.params, self._state, block, options)
+        self._state, output = self._programs.commit(self.params, self._state, block, options)
         self._next()
         yield output
 
@@ -399,7 +424,7 @@ def generate(
         fused: see `BlockStream`.
         live: one denoising pass per call, each followed by `on_step(block)`; slower.
         strict: raise when a row's `steps` do not suffice for its rule, instead of revealing the rest at once.
-        capacity: cache slots per row; None: as many as these requests need.
+        capacity: cache slots per row; None: as many as these requests need, in multiples of 64.
         on_block: called with the output of each block (device arrays).
         on_step: called with the block after each pass of the live mode.
         stream: a stream of the same model and settings to run in, to compile nothing again.
@@ -427,10 +452,10 @@ def generate(
         for prompt, new in zip(prompts, per_row(max_new_tokens, "max_new_tokens"), strict=True)
     ]
     if stream is None:
-        needed = max([1, *(plan.slots for plan in plans)])
+        needed = -(-max([1, *(plan.slots for plan in plans)]) // 64) * 64  # few shapes, few compilations
         stream = BlockStream(
             lm, params, decoding, batch=rows, capacity=needed if capacity is None else capacity,
-            fused=fused and not live, eos_slots=max(1, len(eos)),
+            fused=fused and not live, eos_slots=max(8, len(eos)),
         )  # fmt: skip
     if stream.batch != rows:
         raise ValueError(f"stream has {stream.batch} rows; got {rows} prompts")
