@@ -1,0 +1,79 @@
+"""Two real processes with four simulated devices each against one process with eight."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "mixed": {"data": 2, "fsdp": 2, "tensor": 2}}
+
+
+@pytest.fixture
+def run_meshes(clean_env, tmp_path):
+    """`run_meshes(model, one, two)`: losses per mesh of one process, and of two, run side by side."""
+
+    def start(options):
+        script = Path(__file__).parent / "mesh_run.py"
+        return subprocess.Popen(
+            [sys.executable, str(script), json.dumps(options)],
+            env=clean_env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(model, one, two, steps, timeout):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{s.getsockname()[1]}"
+        common = {"model": model, "steps": steps}
+        processes = [start(common | {"devices": 8, "directory": str(tmp_path / "one"), "meshes": one})]
+        for rank in range(2):
+            hosts = {"coordinator": coordinator, "num_processes": 2, "process_id": rank}
+            options = {"devices": 4, "directory": str(tmp_path / "two"), "meshes": two, "hosts": hosts}
+            processes.append(start(common | options))
+        try:
+            outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+        finally:
+            for p in processes:
+                p.kill()
+        assert all(p.returncode == 0 for p in processes), "\n".join(outputs)
+        return [json.loads(output.split("LOSSES ")[1].splitlines()[0]) for output in outputs[:2]]
+
+    return run
+
+
+def assert_equal_losses(one, two, steps=20):
+    assert one.keys() == two.keys()
+    for name in one:
+        assert len(one[name]) == steps
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.timeout(400)
+def test_two_processes_have_the_losses_of_one(run_meshes, toy, tmp_path):
+    steps = dict.fromkeys(MESHES, 20) | {"half": 10}
+    one, two = run_meshes("toy", MESHES, MESHES | {"half": {"data": 4, "tensor": 2}}, steps, 380)
+    half = two.pop("half")
+    assert_equal_losses(one, two)
+    np.testing.assert_allclose(one["data"], one["mixed"], rtol=1e-5)
+    # Continued on another number of processes and devices, from checkpoints that two processes wrote.
+    options = {"directory": str(tmp_path / "two" / "half"), "steps": 20, "optim": {"schedule": "constant"}}
+    toy.run(options)
+    lines = (tmp_path / "two" / "half" / "metrics.jsonl").read_text().splitlines()
+    continued = [r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r]
+    assert continued[:10] == half
+    np.testing.assert_allclose(continued, one["data"], rtol=1e-5)
+
+
+@pytest.mark.slow  # the decoder's three meshes compile for minutes on two cores
+@pytest.mark.timeout(1500)
+def test_two_processes_have_the_losses_of_one_with_a_decoder(run_meshes):
+    one, two = run_meshes("decoder", MESHES, MESHES, dict.fromkeys(MESHES, 20), 1400)
+    assert_equal_losses(one, two)
+    np.testing.assert_allclose(one["data"], one["mixed"], rtol=1e-5)
+    assert one["data"][-1] < one["data"][0] - 0.5
