@@ -28,6 +28,12 @@ class Task(NamedTuple):
 TASKS = (
     Task("text", "infer.text.cli", "Text", "complete prompts with a language model: one, a chat, or a JSONL file"),
     Task("env", "infer.env", "Env", "show versions, devices, and which kernels are active and why others are not"),
+    Task(
+        "completions",
+        "infer.evaluation.completions",
+        "Completions",
+        "judge an AR and a block-diffusion model on completions of held-out Python code",
+    ),
 )
 CACHE = "~/.cache/jaxstream/xla"
 

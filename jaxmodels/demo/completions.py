@@ -38,7 +38,7 @@ class PromptCut:
     context: str
 
 
-def find_cuts(path: str, text: str, *, min_context: int = 400, max_context: int = 40_000) -> list[PromptCut]:
+def find_cuts(path: str, text: str, *, min_context: int = 400, max_context: int = 12_000) -> list[PromptCut]:
     """All places of a file where a prompt may end: after a complete logical line that is no comment.
 
     Args:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxmodels.demo.completions import PromptCut, choose_cuts, find_cuts
 from jaxmodels.demo.corpus import Corpus, load_corpus
+
+FOLLOWING = 2000  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +20,12 @@ class CodePrompt:
         ids: the last tokens before the cut; their number is a multiple of the block length, so that the
             blocks of a completion lie as in training.
         cut: file and code before the completion.
+        following: how the file goes on, at least as long as any completion.
     """
 
     ids: tuple[int, ...]
     cut: PromptCut
+    following: str
 
 
 def corpus_prompts(
@@ -53,20 +57,23 @@ def corpus_prompts(
     for cut in choose_cuts(cuts, count, seed):
         ids = tokenizer.encode(cut.context[-max_tokens * 8 :], add_special_tokens=False)
         length = min(max_tokens, len(ids)) // multiple * multiple
-        prompts.append(CodePrompt(tuple(ids[len(ids) - length :]), cut))
+        text = files[cut.path]
+        end = text.index(cut.context) + len(cut.context)
+        prompts.append(CodePrompt(tuple(ids[len(ids) - length :]), cut, text[end : end + FOLLOWING]))
     return prompts
 
 
 def write_prompts(path: Path, prompts: Iterable[CodePrompt]) -> None:
-    """One JSON object per line: ids, path, context."""
-    lines = [json.dumps({"ids": p.ids, "path": p.cut.path, "context": p.cut.context}) + "\n" for p in prompts]
+    """One JSON object per line: ids, path, context, following."""
+    records = ({"ids": p.ids, "path": p.cut.path, "context": p.cut.context, "following": p.following} for p in prompts)
+    text = "".join(json.dumps(record) + "\n" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(lines), "utf-8")
+    temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
 
-def read_prompts(path: Path) -> Sequence[CodePrompt]:
+def read_prompts(path: Path) -> list[CodePrompt]:
     """What `write_prompts` wrote."""
     records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return [CodePrompt(tuple(r["ids"]), PromptCut(r["path"], r["context"])) for r in records]
+    return [CodePrompt(tuple(r["ids"]), PromptCut(r["path"], r["context"]), r["following"]) for r in records]

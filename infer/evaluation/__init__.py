@@ -1,0 +1,1 @@
+"""Judging models: what they generate, and how sure the numbers are."""
