@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxmodels.decoding.sampling import Sampling, SamplingOptions
 OnCompile = Callable[[str, float | None], None]
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """What the engine asks of a decoder. Calls only dispatch: the engine fetches a chunk's arrays later."""
 

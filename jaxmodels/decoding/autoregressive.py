@@ -192,7 +192,7 @@ def make_steps(step: Callable, n: int) -> Callable:
                 counts=sampled.valid.astype(jnp.int32),
             )
         chunk = SampledChunk(
-            tokens=jnp.zeros((n, B), jnp.int32), logprobs=jnp.zeros((n, B)), counts=jnp.zeros(B, jnp.int32)
+            tokens=jnp.zeros((B, n), jnp.int32), logprobs=jnp.zeros((B, n)), counts=jnp.zeros(B, jnp.int32)
         )
 
         def more(carry):
@@ -203,13 +203,13 @@ def make_steps(step: Callable, n: int) -> Callable:
             i, state, chunk = carry
             state, sampled = step(params, state)
             chunk = SampledChunk(
-                tokens=chunk.tokens.at[i].set(sampled.token),
-                logprobs=chunk.logprobs.at[i].set(sampled.logprob),
+                tokens=chunk.tokens.at[:, i].set(sampled.token),
+                logprobs=chunk.logprobs.at[:, i].set(sampled.logprob),
                 counts=chunk.counts + sampled.valid,
             )
             return i + 1, state, chunk
 
         _, state, chunk = jax.lax.while_loop(more, once, (jnp.int32(0), state, chunk))
-        return state, chunk.replace(tokens=chunk.tokens.T, logprobs=chunk.logprobs.T)
+        return state, chunk
 
     return steps
