@@ -59,7 +59,8 @@ def attend(
     probabilities = weights / jnp.where(empty, 1.0, total)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v, precision="highest")
     lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + top)
-    return out.reshape(shape).astype(dtype), lse.reshape(batch, num_heads, num_queries)
+    out = jnp.where(seen.any(2)[:, :, None, None], out.reshape(shape), 0)  # also drops such rows' cotangents
+    return out.astype(dtype), lse.reshape(batch, num_heads, num_queries)
 
 
 def run(
