@@ -143,14 +143,15 @@ def _logical_lines(text: str) -> tuple[list[_Line], bool]:
     """Complete logical lines, and whether the text is broken elsewhere than at its end."""
     offsets = np.cumsum([0, *map(len, text.splitlines(keepends=True))])
     lines: list[_Line] = []
-    first = last = None
+    first: tokenize.TokenInfo | None = None
+    last: tokenize.TokenInfo | None = None
     ignored = (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type in ignored:
                 continue
             if token.type == tokenize.NEWLINE:
-                if first is not None and token.string:  # without a line break the line is not complete
+                if first is not None and last is not None and token.string:  # without a line break the line is not complete
                     end = int(offsets[token.end[0] - 1]) + token.end[1]
                     start = int(offsets[first.start[0] - 1]) + first.start[1]
                     opens = last.string == ":" or first.string == "@"

@@ -347,7 +347,7 @@ class _Chain:
             seconds = last["perf/step_seconds"]
             self.report.line(
                 f"{name}: {1000 * seconds:.1f} ms a step, {stage.steps} steps {stage.steps * seconds:.0f} s; "
-                f"compiling and starting {total - steps * seconds:.0f} s"
+                f"compiling and starting {max(0.0, total - steps * seconds):.0f} s"
             )
 
     def _fit(
@@ -419,14 +419,14 @@ class _Chain:
         dlm = load_pretrained(self.root / DLM, dtype="float32").params
         nats = self.ar_nats(ar, "test")
         bits = self._bits_per_byte
-        rows = [("AR, exact", nats, None)]
+        rows: list[tuple[str, float, float | None]] = [("AR, exact", nats, None)]
         for block in (self.config.block_size // 2, self.config.block_size):
             rows.append((f"block diffusion, bound, block {block}", *self.bound_nats(dlm, "test", block, samples=4)))
         table = rich.table.Table("test files", "nats/token", "bits/byte")
         for label, value, error in rows:
             table.add_row(label, f"{value:.4f}" + (f" ± {error:.4f}" if error else ""), f"{bits(value):.4f}")
         drift = weight_drift(ar, dlm)
-        values = {
+        values: dict[str, Any] = {
             "nats_per_token": {label: round(value, 5) for label, value, _ in rows},
             "bits_per_byte": {label: round(bits(value), 5) for label, value, _ in rows},
             "drift": drift,
