@@ -1,0 +1,110 @@
+"""The recipe from the command line to a model directory."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+import train.__main__ as cli
+from jaxmodels import load_pretrained, save_pretrained
+from jaxmodels.qwen import build
+from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.tokenizer import Tokenizer
+
+TEXTS = [f"def f{i}(x):\n    return x + {i}\n\n\nfor j in range({i}):\n    print(f{i}(j))\n" * 4 for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """(initial model, corpus): a tiny random model with a byte-level tokeniser, and Python text."""
+    directory = tmp_path_factory.mktemp("start")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<eos>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    lm = build(QwenConfig.tiny(vocab_size=304, layers=1, eos_ids=(0,), pad_id=None, mask_id=None))
+    tokenizer = Tokenizer(backend, config={"eos_token": "<eos>"})
+    save_pretrained(directory / "init", lm, lm.init(jax.random.key(0)), tokenizer=tokenizer, dtype="bfloat16")
+    corpus = directory / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return directory / "init", corpus
+
+
+@pytest.fixture
+def lm(start, tmp_path, monkeypatch):
+    """`lm(*flags)`: exit code of a short run in `tmp_path / "run"`."""
+    init, corpus = start
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    common = ["--init", str(init), "--data", str(corpus), "--directory", str(tmp_path / "run")]
+    common += ["--steps", "12", "--batch-size", "4", "--rows.seq-len", "32", "--rows.validation-fraction", "0.2"]
+    common += ["--optim.learning-rate", "3e-3", "--log-every", "4", "--eval-batches", "2"]
+    return lambda *flags: cli.main(["lm", *common, *flags])
+
+
+def records(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.smoke
+def test_trains_evaluates_exports_and_refuses_another_configuration(lm, start, tmp_path, capsys):
+    assert lm() == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == str(tmp_path / "run" / "model")
+    assert "memory per device" in captured.err and "compiled the training step" in captured.err
+    lines = records(tmp_path / "run")
+    trained = [r["train/loss"] for r in lines if "train/loss" in r]
+    assert len(trained) == 3 and trained[-1] < trained[0] - 0.3
+    held_out = [r["eval/loss"] for r in lines if "eval/loss" in r]
+    assert len(held_out) == 1 and held_out[0] < trained[0] - 0.3
+
+    model, initial = load_pretrained(tmp_path / "run" / "model"), load_pretrained(start[0])
+    assert model.params["embed"].dtype == initial.params["embed"].dtype == "bfloat16"
+    assert not np.array_equal(model.params["embed"], initial.params["embed"])
+    text = "def f3(x):"
+    assert model.tokenizer.encode(text) == initial.tokenizer.encode(text)
+
+    for flags, message in (
+        (["--optim.weight-decay", "0.3"], "optim.weight_decay was 0.1 and is now 0.3"),
+        (["--z-loss", "0.5"], "z_loss was 0.0 and is now 0.5"),
+        (["--rows.seq-len", "16"], "seq_len"),
+    ):
+        assert lm(*flags) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and message in error
+
+
+def test_other_options(lm, tmp_path):
+    """Random weights, parts of a batch, bfloat16, recomputation and the z-loss in one run, then its continuation."""
+    flags = ["--random-weights", "--accumulate", "2", "--compute-dtype", "bfloat16", "--remat", "full"]
+    flags += ["--z-loss", "1e-4", "--export-dtype", "float32", "--optim.schedule", "constant", "--steps", "4"]
+    assert lm(*flags) == 0
+    lines = records(tmp_path / "run")
+    assert lines[0]["train/loss"] > lines[0]["train/nll"]  # the z term
+    assert load_pretrained(tmp_path / "run" / "model").params["embed"].dtype == "float32"
+    assert lm(*flags, "--steps", "6", "--export", str(tmp_path / "elsewhere")) == 0
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    assert [r["step"] for r in records(tmp_path / "run") if "train/loss" in r] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mesh.tensor", "3"], "mesh.data * mesh.fsdp * mesh.tensor must equal"),
+        (["--rows.seq-len", "512"], "rows.seq_len must be at most the model's 256 positions; got 512"),
+        (["--rows.validation-fraction", "1e-9"], "--rows.validation-fraction"),
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--init", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(lm, flags, message, capsys):
+    assert lm(*flags) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
