@@ -20,9 +20,7 @@ Axes = tuple[str | None, ...]
 """One logical axis name, or None, per dimension of an array."""
 
 
-def weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, *, stddev: float = 0.02
-) -> nnx.Param:
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, *, stddev: float = 0.02) -> nnx.Param:
     """A normal random weight with one logical axis name (or None) per dimension, for the sharding rules."""
     return nnx.Param(nnx.initializers.normal(stddev)(rngs.params(), shape, dtype), axes=axes)
 

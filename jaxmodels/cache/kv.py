@@ -84,9 +84,9 @@ class KVCache(flax.struct.PyTreeNode):
         beforehand.
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
-    lengths: Int[Array, " B"]
+    k: Any  # float [L, B, S, K, H]; no checked annotations: the class also holds shapes, shardings, donations
+    v: Any  # float [L, B, S, K, H]
+    lengths: Any  # int32 [B]
 
     @classmethod
     def init(cls, config: Shape, *, batch: int, capacity: int, dtype: Any) -> "KVCache":
@@ -164,10 +164,10 @@ class SinkRingCache(flax.struct.PyTreeNode):
       num_sinks: static.
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
-    positions: Int[Array, "B S"]
-    lengths: Int[Array, " B"]
+    k: Any  # float [L, B, S, K, H]
+    v: Any  # float [L, B, S, K, H]
+    positions: Any  # int32 [B, S]
+    lengths: Any  # int32 [B]
     num_sinks: int = flax.struct.field(pytree_node=False)
 
     @classmethod

@@ -325,6 +325,9 @@ class CausalLM:
         x, kv, states = self._layers(
             params["layers"], x, attend, keep_kv=keep_kv, keep_states=layer_states, remat=remat, unroll=unroll
         )
+        if cache is not None:
+            # Orders every read of the cache before the append that follows: XLA then needs no copy of the cache.
+            x, kv = jax.lax.optimization_barrier((x, kv))
         if states is not None:
             states = jnp.concatenate([jnp.take(params["embed"], tokens, axis=0)[None], states])
         with jax.named_scope("final_norm"):
