@@ -151,7 +151,8 @@ def _logical_lines(text: str) -> tuple[list[_Line], bool]:
             if token.type in ignored:
                 continue
             if token.type == tokenize.NEWLINE:
-                if first is not None and last is not None and token.string:  # without a line break the line is not complete
+                # Without a line break (an empty string) the line is not complete.
+                if first is not None and last is not None and token.string:
                     end = int(offsets[token.end[0] - 1]) + token.end[1]
                     start = int(offsets[first.start[0] - 1]) + first.start[1]
                     opens = last.string == ":" or first.string == "@"

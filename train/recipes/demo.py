@@ -562,13 +562,16 @@ def make_dropped_input_loss(lm: "CausalLM", rate: float) -> Any:
     import jax
     import jax.numpy as jnp
 
+    from jaxmodels.decoding.block_diffusion.bound import require_mask_id
     from jaxmodels.decoding.cross_entropy import token_nll
     from train.objectives.next_token import next_token_targets
+
+    mask_id = require_mask_id(lm.config)
 
     def loss_fn(params, batch, key):
         tokens = batch["tokens"]
         dropped = jax.random.uniform(key, tokens.shape) < rate
-        inputs = jnp.where(dropped.at[:, 0].set(False), lm.config.mask_id, tokens)
+        inputs = jnp.where(dropped.at[:, 0].set(False), mask_id, tokens)
         targets, weights = next_token_targets(tokens, batch["segment_ids"], batch["loss_mask"])
         states = lm.hidden(params, inputs, positions=batch["positions"], segment_ids=batch["segment_ids"]).states
         flat = states.reshape(-1, states.shape[-1])
@@ -582,29 +585,18 @@ def make_dropped_input_loss(lm: "CausalLM", rate: float) -> Any:
 
 def conversion_loss(lm: "CausalLM", config: DemoConfig) -> Any:
     """The block-diffusion objective with clean context and position-dependent masking."""
-    import jax.numpy as jnp
+    from train.objectives.block_diffusion import make_block_diffusion_loss
+    from train.objectives.config import DiffusionObjective
 
-    from jaxmodels.decoding.block_diffusion import Pattern, gathered_nll, predict, sample_block_mask
-    from jaxmodels.decoding.block_diffusion.bound import suppressed_ids
-
-    pattern = Pattern("block_diffusion", config.block_size)
-
-    def loss_fn(params, batch, key):
-        tokens, segments = batch["tokens"], batch["segment_ids"]
-        corruption = sample_block_mask(
-            key, batch["loss_mask"], block_size=config.block_size, half_life_ratio=config.half_life_ratio,
-            segment_ids=segments,
-        )  # fmt: skip
-        out = predict(
-            lm, params, tokens, corruption.masked, pattern, mask_id=lm.config.mask_id,
-            positions=batch["positions"], segment_ids=segments,
-        )  # fmt: skip
-        nll, _ = gathered_nll(lm, params, out.states, tokens, corruption.masked, suppress=suppressed_ids(lm.config))
-        total = jnp.sum(nll / corruption.level)
-        masked = jnp.sum(corruption.masked, dtype=jnp.float32)
-        return total, jnp.sum(batch["loss_mask"], dtype=jnp.float32), {"masked_nll": (jnp.sum(nll), masked)}
-
-    return loss_fn
+    objective = DiffusionObjective(
+        pattern="block_diffusion",
+        block_size=config.block_size,
+        masking="position",
+        half_life_ratio=config.half_life_ratio,
+        token_shift=False,
+        normalization="tokens",
+    )
+    return make_block_diffusion_loss(lm, objective)
 
 
 def weight_drift(before: Any, after: Any) -> dict[str, float]:
