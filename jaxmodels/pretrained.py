@@ -1,9 +1,10 @@
 """Loading and saving whole models: configuration, weights, tokenizer and generation defaults."""
 
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class GenerationDefaults:
             "max_length",
             "return_dict_in_generate",
         }
-        neutral = (None, False, 0, 1, 1.0, [], {})
+        neutral: tuple[Any, ...] = (None, False, 0, 1, 1.0, [], {})
         names = {field.name for field in dataclasses.fields(cls)} | {
             "do_sample",
             "eos_token_id",
@@ -80,6 +81,12 @@ class GenerationDefaults:
         if ignored:
             log.warning("generation_config.json: not implemented and ignored: %s", ", ".join(ignored))
         eos = config.get("eos_token_id")
+        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        pad_id = config.get("pad_token_id")
+        if any(type(token) is not int for token in (*eos_ids, 0 if pad_id is None else pad_id)):
+            raise ValueError(
+                f"generation_config.json: eos_token_id {eos!r} and pad_token_id {pad_id!r} must be integers"
+            )
         values: dict[str, Any] = {name: config.get(name) for name in names & config.keys() if name in SAMPLING}
         if config.get("do_sample"):
             values["temperature"] = config.get("temperature", 1.0)
@@ -89,8 +96,8 @@ class GenerationDefaults:
             values.pop("temperature", None)
         return cls(
             **values,
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            pad_id=config.get("pad_token_id"),
+            eos_ids=eos_ids,
+            pad_id=pad_id,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -145,7 +152,7 @@ class Pretrained:
     def config(self) -> Any:
         return self.lm.config
 
-    def apply(self, params: Mapping[str, Any], tokens: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
+    def apply(self, params: dict[str, Any], tokens: Int[ArrayLike, "B T"], **options: Any) -> Float[Array, "B T V"]:
         """`lm.apply`: float32 logits, from any integer array of tokens."""
         return self.lm.apply(params, jnp.asarray(tokens, jnp.int32), **options)
 
@@ -332,11 +339,20 @@ def save_pretrained(
 def _fetch(array: Any, layer: int | None) -> np.ndarray:
     """One parameter, or one layer of a stacked one, on the host; collective if other processes hold parts."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
-        pick = lambda a: a if layer is None else a[layer]  # noqa: E731
-        return np.asarray(jax.jit(pick, out_shardings=everywhere)(array).addressable_data(0))
+        if not isinstance(array.sharding, NamedSharding):
+            raise ValueError(f"parameters over several processes need a NamedSharding; got {array.sharding}")
+        whole, one_layer = _gather(array.sharding.mesh)
+        return np.asarray((whole(array) if layer is None else one_layer(array, layer)).addressable_data(0))
     if layer is None:
         return np.asarray(array)
     if isinstance(array, jax.Array) and (len(array.devices()) > 1 or next(iter(array.devices())).platform != "cpu"):
         return np.asarray(array[layer])  # one layer at a time off the device
     return np.asarray(array)[layer]
+
+
+@functools.lru_cache(maxsize=8)
+def _gather(mesh: Mesh) -> tuple[Callable, Callable]:
+    """Functions that bring an array, or one entry of its first axis, to every device; compiled once per shape."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    one_layer = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    return jax.jit(lambda array: array, out_shardings=everywhere), jax.jit(one_layer, out_shardings=everywhere)

@@ -226,7 +226,7 @@ class Tokenizer:
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return environment.from_string(self.chat_template)
+        return environment.from_string(self.chat_template or "")
 
     def stream(self, *, skip_special_tokens: bool = True) -> "StreamDecoder":
         """A decoder for one row of a running generation."""

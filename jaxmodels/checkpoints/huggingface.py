@@ -26,6 +26,7 @@ from jaxmodels.checkpoints.safetensors import (
     parse_json,
     sync_directory,
     write_safetensors,
+    writing_order,
 )
 
 SINGLE = "model.safetensors"
@@ -177,9 +178,9 @@ def write_weights(
         if write:
             write_safetensors(directory / name, shard, metadata)
         else:
-            for tensor in sorted(shard, key=lambda n: -np.dtype(shard[n].dtype).itemsize):
-                if isinstance(lazy := shard[tensor], LazyTensor):
-                    lazy.read()
+            for value in (shard[key] for key in writing_order(shard)):
+                if isinstance(value, LazyTensor):
+                    value.read()
     if write and len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -226,15 +227,13 @@ def replaced_directory(directory: str | os.PathLike) -> Iterator[Path]:
 
     Raises ValueError when `directory` is a file or holds subdirectories, which a replacement would lose.
     """
-    directory = Path(directory).absolute()
+    directory = Path(directory).resolve()  # a link stays, what it points to is replaced
     if directory.exists():
         if not directory.is_dir():
             raise ValueError(f"directory {directory} is a file")
         inside = sorted(p.name for p in directory.iterdir() if p.is_dir() and not p.is_symlink())
         if inside:
-            raise ValueError(
-                f"directory {directory} holds the directory {inside[0]!r}; a model needs its own"
-            )
+            raise ValueError(f"directory {directory} holds the directory {inside[0]!r}; a model needs its own")
     directory.parent.mkdir(parents=True, exist_ok=True)
     host = re.sub(r"\W", "_", socket.gethostname())
     for stale in directory.parent.glob(f".{directory.name}.{host}-*.new"):
@@ -305,9 +304,7 @@ def resolve(directory_or_repo_id: str | os.PathLike) -> Path:
             ) from None
         return cached
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=[*DOWNLOADED], ignore_patterns=["*/*"])
-        )
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*DOWNLOADED], ignore_patterns=["*/*"]))
     except Exception as error:  # the hub raises a dozen types, some from its HTTP client
         reason = str(error).strip().splitlines()
         raise ValueError(

@@ -52,9 +52,7 @@ class Row:
         groups = [group.strip("()").split() for group in re.findall(r"\([^()]*\)|\w+", self.dims)]
         letters = [letter for group in groups for letter in group]
         if len(set(letters)) != len(letters) or len(letters) != len(shape):
-            raise ValueError(
-                f"dims {self.dims!r} of {self.key!r} do not fit a parameter of shape {tuple(shape)}"
-            )
+            raise ValueError(f"dims {self.dims!r} of {self.key!r} do not fit a parameter of shape {tuple(shape)}")
         size = dict(zip(letters, shape, strict=True))
         return tuple(math.prod(size[letter] for letter in group) for group in groups)
 
@@ -149,6 +147,9 @@ def load_arrays(
     Each (distinct) part that the local devices hold is copied once from the memory map into a fresh buffer,
     which the CPU client then uses in place; with an accelerator one parameter at a time is staged in host
     memory. Without `shardings` everything goes to the default device.
+
+    "Reads" means bytes that are copied. The system reads whole pages, so of a tensor that is split along its last
+    dimension (parts of rows, shorter than a page) every process touches all pages.
 
     Raises ValueError naming the tensor and its file for a dtype that is no supported float or a shape other
     than the one that `shapes` implies. Names are expected to have been checked with `check_names`.
@@ -249,9 +250,7 @@ def to_tensors(
         array = leaves[row.path]
         target = np.dtype(array.dtype) if dtype is None else np.dtype(dtype)
         if target not in FLOATS:
-            raise ValueError(
-                f"dtype must be one of {[str(d) for d in FLOATS]}; {'.'.join(row.path)} has {target}"
-            )
+            raise ValueError(f"dtype must be one of {[str(d) for d in FLOATS]}; {'.'.join(row.path)} has {target}")
         shape = row.stored_shape(array.shape if layer is None else array.shape[1:])
 
         def read() -> np.ndarray:

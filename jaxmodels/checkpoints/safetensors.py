@@ -208,6 +208,11 @@ def sync_directory(directory: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def writing_order(tensors: Mapping[str, np.ndarray | LazyTensor]) -> list[str]:
+    """Names in the order in which `write_safetensors` reads and stores them: widest dtypes first."""
+    return sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)  # a stable sort
+
+
 def write_safetensors(
     path: str | os.PathLike,
     tensors: Mapping[str, np.ndarray | LazyTensor],
@@ -222,7 +227,7 @@ def write_safetensors(
     shape or dtype than it announced; OSError when the file cannot be written. In each case `path` is
     untouched.
     """
-    order = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)  # a stable sort
+    order = writing_order(tensors)
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = dict(metadata)

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 import jaxmodels
 from jaxmodels.checkpoints.huggingface import INDEX, SINGLE, Checkpoint
@@ -278,13 +279,24 @@ def test_saving_checks_the_parameters(tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def tokenizer_like_qwen(chat_template: str | None = None) -> Tokenizer:
+    """Bytes only, with special tokens."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=270,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the user asks, the assistant answers the user"], trainer)
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}
+    return Tokenizer(backend, config=config, chat_template=chat_template)
+
+
 def test_everything_beside_the_weights_comes_back(tmp_path):
-    sys.path.insert(0, str(Path(__file__).parent))
-    try:
-        from test_tokenizer import build as build_tokenizer
-    finally:
-        sys.path.pop(0)
-    tokenizer = build_tokenizer("{{ messages }}")
+    tokenizer = tokenizer_like_qwen("{{ messages }}")
     generation = GenerationDefaults(
         temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05, max_new_tokens=64, eos_ids=(1, 2), pad_id=0
     )
@@ -319,6 +331,12 @@ def test_generation_defaults(written, expected):
     expected = GenerationDefaults(**expected) if isinstance(expected, dict) else expected
     assert GenerationDefaults.from_hf(written) == expected
     assert GenerationDefaults.from_hf(expected.to_hf()) == expected
+
+
+def test_generation_tokens_must_be_integers():
+    for written in ({"eos_token_id": "</s>"}, {"eos_token_id": [1, None]}, {"pad_token_id": 1.5}):
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id .* must be integers"):
+            GenerationDefaults.from_hf(written)
 
 
 def test_generation_options_that_would_matter_are_logged(caplog):
@@ -496,7 +514,7 @@ def test_loading_holds_little_more_than_the_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_loading_holds_little_more_than_the_checkpoint_1_gb(tmp_path):
-    lm = build(dataclasses.replace(QwenConfig.qwen2_5_0_5b(), tied_head=False, layers=20))
+    lm = build(dataclasses.replace(QwenConfig.qwen2_5_0_5b(), tied_head=False, layers=20, layer_windows=()))
     stored, peak = measure_memory(tmp_path, lm, 200_000_000)
     assert stored > 1_000_000_000 and peak <= 1.2 * stored
 
@@ -521,33 +539,86 @@ print("cheap")
 
 TRANSFORMERS = """
 import sys, numpy as np, torch
+from pathlib import Path
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-with torch.no_grad():
-    logits = model(torch.tensor(np.load(sys.argv[2]))).logits
-np.save(sys.argv[3], logits.numpy())
+tokens = torch.tensor(np.load(sys.argv[1] + "/tokens.npy"))
+for directory in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+    model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    problems = {name: found for name, found in report.items() if found}
+    assert not problems, (directory, problems)
+    with torch.no_grad():
+        np.save(f"{directory}.npy", model.eval()(tokens).logits.numpy())
 """
 PEER = os.environ.get("JAXSTREAM_TORCH_PYTHON")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PEER, reason="JAXSTREAM_TORCH_PYTHON names no interpreter with torch and transformers")
-@pytest.mark.parametrize("shard_bytes", [50_000, 10**9])
-@pytest.mark.parametrize("source", [*NAMES, "diffusion"])
-def test_transformers_reads_what_is_saved(tmp_path, source, shard_bytes):
-    """The same logits in a second interpreter, for every golden and a diffusion model written as Qwen."""
-    if source == "diffusion":
-        lm, params = tiny(block_size=16)
-        jaxmodels.save_pretrained(tmp_path / "m", lm, params, family="qwen3", max_shard_bytes=shard_bytes)
-    else:
-        model = jaxmodels.load_pretrained(GOLDENS / source)
-        lm, params = model.lm, model.params
-        jaxmodels.save_pretrained(tmp_path / "m", lm, params, max_shard_bytes=shard_bytes)
+def test_transformers_reads_what_is_saved(tmp_path):
+    """The same logits in a second interpreter: every golden and a diffusion model written as Qwen, in shards too."""
+    models = {name: jaxmodels.load_pretrained(GOLDENS / name) for name in NAMES}
+    models = {name: (model.lm, model.params) for name, model in models.items()} | {"diffusion": tiny(block_size=16)}
     np.save(tmp_path / "tokens.npy", TOKENS)
-    arguments = [tmp_path / "m", tmp_path / "tokens.npy", tmp_path / "logits.npy"]
-    result = subprocess.run([PEER, "-c", TRANSFORMERS, *map(str, arguments)], capture_output=True, text=True)
+    for name, (lm, params) in models.items():
+        family = "qwen3" if name == "diffusion" else None
+        for shard_bytes in (20_000, 10**9):
+            directory = tmp_path / f"{name}-{shard_bytes}"
+            jaxmodels.save_pretrained(directory, lm, params, family=family, max_shard_bytes=shard_bytes)
+    result = subprocess.run([PEER, "-c", TRANSFORMERS, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "newly initialized" not in result.stderr and "not used" not in result.stderr
-    with jax.default_matmul_precision("highest"):
-        logits = lm.apply(params, TOKENS)
-    np.testing.assert_allclose(logits, np.load(tmp_path / "logits.npy"), atol=1e-5, rtol=0)
+    for name, (lm, params) in models.items():
+        with jax.default_matmul_precision("highest"):
+            logits = jax.jit(lm.apply)(params, jnp.asarray(TOKENS))
+        for shard_bytes in (20_000, 10**9):
+            theirs = np.load(tmp_path / f"{name}-{shard_bytes}.npy")
+            np.testing.assert_allclose(logits, theirs, atol=1e-5, rtol=0, err_msg=f"{name} {shard_bytes}")
+
+
+TRANSFORMERS_TOKENIZER = """
+import json, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+cases = json.loads(Path(sys.argv[1], "cases.json").read_text())
+ids = [tokenizer(text)["input_ids"] for text in cases["texts"]]
+render = lambda chat, prompt: tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+print(json.dumps({
+    "ids": ids,
+    "skipped": [tokenizer.decode(i, skip_special_tokens=True) for i in ids],
+    "whole": [tokenizer.decode(i, skip_special_tokens=False) for i in ids],
+    "chats": [render(chat, prompt) for chat in cases["chats"] for prompt in (True, False)],
+    "numbers": [tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)],
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PEER, reason="JAXSTREAM_TORCH_PYTHON names no interpreter with torch and transformers")
+def test_transformers_reads_the_tokenizer_that_is_saved(tmp_path):
+    """Encoding, decoding and chat templates in a second interpreter, from the directory that we write."""
+    template = (
+        "{%- for m in messages %}\n  {%- if m.role not in ['user', 'assistant', 'system'] %}\n"
+        "    {{- raise_exception('role') }}\n  {%- endif %}\n"
+        "  {{- '<|im_start|>' + m.role + '\\n' }}\n"
+        "  {{- m.content if m.content is string else m.content | tojson(indent=1) }}\n"
+        "  {{- '<|im_end|>\\n' if not loop.last else eos_token }}\n{% endfor %}\n  x\n"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer = tokenizer_like_qwen(template)
+    tokenizer.save(tmp_path)
+    texts = ["", " the  user ", "a🦊b\n\tß", "<|im_start|>user<|im_end|>", "ab<|endoftext|> c"]
+    user = {"role": "user", "content": "häß < 🦊"}
+    chats = [[user], [{"role": "system", "content": [{"type": "text", "text": "ü<"}]}, user]]
+    (tmp_path / "cases.json").write_text(json.dumps({"texts": texts, "chats": chats}))
+    result = subprocess.run([PEER, "-c", TRANSFORMERS_TOKENIZER, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    theirs = json.loads(result.stdout.splitlines()[-1])
+    ids = [tokenizer.encode(text) for text in texts]
+    assert theirs == {
+        "ids": ids,
+        "skipped": [tokenizer.decode(i) for i in ids],
+        "whole": texts,
+        "chats": [tokenizer.chat_text(chat, add_generation_prompt=p) for chat in chats for p in (True, False)],
+        "numbers": [*tokenizer.eos_ids, tokenizer.pad_id, tokenizer.vocab_size],
+    }
+    assert [tokenizer.decode(i, skip_special_tokens=False) for i in ids] == texts
