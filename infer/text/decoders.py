@@ -1,5 +1,6 @@
 """The decoders behind `TextEngine`: they own a batch of slots on the device and know nothing of text."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -44,26 +45,36 @@ class Decoder(Protocol):
 class Programs:
     """Functions compiled ahead of time, each once, by name.
 
-    A call whose shapes differ from the first is an error instead of a silent second compilation. `on_compile`
-    hears (name, None) before and (name, seconds) after each compilation.
+    A call whose shapes differ from those it was compiled for is an error instead of a silent second compilation.
+
+    Attributes:
+      seconds: compile time by name.
     """
 
-    def __init__(self, on_compile: OnCompile | None = None):
+    def __init__(self):
         self.seconds: dict[str, float] = {}
         self._programs: dict[str, Callable] = {}
-        self._on_compile = on_compile or (lambda name, seconds: None)
 
-    def get(self, name: str, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Any:
-        """The program for `function(*args)`, compiled when `name` is new; arguments `donate` will be given
-        away.
+    def get(
+        self,
+        name: str,
+        function: Callable,
+        *args: Any,
+        donate: tuple[int, ...] = (),
+        on_compile: OnCompile | None = None,
+    ) -> Callable:
+        """The program for `function(*args)`, compiled when `name` is new; it takes arguments `donate` for itself.
+
+        `on_compile` hears (name, None) before a compilation and (name, seconds) after it.
         """
         program = self._programs.get(name)
         if program is None:
-            self._on_compile(name, None)
+            on_compile = on_compile or (lambda name, seconds: None)
+            on_compile(name, None)
             started = time.perf_counter()
             program = self._programs[name] = _compile(function, args, donate)
             self.seconds[name] = time.perf_counter() - started
-            self._on_compile(name, self.seconds[name])
+            on_compile(name, self.seconds[name])
         return program
 
 
@@ -71,6 +82,12 @@ def prefill_buckets(capacity: int, smallest: int = 32) -> tuple[int, ...]:
     """Padded prompt lengths: powers of two from `smallest`, the last one being the capacity itself."""
     sizes = [smallest << i for i in range(32) if smallest << i < capacity]
     return (*sizes, capacity)
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(*_: Any) -> Programs:
+    """The programs of equal models, sizes and parameter shapes: a second decoder of its kind compiles nothing."""
+    return Programs()
 
 
 def _compile(function: Callable, args: tuple, donate: tuple[int, ...]) -> Callable:
@@ -101,14 +118,14 @@ class ARDecoder:
 
     Args:
       lm: jaxmodels CausalLM.
-      params: its parameters; stacked ones are unstacked on a CPU, where that reads each weight once instead
-      of twice. batch: slots, that is requests in flight.
+      params: its parameters; stacked ones are unstacked on a CPU, where slices of them would be copied.
+      batch: slots, that is requests in flight.
       capacity: cache slots per request: prompt and new tokens.
-      chunk: decode steps per call. More hides the host behind a small model, and delays streaming by as many
-      tokens. prefill_rows: prompts per prefill call, padded to the longest; 1 wastes nothing once the slots
-      are full. buckets: padded prompt lengths; each one in use is compiled once.
+      chunk: decode steps per call. More hides the host behind a small model, and streams that many tokens at once.
+      prefill_rows: prompts per prefill call, padded to the longest; 1 wastes nothing once the slots are full.
+      buckets: padded prompt lengths; each one in use is compiled once. None: `prefill_buckets(capacity)`.
       max_eos: most EOS ids that a request may have.
-      on_compile: see `Programs`.
+      on_compile: see `Programs.get`.
     """
 
     def __init__(
@@ -136,9 +153,12 @@ class ARDecoder:
             raise ValueError(f"buckets must be >= 1 and end with the capacity {capacity}; got {buckets}")
         self.lm, self.batch, self.capacity, self.chunk = lm, batch, capacity, chunk
         self.prefill_rows, self.buckets, self.max_eos = prefill_rows, buckets, max_eos
-        self.programs = Programs(on_compile)
+        self.on_compile = on_compile
         on_cpu = jax.tree.leaves(params)[0].devices().pop().platform == "cpu"
         self.params = lm.unstack(params) if on_cpu and isinstance(params["layers"], dict) else params
+        leaves, structure = jax.tree.flatten(self.params)
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        self.programs = _programs(lm, batch, capacity, chunk, prefill_rows, max_eos, structure, shapes)
         self._prefill = make_prefill(lm)
         self._steps = make_steps(make_step(lm), chunk)
         dtype = params["embed"].dtype
@@ -190,13 +210,17 @@ class ARDecoder:
     def _bucket(self, length: int) -> int:
         return next(size for size in self.buckets if size >= length)
 
-    def _prefill_program(self, T: int) -> Any:
+    def _prefill_program(self, T: int) -> Callable:
         prompt = self._prompt([], [], T)
-        return self.programs.get(f"prefill {T}", self._prefill, self.params, self.state, prompt, donate=(1,))
+        return self.programs.get(
+            f"prefill {T}", self._prefill, self.params, self.state, prompt, donate=(1,), on_compile=self.on_compile
+        )
 
-    def _decode_program(self) -> Any:
+    def _decode_program(self) -> Callable:
         active = np.ones(self.batch, bool)
-        return self.programs.get("decode", self._steps, self.params, self.state, active, donate=(1,))
+        return self.programs.get(
+            "decode", self._steps, self.params, self.state, active, donate=(1,), on_compile=self.on_compile
+        )
 
     def _prompt(self, rows: Sequence[int], jobs: Sequence[Job], T: int) -> Prompt:
         filler = self.prefill_rows - len(jobs)

@@ -1,0 +1,214 @@
+"""The command line: help without JAX, exit codes, one-line errors, text, conversation, JSONL that resumes, env."""
+
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import infer.__main__ as cli
+from infer.text.jsonl import ResultFile
+
+SHORT = ["--max-new-tokens", "6", "--ignore-eos", "--capacity", "64"]
+
+
+@pytest.fixture(autouse=True)
+def no_side_effects(monkeypatch):
+    """The command line sets up its process; here it shares one with other tests."""
+    monkeypatch.setattr(cli, "_prepare_environment", lambda: None)
+
+
+def run(capsys, *args):
+    """(exit code, stdout, stderr)"""
+    code = cli.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def stdin_of(monkeypatch, data: bytes, tty: bool = False):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: tty))
+
+
+@pytest.mark.parametrize("task", [[], *([task.name] for task in cli.TASKS)])
+def test_help_imports_no_jax(task):
+    code = (
+        "import sys; from infer.__main__ import main; code = main(sys.argv[1:]);"
+        "heavy = {'jax', 'jaxlib', 'flax', 'transformers', 'torch'} & sys.modules.keys();"
+        "assert code == 0 and not heavy, (code, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *task, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m infer" in done.stdout
+    assert "JAX_COMPILATION_CACHE_DIR" in done.stdout or task not in ([], ["text"])
+
+
+def test_every_flag_is_documented(capsys):
+    code, out, _ = run(capsys, "text", "--help")
+    assert code == 0
+    undocumented = [line for line in out.splitlines() if line.strip().startswith("│ --") and line.count("  ") < 1]
+    assert not undocumented
+    for flag in ("--model", "--prompt", "--chat", "--jsonl", "--out", "--top-p", "--seed", "--chunk", "--stop"):
+        assert flag in out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "usage: python -m infer TASK"),
+        (["txet"], "task must be one of text, env.*did you mean 'text'"),
+        (["text"], "model"),
+        (["text", "--model", "m", "--tempreature", "1"], "tempreature"),
+        (["text", "--model", "m", "--top-k", "many"], "many"),
+        (["text", "--model", "m", "--prompt", "a", "--jsonl", "b"], "--prompt cannot be combined with --jsonl"),
+        (["text", "--model", "m", "--out", "b"], "--out needs --jsonl"),
+        (["text", "--model", "m", "--prompt", "a", "--system", "b"], "--system needs --chat"),
+        (["text", "--model", "m", "--prompt", "a", "--logprobs"], "--logprobs needs --json or --jsonl"),
+        (["text", "--model", "m", "--prompt", "a", "--batch", "0"], "--batch must be at least 1; got 0"),
+        (["text", "--config"], "--config needs the name of a TOML file"),
+        (["text", "--config", "/nowhere.toml"], "--config /nowhere.toml: .*No such file"),
+    ],
+    ids=str,
+)
+def test_usage_errors_exit_with_2(capsys, args, message):
+    import re
+
+    code, out, err = run(capsys, *args)
+    assert code == 2 and out == ""
+    assert re.search(message, " ".join(err.split()))
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--model", "/nowhere/model", "--prompt", "a"], "nowhere"),
+        (["--prompt", "", *SHORT], "request 0: the prompt is empty; give at least one token"),
+        (["--prompt", "x" * 65, *SHORT], "the prompt has 65 tokens, more than the cache capacity 64"),
+        (["--prompt", "a", "--temperature", "-1", *SHORT], "temperature must be >= 0; got -1.0"),
+        (["--prompt", "a", "--capacity", "9999"], "capacity 9999 exceeds the model's 256 positions"),
+        (["--jsonl", "/nowhere.jsonl"], "--jsonl /nowhere.jsonl: No such file or directory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_failures_exit_with_1_and_one_line(capsys, tiny_directory, args, message):
+    if "--model" not in args:
+        args = ["--model", tiny_directory, *args]
+    code, out, err = run(capsys, "text", *args, "--quiet")
+    assert code == 1 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_prompt_streams_to_stdout(capsys, tiny_directory, monkeypatch):
+    code, out, err = run(capsys, "text", "--model", tiny_directory, "--prompt", "hello", *SHORT)
+    assert code == 0 and out.endswith("\n") and len(out) > 2
+    assert "loading" in err and "compiling prefill 32 … " in err and "compiling decode … " in err
+    assert "5 prompt tokens" in err and "6 new (length)" in err
+    args = ["text", "--model", tiny_directory, *SHORT, "--quiet"]
+    code, again, err = run(capsys, *args, "--prompt", "hello", "--json", "--logprobs")
+    record = json.loads(again)
+    assert (code, err, record["text"] + "\n") == (0, "", out)
+    assert len(record["ids"]) == len(record["logprobs"]) == record["usage"]["new_tokens"] == 6
+    stdin_of(monkeypatch, b"hello\n")
+    assert run(capsys, *args)[:2] == (0, out)
+    stdin_of(monkeypatch, b"\xff\xfe")
+    assert run(capsys, *args) == (1, "", "error: standard input: not UTF-8 (invalid start byte at byte 0)\n")
+    stdin_of(monkeypatch, b"", tty=True)
+    code, _, err = run(capsys, *args)
+    assert code == 2 and "give --prompt" in err
+
+
+def test_flags_can_come_from_a_file_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "text.toml"
+    file.write_text('model = "m"\ntop-k = 3\nstop = ["a", "b c"]\nchat = true\nseed = 1\n')
+    config = cli._parse(cli.TASKS[0], ["--seed", "2", "--config", str(file)])
+    assert (config.model, config.top_k, config.stop, config.chat, config.seed) == ("m", 3, ("a", "b c"), True, 2)
+    file.write_text("modle = 1\n")
+    with pytest.raises(cli.UsageError, match="unknown key 'modle'; did you mean 'model'"):
+        cli._parse(cli.TASKS[0], ["--config", str(file)])
+
+
+def test_a_conversation_remembers(capsys, tiny_directory, tiny, monkeypatch):
+    stdin_of(monkeypatch, b"hi\n\nwhat?\n")
+    args = ["--chat", "--system", "be", "--json", "--quiet", *SHORT, "--capacity", "200"]
+    code, out, _ = run(capsys, "text", "--model", tiny_directory, *args)
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert code == 0
+    history = [("system", "be"), ("user", "hi"), ("assistant", first["text"]), ("user", "what?")]
+    ids = tiny.tokenizer.chat([{"role": role, "content": content} for role, content in history])
+    assert second["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_jsonl_runs_resume(capsys, tiny_directory, tmp_path, monkeypatch):
+    """Interrupted by a full disk after two results, the same command gives what an uninterrupted run gives."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"id": f"r{i}", "prompt": "ab" * (i + 1), "seed": i, "temperature": 1.0} for i in range(5)]
+    source.write_text("\n".join(json.dumps(line) for line in lines))
+    args = ["text", "--model", tiny_directory, "--jsonl", source, "--batch", "2", "--chunk", "2", *SHORT]
+
+    code, direct, err = run(capsys, *args)
+    expected = {record["id"]: record["ids"] for record in map(json.loads, direct.splitlines())}
+    assert code == 0 and sorted(expected) == [f"r{i}" for i in range(5)]
+    assert "5 of 5 requests" in err
+
+    append, count = ResultFile.append, [0]
+
+    def fails_the_third_time(self, record):
+        count[0] += 1
+        if count[0] == 3:
+            raise OSError(28, "No space left on device")
+        append(self, record)
+
+    monkeypatch.setattr(ResultFile, "append", fails_the_third_time)
+    code, _, err = run(capsys, *args, "--out", out, "--quiet")
+    assert code == 1 and "No space left on device" in err and len(out.read_text().splitlines()) == 2
+    code, _, err = run(capsys, *args, "--out", out)
+    assert code == 0 and "2 of 5 requests have a result" in err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {record["id"]: record["ids"] for record in records} == expected and len(records) == 5
+    assert run(capsys, *args, "--out", out, "--quiet") == (0, "", "")  # nothing left: no model is loaded
+
+
+def test_one_impossible_request_does_not_stop_the_others(capsys, tiny_directory, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": "b"}\n')
+    code, _, err = run(
+        capsys,
+        "text",
+        "--model",
+        tiny_directory,
+        "--jsonl",
+        source,
+        "--out",
+        out,
+        "--batch",
+        "2",
+        "--chunk",
+        "2",
+        *SHORT,
+        "--quiet",
+    )
+    records = {record["id"]: record for record in map(json.loads, out.read_text().splitlines())}
+    assert code == 1 and "error: 1 of 3 requests could not be run" in err
+    assert records["2"] == {"id": "2", "error": "the prompt is empty; give at least one token"}
+    assert len(records["1"]["ids"]) == len(records["3"]["ids"]) == 6
+
+
+def test_a_closed_pipe_is_no_traceback():
+    command = f"{sys.executable} -m infer text --help | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+
+
+def test_env_reports_versions_devices_and_kernels(capsys):
+    code, out, _ = run(capsys, "env", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["packages"]["jax"] and report["devices"][0]["platform"] in ("cpu", "gpu")
+    assert report["kernels"]["flash_attention reference"] == "available by name"
+    for op in ("flash_attention", "decode_attention"):
+        states = [state for name, state in report["kernels"].items() if name.startswith(op)]
+        assert states.count("active") == 1
+        assert all(s in ("active", "available by name") or s.startswith("not active: ") for s in states)
+    code, out, _ = run(capsys, "env")
+    assert code == 0 and "kernels" in out and "compilation cache" in out

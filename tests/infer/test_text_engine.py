@@ -1,0 +1,220 @@
+"""The engine: batching, streaming, stop strings, defaults, usage, errors; one compilation per program."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from infer.text.decoders import ARDecoder, prefill_buckets
+from infer.text.engine import TextEngine, join_events
+from infer.text.requests import Request
+from jaxmodels.pretrained import GenerationDefaults
+
+CAPACITY = 64
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return TextEngine.from_pretrained(tiny, batch=3, capacity=CAPACITY, chunk=4)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    """One slot, one token per call: the simplest way to run a request."""
+    return TextEngine.from_pretrained(tiny, batch=1, capacity=CAPACITY)
+
+
+def some_requests():
+    """Ragged in prompt, length and options; more of them than slots."""
+    texts = ["a", "hello world", "def f(x):\n", "€uro", "zz", "The quick brown fox jumps over", "1 2 3"]
+    changes = [{}, {"temperature": 1.0}, {"top_k": 5, "temperature": 0.7}, {"top_p": 0.5, "temperature": 2.0}]
+    return [
+        Request(prompt=text, max_new_tokens=3 + 4 * i, seed=i, eos_ids=(), logprobs=True, **changes[i % 4])
+        for i, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.smoke
+def test_a_request_does_not_depend_on_its_batch(engine, plain):
+    """Alone, in order, reversed, and among copies of itself: equal tokens and text; the slots are refilled."""
+    requests = some_requests()
+    together = engine.complete(requests)
+    assert [len(c.tokens) for c in together] == [r.max_new_tokens for r in requests]
+    reverse = engine.complete(requests[::-1])[::-1]
+    copies = engine.complete([requests[5], requests[1], requests[5], requests[5]])
+    for i, request in enumerate(requests):
+        alone = plain.complete([request])[0]
+        for other in (together[i], reverse[i], *([copies[0], copies[2], copies[3]] if i == 5 else [])):
+            assert (other.tokens, other.text) == (alone.tokens, alone.text)
+            np.testing.assert_allclose(other.logprobs, alone.logprobs, atol=1e-5)
+
+
+def test_prefilling_several_rows_at_once_changes_nothing(tiny, plain):
+    engine = TextEngine.from_pretrained(tiny, batch=2, capacity=CAPACITY, chunk=3, prefill_rows=2)
+    requests = some_requests()[:5]
+    assert [c.tokens for c in engine.complete(requests)] == [plain.complete([r])[0].tokens for r in requests]
+
+
+def test_everything_compiles_once(tiny):
+    heard = []
+
+    def make():  # a size of its own: programs are shared between engines of equal sizes
+        return TextEngine.from_pretrained(
+            tiny, batch=2, capacity=66, chunk=2, on_compile=lambda *args: heard.append(args)
+        )
+
+    engine = make()
+    engine.complete([Request(prompt="short", max_new_tokens=4)])
+    engine.complete([Request(prompt="a longer one with more than 32 tokens", max_new_tokens=4)])
+    make().complete([Request(prompt="another engine", max_new_tokens=4)])
+    assert [name for name, seconds in heard if seconds is None] == ["prefill 32", "decode", "prefill 64"]
+    assert all(seconds > 0 for name, seconds in heard if seconds is not None)
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        engine.complete([dataclasses.replace(r, max_new_tokens=9) for r in some_requests()])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+    assert len(heard) == 6
+
+
+def test_events_stream_in_order_and_add_up(engine, tiny):
+    requests = some_requests()
+    parts = {}
+    for event in engine.generate(requests):
+        assert event.index not in parts or parts[event.index][-1].finish_reason is None
+        parts.setdefault(event.index, []).append(event)
+    for index, request in enumerate(requests):
+        done = join_events(parts[index])
+        assert done.finish_reason == "length" and len(done.tokens) == len(done.logprobs) == request.max_new_tokens
+        assert done.text == tiny.tokenizer.decode(done.tokens)
+        assert len(parts[index]) == 1 + -(-(request.max_new_tokens - 1) // 4)  # the first token, then chunks of 4
+        usage = done.usage
+        assert usage.prompt_tokens == len(tiny.tokenizer.encode(request.prompt))
+        assert usage.new_tokens == request.max_new_tokens
+        assert usage.forwards == usage.decode_tokens == request.max_new_tokens - 1
+        assert usage.prefill_seconds > 0 and usage.decode_seconds > 0 and usage.tokens_per_second > 0
+    assert any("\ufffd" in join_events(parts[i]).text for i in parts)  # broken UTF-8 occurs, whole text agrees
+
+
+def test_stop_strings_end_the_text_and_do_not_show(engine, plain):
+    request = Request(prompt="hello", max_new_tokens=30, eos_ids=())
+    whole = engine.complete([request])[0]
+    text = whole.text.replace("\ufffd", "")
+    stop = next(text[i : i + 2] for i in range(4, len(text)) if whole.text.count(text[i : i + 2]) == 1)
+    stopped = dataclasses.replace(request, stop=("not there", stop))
+    for result in (plain.complete([stopped])[0], engine.complete([request, stopped, request])[1]):
+        assert result.finish_reason == "stop"
+        assert result.text == whole.text[: whole.text.index(stop)]
+        assert result.tokens == whole.tokens[: len(result.tokens)] and len(result.tokens) < 30
+    shown = ""
+    for event in plain.generate([stopped]):
+        shown += event.text
+        assert not any(shown.endswith(stop[:n]) for n in range(1, len(stop) + 1)) or event.finish_reason
+
+
+def test_each_eos_id_ends_the_text_and_does_not_show(engine, tiny):
+    request = Request(prompt="hello", max_new_tokens=30, eos_ids=())
+    whole = engine.complete([request])[0]
+    others = [token for token in range(4, 260) if token not in whole.tokens]
+    for place in (0, 5, 11):
+        token = whole.tokens[place]
+        first = whole.tokens.index(token)
+        result = engine.complete([dataclasses.replace(request, eos_ids=(others[0], token, others[1]))])[0]
+        assert result.finish_reason == "eos"
+        assert result.tokens == whole.tokens[: first + 1]
+        assert result.text == tiny.tokenizer.decode(whole.tokens[:first])
+
+
+def test_defaults_come_from_the_checkpoint_and_requests_override_them(tiny):
+    generation = GenerationDefaults(temperature=0.9, top_k=7, max_new_tokens=5, eos_ids=(1, 2))
+    engine = TextEngine.from_pretrained(dataclasses.replace(tiny, generation=generation), capacity=CAPACITY)
+    job = engine.prepare(Request(prompt="x"))
+    assert (job.sampling.temperature, job.sampling.top_k, job.sampling.top_p) == (0.9, 7, 1.0)
+    assert (job.max_new_tokens, job.eos_ids, job.sampling.seed) == (5, (1, 2), 0)
+    job = engine.prepare(Request(prompt="x", temperature=0.0, top_k=0, max_new_tokens=2, eos_ids=(), seed=4))
+    assert (job.sampling.temperature, job.sampling.top_k, job.sampling.seed) == (0.0, 0, 4)
+    assert (job.max_new_tokens, job.eos_ids) == (2, ())
+
+
+def test_messages_go_through_the_chat_template(engine, tiny):
+    messages = [{"role": "user", "content": "hi"}]
+    ids = tiny.tokenizer.encode("<turn>user:hi<turn>assistant:")
+    assert engine.prepare(Request(messages=messages, max_new_tokens=1)).prompt.tolist() == ids
+    assert ids.count(3) == 2
+
+
+def test_without_a_tokenizer_ids_go_in_and_out(tiny):
+    engine = TextEngine.from_pretrained(dataclasses.replace(tiny, tokenizer=None), capacity=CAPACITY)
+    result = engine.complete([Request(ids=[10, 11, 12], max_new_tokens=4, eos_ids=())])[0]
+    assert len(result.tokens) == 4 and result.text == ""
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        engine.prepare(Request(prompt="x"))
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        engine.prepare(Request(ids=[5], max_new_tokens=1, stop=["."]))
+
+
+BAD = [
+    ({"prompt": "", "max_new_tokens": 1}, "the prompt is empty"),
+    ({"ids": [], "max_new_tokens": 1}, "the prompt is empty"),
+    ({"prompt": "x" * 65, "max_new_tokens": 1}, "prompt has 65 tokens, more than the cache capacity 64"),
+    ({"prompt": "x" * 60, "max_new_tokens": 5}, "need 65 cache slots, the capacity is 64"),
+    ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens must be >= 1; got 0"),
+    ({"prompt": "x", "temperature": -1.0}, "temperature must be >= 0; got -1.0"),
+    ({"prompt": "x", "stop": [""]}, "stop strings must not be empty"),
+    ({"ids": [260], "max_new_tokens": 1}, "prompt token 260 lies outside the vocabulary of 260"),
+    ({"ids": [-1], "max_new_tokens": 1}, "prompt token -1 lies outside"),
+    ({"prompt": "x", "max_new_tokens": 1, "eos_ids": range(9)}, "at most 8 EOS ids are possible; got 9"),
+    ({"prompt": "x", "max_new_tokens": 1, "options": {"threshold": 0.9}}, "unknown options .'threshold'."),
+]
+
+
+@pytest.mark.parametrize("fields, message", BAD, ids=[message for _, message in BAD])
+def test_bad_requests_are_refused_before_anything_runs(engine, fields, message):
+    with pytest.raises(ValueError, match=f"request 1: .*{message}"):
+        engine.generate([Request(prompt="fine", max_new_tokens=2), Request(**fields)])
+
+
+def test_a_request_has_exactly_one_prompt():
+    for fields in ({}, {"prompt": "x", "ids": [1]}):
+        with pytest.raises(ValueError, match="exactly one of prompt, ids and messages"):
+            Request(**fields)
+    with pytest.raises(ValueError, match="stop must be a sequence of strings; got the string 'END'"):
+        Request(prompt="x", stop="END")
+
+
+def test_leaving_the_iterator_early_leaves_the_engine_usable(engine, plain):
+    requests = some_requests()
+    expected = plain.complete([requests[2]])[0].tokens
+    events = engine.generate(requests)
+    next(events)
+    with pytest.raises(RuntimeError, match="already generating"):
+        next(engine.generate(requests))
+    events.close()
+    assert engine.complete([requests[2]])[0].tokens == expected
+
+
+def test_a_decoder_checks_its_sizes(tiny):
+    def make(**options):
+        return ARDecoder(tiny.lm, tiny.params, **{"capacity": 64, **options})
+
+    with pytest.raises(ValueError, match="batch must be >= 1; got 0"):
+        make(batch=0)
+    with pytest.raises(ValueError, match="capacity 512 exceeds the model's 256 positions"):
+        make(capacity=512)
+    with pytest.raises(ValueError, match=r"prefill_rows must lie in \[1, batch = 1\]; got 2"):
+        make(prefill_rows=2)
+    with pytest.raises(ValueError, match=r"buckets must be >= 1 and end with the capacity 64; got \(16, 32\)"):
+        make(buckets=[32, 16])
+    assert prefill_buckets(100) == (32, 64, 100) and prefill_buckets(32) == (32,) and prefill_buckets(8) == (8,)
+
+
+def test_no_requests_no_events(engine):
+    assert engine.complete([]) == []
