@@ -53,8 +53,8 @@ class RopeConfig:
             raise ValueError(f"RoPE kind must be one of {get_args(RopeKind)}; got {self.kind!r}")
         if self.theta <= 1:
             raise ValueError(f"theta must exceed 1; got {self.theta}")
-        if self.factor < 1:
-            raise ValueError(f"factor must be at least 1; got {self.factor}")
+        if not (self.factor > 0 if self.kind == "yarn" else self.factor >= 1):  # some YaRN models shorten
+            raise ValueError(f"factor of RoPE kind {self.kind!r} is out of range; got {self.factor}")
         if self.kind in ("dynamic", "yarn") and not self.original_max_positions:
             raise ValueError(f"RoPE kind {self.kind!r} needs original_max_positions; got {self.original_max_positions}")
         for field in dataclasses.fields(self):
@@ -98,7 +98,7 @@ def _attention_factor(config: RopeConfig) -> float:
         return config.attention_factor
 
     def scale(coefficient: float) -> float:
-        return 0.1 * coefficient * math.log(config.factor) + 1.0
+        return 0.1 * coefficient * math.log(max(config.factor, 1.0)) + 1.0
 
     if config.mscale and config.mscale_all_dim:
         return scale(config.mscale) / scale(config.mscale_all_dim)

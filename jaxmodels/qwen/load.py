@@ -377,6 +377,11 @@ def config_from_hf(
     sizes = {name: _integer(config, field) for field, name in SIZES.items()}
     layout = Layout.find(names)
     first = f"{layout.prefix}layers.0.self_attn."
+    if family.qk_norm is None and first + "q_proj.weight" not in names:
+        raise ValueError(
+            f"model_type {config['model_type']!r} may have biases or norms of queries and keys, and "
+            f"{first + 'q_proj.weight'!r}, whose neighbours would tell, is missing"
+        )
     qkv_bias = first + "q_proj.bias" in names if family.qkv_bias is None else family.qkv_bias
     qk_norm = first + "q_norm.weight" in names if family.qk_norm is None else family.qk_norm
     if config.get("head_dim") is not None:

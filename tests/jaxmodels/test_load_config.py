@@ -10,7 +10,8 @@ from jaxmodels.qwen.load import FAMILIES, Layout, config_from_hf, config_to_hf, 
 
 QWEN2_NAMES = {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"}
 QWEN3_NAMES = {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_norm.weight"}
-EDLM_NAMES = {"encoder.embed_tokens.weight", "diffusion_head.weight", "encoder.layers.0.self_attn.q_norm.weight"}
+EDLM_NAMES = {"encoder.embed_tokens.weight", "diffusion_head.weight"}
+EDLM_NAMES |= {"encoder.layers.0.self_attn.q_norm.weight", "encoder.layers.0.self_attn.q_proj.weight"}
 SIZES = {
     "vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512,
@@ -264,10 +265,13 @@ def test_given_values_must_not_contradict_the_file():
 
 
 def test_edlm_takes_its_structure_from_the_tensors():
-    qwen2 = {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"}
-    config = read(qwen2, model_type="edlm", mask_token_id=7, head_dim=...)
+    config = read(
+        QWEN2_NAMES | {"model.layers.0.self_attn.q_proj.weight"}, model_type="edlm", mask_token_id=7, head_dim=...
+    )
     assert (config.qkv_bias, config.qk_norm, config.head_dim, config.block_size) == (True, False, 16, 32)
     assert read(EDLM_NAMES, model_type="edlm", mask_token_id=7, dlm_type="dream").token_shift
+    with pytest.raises(ValueError, match=r"'encoder\.layers\.0\.self_attn\.q_proj\.weight', .* is missing"):
+        read({"encoder.embed_tokens.weight"}, model_type="edlm", mask_token_id=7)
 
 
 def test_query_scaling_by_position_is_refused_where_it_would_matter():
@@ -277,6 +281,26 @@ def test_query_scaling_by_position_is_refused_where_it_would_matter():
     with pytest.raises(ValueError, match=r"llama_4_scaling_beta .* beyond position 128.* lower .*512.* to 128"):
         read(names, **fields)
     assert read(names, **fields, max_position_embeddings=128).rope.factor == 4.0
+
+
+def test_a_nemotron_labs_configuration_as_published():
+    """The 3B model: YaRN with a factor below 1, queries scaled only beyond its own maximum of positions."""
+    published = {
+        "architectures": ["NemotronLabsDiffusionModel"], "attention_bias": False, "attention_dropout": 0.0,
+        "attn_implementation": "sdpa", "block_size": 32, "bos_token_id": 1, "dlm_loss_weight": None,
+        "dlm_paradigm": "bidirectional", "dp_varying_mask_ratio": False, "eos_token_id": 2, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 9216, "mask_token_id": 100,
+        "max_position_embeddings": 4096, "mlp_bias": False, "model_type": "nemotron_labs_diffusion",
+        "num_attention_heads": 32, "num_hidden_layers": 26, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 0.25, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+        },
+        "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 131072,
+    }  # fmt: skip
+    config = config_from_hf(published, {"encoder.embed_tokens.weight", "diffusion_head.weight"})
+    assert (config.mask_id, config.block_size, config.rope.factor, config.layers) == (100, 32, 0.25, 26)
 
 
 def test_layouts():
