@@ -71,7 +71,7 @@ def run(
     q_tiles = q_tiles.reshape(tiles, batch, num_kv_heads, group * tile_t, head_dim)
     positions = jnp.pad(operands.q_positions, ((0, 0), (0, padding)), mode="edge")
     position_tiles = jnp.swapaxes(positions.reshape(batch, tiles, tile_t), 0, 1)
-    chunk = capacity if capacity <= tiling.one_chunk else tiling.chunk
+    chunk = capacity if capacity <= tiling.one_chunk else min(tiling.chunk, capacity)
 
     def attend(index: Array | int, q_tile: Array, position: Array) -> tuple[Array, Array]:
         cached = functools.partial(
