@@ -89,7 +89,7 @@ def token_nll(
 
 
 def _suppressed(logits: Array, suppress: tuple[int, ...]) -> Array:
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     for i in suppress:
         logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == i, -jnp.inf, logits)
     return logits
