@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxmodels.layers.rope import RopeConfig
+from jaxmodels.layers.rope import RopeConfig, rope_tables
 from jaxmodels.qwen.config import QwenConfig
 from jaxmodels.qwen.load import FAMILIES, Layout, config_from_hf, config_to_hf, rope_from_hf, table
 
@@ -301,6 +303,13 @@ def test_a_nemotron_labs_configuration_as_published():
     }  # fmt: skip
     config = config_from_hf(published, {"encoder.embed_tokens.weight", "diffusion_head.weight"})
     assert (config.mask_id, config.block_size, config.rope.factor, config.layers) == (100, 32, 0.25, 26)
+
+
+def test_yarn_below_one_rotates_as_in_transformers():
+    """Frequency 40 of 64 and the attention factor, from ROPE_INIT_FUNCTIONS["yarn"] of transformers 5.23."""
+    rope = RopeConfig(kind="yarn", theta=1e6, factor=0.25, original_max_positions=16384, mscale=1.2, mscale_all_dim=0.7)
+    cos, sin = rope_tables(rope, 128, jnp.full((1, 1), 1000))
+    np.testing.assert_allclose([cos[0, 0, 40], sin[0, 0, 40]], [np.cos(0.71131176), np.sin(0.71131176)], atol=1e-5)
 
 
 def test_layouts():
