@@ -101,6 +101,7 @@ class Family:
     default_block_size: int | None = None  # of that field, when the family's own class has a default
     token_shift: bool = False
     prompt_attention: str = "block_causal"
+    required: tuple[str, ...] = ()  # fields whose defaults differ from Qwen's
 
 
 FAMILIES = {
@@ -114,7 +115,15 @@ FAMILIES = {
     # Dream: Qwen2.5 over the whole noisy sequence at once
     "Dream": Family(True, False, True, None, token_shift=True, prompt_attention="bidirectional"),
     # Nemotron-Labs-Diffusion: clean tokens are causal; neither biases nor norms of queries and keys
-    "nemotron_labs_diffusion": Family(False, False, True, "block_size", 32, prompt_attention="causal"),
+    "nemotron_labs_diffusion": Family(
+        False,
+        False,
+        True,
+        "block_size",
+        32,
+        prompt_attention="causal",
+        required=("rms_norm_eps", "head_dim", "rope_parameters"),
+    ),
 }
 REFUSED = {
     "qwen2_moe": "a mixture of experts",
@@ -246,6 +255,12 @@ def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Fam
     # too
     if config.get("attention_bias") and FAMILIES[model_type].qkv_bias is False:
         raise ValueError(f"field 'attention_bias' is true; implemented for {model_type!r}: false")
+    for field in FAMILIES[model_type].required:
+        if config.get(field) is None:
+            raise ValueError(f"field {field!r} is missing")
+    if model_type == "nemotron_labs_diffusion" and config.get("sliding_window") is not None:
+        # its attention has no use_sliding_window: a number alone is in force
+        raise ValueError(f"field 'sliding_window' is {config['sliding_window']!r}; implemented: null")
     known = READ | FIXED.keys() | IGNORED | {"attention_bias", "quantization_config", "compression_config"}
     unknown = sorted(f for f in config if f not in known | set(ignore) and not IGNORED_PATTERN.fullmatch(f))
     if unknown:

@@ -224,7 +224,12 @@ DIFFUSION = {
     "Dream": (QWEN2_NAMES, {}),
     "nemotron_labs_diffusion": (
         {"encoder.embed_tokens.weight", "diffusion_head.weight"},
-        {"block_size": 32, "dlm_paradigm": "bidirectional"},
+        {
+            "block_size": 32,
+            "dlm_paradigm": "bidirectional",
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
     ),
 }
 
@@ -303,6 +308,12 @@ def test_a_nemotron_labs_configuration_as_published():
     }  # fmt: skip
     config = config_from_hf(published, {"encoder.embed_tokens.weight", "diffusion_head.weight"})
     assert (config.mask_id, config.block_size, config.rope.factor, config.layers) == (100, 32, 0.25, 26)
+    names = {"encoder.embed_tokens.weight", "diffusion_head.weight"}
+    for field in ("rms_norm_eps", "head_dim", "rope_parameters"):
+        with pytest.raises(ValueError, match=f"'{field}' is missing"):
+            config_from_hf({k: v for k, v in published.items() if k != field}, names)
+    with pytest.raises(ValueError, match="'sliding_window' is 64; implemented: null"):
+        config_from_hf(published | {"sliding_window": 64}, names)
 
 
 def test_yarn_below_one_rotates_as_in_transformers():
