@@ -224,7 +224,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     seen = set()
     for _ in range(rounds):
         child = int(writer.stdout.readline())
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not directory.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.3))
@@ -236,7 +236,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         seen |= values
         writer.stdin.write("\n")
         writer.stdin.flush()
-    assert writer.wait(20) == 0
+    assert writer.wait(60) == 0
     assert len(seen) > 1
     with replaced_directory(directory) as new:  # removes what the killed ones left
         (new / "config.json").write_text("{}")
