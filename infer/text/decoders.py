@@ -26,6 +26,8 @@ class Decoder(Protocol):
     """tokens that fit in a slot"""
     prefill_rows: int
     """most rows that one call of `start` takes"""
+    in_flight: int
+    """chunks that the engine may leave unread when it asks for the next one: 1, or 0 to be read at once"""
 
     def check(self, job: Job) -> None:
         """Raises ValueError, naming argument and value, if the job can not be run."""
@@ -105,11 +107,10 @@ def _compile(function: Callable, args: tuple, donate: tuple[int, ...]) -> Callab
 
     def run(*args: Any) -> Any:
         leaves, given = jax.tree.flatten(args)
-        if given != structure:
+        if not given == structure:
             raise TypeError(f"compiled for arguments of structure {structure}; got {given}")
         return compiled(*leaves)
 
-    run.compiled = compiled  # for its memory analysis and text
     return run
 
 
@@ -127,6 +128,8 @@ class ARDecoder:
       max_eos: most EOS ids that a request may have.
       on_compile: see `Programs.get`.
     """
+
+    in_flight = 1
 
     def __init__(
         self,
@@ -229,11 +232,14 @@ class ARDecoder:
         for i, job in enumerate(jobs):
             tokens[i, : len(job.prompt)] = job.prompt
             eos[i, : len(job.eos_ids)] = job.eos_ids
+        columns = {
+            "tokens": tokens,
+            "lengths": np.array([*(len(job.prompt) for job in jobs), *[1] * filler], np.int32),
+            "rows": np.array([*rows, *[self.batch] * filler], np.int32),
+            "remaining": np.array([*(job.max_new_tokens for job in jobs), *[1] * filler], np.int32),
+            "eos": eos,
+        }
         return Prompt(
-            tokens=tokens,
-            lengths=np.array([*(len(job.prompt) for job in jobs), *[1] * filler], np.int32),
-            rows=np.array([*rows, *[self.batch] * filler], np.int32),
-            remaining=np.array([*(job.max_new_tokens for job in jobs), *[1] * filler], np.int32),
-            eos=eos,
+            **jax.device_put(columns),
             sampling=Sampling.stack([*(job.sampling for job in jobs), *[SamplingOptions()] * filler]),
         )

@@ -19,7 +19,6 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jaxmodels.cache import KV, KVCache
@@ -31,8 +30,6 @@ from jaxmodels.decoding.sampling import (
     mark_seen,
     sample,
 )
-
-AnyArray = Array | np.ndarray
 
 
 class ARState(flax.struct.PyTreeNode):
@@ -50,11 +47,11 @@ class ARState(flax.struct.PyTreeNode):
 class Prompt(flax.struct.PyTreeNode):
     """P prompts and where they go. A row index outside the batch marks filler: nothing is written for it."""
 
-    tokens: Int[AnyArray, "P T"]  # right-padded with any id
-    lengths: Int[AnyArray, "P"]  # 1 <= length <= T
-    rows: Int[AnyArray, "P"]
-    remaining: Int[AnyArray, "P"]  # tokens to produce, >= 1
-    eos: Int[AnyArray, "P E"]
+    tokens: Int[Array, "P T"]  # right-padded with any id
+    lengths: Int[Array, "P"]  # 1 <= length <= T
+    rows: Int[Array, "P"]
+    remaining: Int[Array, "P"]  # tokens to produce, >= 1
+    eos: Int[Array, "P E"]
     sampling: Sampling
 
 

@@ -51,11 +51,11 @@ def prompt(rows, prompts, options=None, remaining=20, eos=()):
     for i, ids in enumerate(prompts):
         tokens[i, : len(ids)] = ids
     return Prompt(
-        tokens=tokens,
-        lengths=np.array([len(ids) for ids in prompts] + [1] * filler, np.int32),
-        rows=np.array([*rows, *[B] * filler], np.int32),
-        remaining=np.full(B, remaining, np.int32),
-        eos=np.tile(np.array([*eos, -1, -1][:2], np.int32), (B, 1)),
+        tokens=jnp.asarray(tokens),
+        lengths=jnp.array([len(ids) for ids in prompts] + [1] * filler),
+        rows=jnp.array([*rows, *[B] * filler]),
+        remaining=jnp.full(B, remaining),
+        eos=jnp.tile(jnp.array([*eos, -1, -1][:2]), (B, 1)),
         sampling=Sampling.stack([*(options or [SamplingOptions()] * len(prompts)), *[SamplingOptions()] * filler]),
     )
 
@@ -193,12 +193,20 @@ def test_everything_above_was_traced_once(params):
     assert (PREFILL.traces, STEP.traces, STEPS.traces) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("function, extra", [(make_step(LM), ()), (make_steps(make_step(LM), 5), (ALL,))])
-def test_a_step_updates_the_cache_in_place(params, function, extra):
+IN_PLACE = {
+    "step": (make_step(LM), ()),
+    "steps": (make_steps(make_step(LM), 5), (ALL,)),
+    "prefill": (make_prefill(LM), (prompt([1], [[5]]),)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_the_cache_is_updated_in_place(params, name):
     """The donated cache is the output's memory, and nothing of its size is allocated beside it."""
+    function, extra = IN_PLACE[name]
     capacity = 20_000
     cache = KVCache.init(CONFIG, batch=B, capacity=capacity, dtype=jnp.float32)
-    args = (LM.unstack(params), init_state(cache, CONFIG.vocab_size), *extra)
+    args = (LM.unstack(params), init_state(cache, CONFIG.vocab_size, max_eos=2), *extra)
     leaves, structure = jax.tree.flatten(args)
     weights = len(jax.tree.leaves(args[0]))
     donated = tuple(range(weights, weights + len(jax.tree.leaves(args[1]))))
