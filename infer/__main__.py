@@ -26,6 +26,12 @@ class Task(NamedTuple):
 
 
 TASKS = (
+    Task(
+        "quickstart",
+        "infer.quickstart",
+        "Quickstart",
+        "watch the shipped models complete real code, and what block diffusion gains and costs",
+    ),
     Task("text", "infer.text.cli", "Text", "complete prompts with a language model: one, a chat, or a JSONL file"),
     Task("env", "infer.env", "Env", "show versions, devices, and which kernels are active and why others are not"),
     Task(

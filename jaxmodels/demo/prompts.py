@@ -49,18 +49,25 @@ def corpus_prompts(
         split: of the corpus.
         corpus: the running interpreter's if None.
     """
-    if max_tokens < multiple:
-        raise ValueError(f"max_tokens must be at least {multiple}; got {max_tokens}")
     files = (corpus or load_corpus()).split(split)
     cuts = [cut for path, text in files.items() for cut in find_cuts(path, text)]
     prompts = []
     for cut in choose_cuts(cuts, count, seed):
-        ids = tokenizer.encode(cut.context[-max_tokens * 8 :], add_special_tokens=False)
-        length = min(max_tokens, len(ids)) // multiple * multiple
         text = files[cut.path]
         end = text.index(cut.context) + len(cut.context)
-        prompts.append(CodePrompt(tuple(ids[len(ids) - length :]), cut, text[end : end + FOLLOWING]))
+        following = text[end : end + FOLLOWING]
+        prompts.append(prompt_at(tokenizer, cut, following, max_tokens=max_tokens, multiple=multiple))
     return prompts
+
+
+def prompt_at(tokenizer: Any, cut: PromptCut, following: str, *, max_tokens: int, multiple: int) -> CodePrompt:
+    """The prompt that ends at this place; arguments as in `corpus_prompts`."""
+    if max_tokens < multiple:
+        raise ValueError(f"max_tokens must be at least {multiple}; got {max_tokens}")
+    # Encoding starts far enough back that only tokens which are dropped anyway depend on where.
+    ids = tokenizer.encode(cut.context[-max_tokens * 8 :], add_special_tokens=False)
+    length = min(max_tokens, len(ids)) // multiple * multiple
+    return CodePrompt(tuple(ids[len(ids) - length :]), cut, following)
 
 
 def write_prompts(path: Path, prompts: Iterable[CodePrompt]) -> None:

@@ -1,0 +1,145 @@
+"""The picture of the quickstart: what more tokens per forward pass gain in speed and cost in quality."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from infer.quickstart import Arm
+
+DIFFUSION, BASELINE, QUIET = "#0b6e8a", "#d1495b", "#5f6b76"
+STYLE = {
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": "#323f4b",
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e4e7eb",
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+}
+
+
+def draw(path: Path, arms: Sequence["Arm"], prompts: int, device: str, recorded: dict[str, Any] | None) -> None:
+    """Writes the picture.
+
+    Args:
+        path: its ending decides the format.
+        arms: the autoregressive one first, then one token a pass, then the thresholds.
+        prompts: how many each arm completed.
+        device: named in the title.
+        recorded: results.json of `python -m infer completions` for the same models, or None. With it the right panel
+            shows validity on its many prompts; without, what the prompts of this run give.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.9), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        speed, quality = figure.subplots(1, 2)
+        _speed(speed, arms)
+        _quality(quality, arms, prompts, recorded)
+        # Both panels share the axis, with room for the annotations beyond the last point.
+        widest = max(max(limits.get_xlim()[1] for limits in (speed, quality)), 1.3)
+        for panel in (speed, quality):
+            panel.set_xlim(0.9, widest + 0.06 * (widest - 0.9))
+            panel.set_xlabel("tokens per forward pass")
+        figure.suptitle(
+            "Block diffusion: several tokens per forward pass", x=0.01, ha="left", fontsize=14, fontweight="bold"
+        )
+        figure.supxlabel(
+            f"{device} · {prompts} prompts, one request at a time, greedy · labels: confidence threshold",
+            x=0.01, ha="left", fontsize=9, color=QUIET,
+        )  # fmt: skip
+        figure.savefig(path)
+
+
+def _speed(panel: "Axes", arms: Sequence["Arm"]) -> None:
+    baseline, diffusion = arms[0], arms[1:]
+    x = [arm.tokens_per_forward for arm in diffusion]
+    y = [arm.tokens_per_second for arm in diffusion]
+    panel.set_title("Gain: speed")
+    panel.set_ylabel("tokens per second")
+    panel.axhline(baseline.tokens_per_second, color=BASELINE, linewidth=1, linestyle=(0, (4, 3)))
+    panel.plot([baseline.tokens_per_forward], [baseline.tokens_per_second], "*", color=BASELINE, markersize=14)
+    panel.plot(x, y, "o-", color=DIFFUSION, markersize=7, linewidth=2)
+    panel.set_ylim(0, 1.18 * max([*y, baseline.tokens_per_second]))
+    # The name of the line stands at its right end, on the side where the points are not.
+    below = y[-1] > baseline.tokens_per_second
+    panel.annotate(
+        "autoregressive, one token at a time", (1, baseline.tokens_per_second), xycoords=("axes fraction", "data"),
+        xytext=(-4, -5 if below else 5), textcoords="offset points", ha="right", va="top" if below else "bottom",
+        color=BASELINE, fontsize=9.5,
+    )  # fmt: skip
+    _label(panel, x, y, [_name(arm.threshold) for arm in diffusion])
+
+
+def _quality(panel: "Axes", arms: Sequence["Arm"], prompts: int, recorded: dict[str, Any] | None) -> None:
+    from jaxmodels.demo.completions import wilson_interval
+
+    points: list[tuple[float, float, tuple[float, float], str]] = []
+    if recorded is not None:
+        results = recorded["arms"]
+        count, what = recorded["prompts"], "valid completions"
+        for name, arm in results.items():
+            if "tokens_per_forward" in arm:
+                label = {"ar": "AR", "dlm-one": "one at a time"}.get(name, name.removeprefix("dlm-"))
+                points.append((arm["tokens_per_forward"], arm["valid"], tuple(arm["valid_interval"]), label))
+    else:
+        count, what = prompts, "completions that parse, ≥ 3 statements"
+        for arm in arms:
+            label = "AR" if arm is arms[0] else _name(arm.threshold)
+            interval = wilson_interval(arm.valid, count)
+            points.append((arm.tokens_per_forward, arm.valid / count, interval, label))
+    panel.set_title(f"Cost: quality ({count:,} prompts, 95 % intervals)")
+    panel.set_ylabel(f"{what} (%)")
+    baseline, diffusion = points[0], points[1:]
+    _interval(panel, [baseline], BASELINE, "*", 14, "none")
+    _interval(panel, diffusion, DIFFUSION, "o", 7, "-")
+    panel.axhline(100 * baseline[1], color=BASELINE, linewidth=1, linestyle=(0, (4, 3)))
+    if recorded is not None and "file" in recorded["arms"]:
+        ceiling = 100 * recorded["arms"]["file"]["valid"]
+        panel.axhline(ceiling, color=QUIET, linewidth=1, linestyle=":")
+        panel.annotate(
+            "the files' own continuations", (1, ceiling), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+            textcoords="offset points", ha="right", color=QUIET, fontsize=9.5,
+        )  # fmt: skip
+    else:
+        same = [(arm.tokens_per_forward, 100 * arm.agreement) for arm in arms if arm.agreement is not None]
+        panel.plot(*zip(*same, strict=True), "s:", color=QUIET, markersize=4.5, linewidth=1.3)
+        panel.annotate(
+            "same as one token a pass\nuntil the first difference", same[-1], xytext=(0, -8),
+            textcoords="offset points", ha="center", va="top", color=QUIET, fontsize=9,
+        )  # fmt: skip
+    low, high = panel.get_ylim()
+    panel.set_ylim(max(0, low - 0.1 * (high - low)), min(105, high + 0.05 * (high - low)))
+    _label(panel, [p[0] for p in diffusion], [100 * p[1] for p in diffusion], [p[3] for p in diffusion])
+
+
+def _interval(panel: "Axes", points: Sequence, color: str, marker: str, size: float, line: str) -> None:
+    x, y = [p[0] for p in points], [100 * p[1] for p in points]
+    errors = [[100 * (p[1] - p[2][0]) for p in points], [100 * (p[2][1] - p[1]) for p in points]]
+    panel.errorbar(
+        x, y, yerr=errors, color=color, marker=marker, markersize=size, linestyle=line, linewidth=2,
+        elinewidth=1, capsize=3, ecolor=color,
+    )  # fmt: skip
+
+
+def _label(panel: "Axes", x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
+    for i, name in enumerate(names):
+        panel.annotate(
+            name, (x[i], y[i]), xytext=(7, 7), textcoords="offset points", ha="left", va="bottom",
+            color=DIFFUSION, fontsize=9.5, fontweight="bold",
+        )  # fmt: skip
+
+
+def _name(threshold: float | None) -> str:
+    return "one at a time" if threshold is None else f"{threshold:g}"
