@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from infer.text.engine import TextEngine
 
 
+REVEAL = ("threshold", "factor", "steps")
+"""Flags that are options of a request to the diffusion decoder."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """Complete text with a language model, streaming to the terminal.
@@ -73,6 +77,29 @@ class Text:
     """Cache slots per request, for prompt and new tokens; default: what the requests need, 4096 for a conversation."""
     chunk: int | None = None
     """Tokens decoded per call of the device; default 1, with --jsonl 8. More hides the host behind a small model."""
+    decoder: Literal["auto", "ar", "diffusion"] = "auto"
+    """ar: one token per forward pass. diffusion: blocks of tokens, several per pass. auto: diffusion if the checkpoint
+    was trained for it (its config.json has a block size and a mask token)."""
+    block_length: int | None = None
+    """Diffusion: tokens decoded together; default: the checkpoint's training block."""
+    threshold: float | None = None
+    """Diffusion: reveal every token with at least this confidence; 0 decodes a block in one step, 1 a token per step.
+    Default 0.9 unless --factor or --steps is given."""
+    factor: float | None = None
+    """Diffusion: reveal the n most confident tokens, largest n with (n + 1)(1 - n-th confidence) < factor."""
+    steps: int | None = None
+    """Diffusion: denoising steps for all new tokens; alone it reveals equal portions, with --threshold or --factor it is
+    a limit."""
+    confidence: Literal["prob", "top_p_margin", "neg_entropy", "random"] = "prob"
+    """Diffusion: what confidence means: probability; lead over the second token; exp(-entropy); chance."""
+    prompt_attention: Literal["bidirectional", "block_causal", "causal"] | None = None
+    """Diffusion: how the prompt sees itself; default: as the checkpoint was trained."""
+    align_blocks: bool = False
+    """Diffusion: start blocks at multiples of their length, as in training, not at the end of the prompt."""
+    fused: bool = True
+    """Diffusion: commit a block in the pass that starts the next one."""
+    live: bool = False
+    """Diffusion: show every denoising pass as it happens; one request at a time, slower."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type of weights and computation; default: the checkpoint's."""
     quiet: bool = False
@@ -88,7 +115,18 @@ class Text:
         refuse("system", self.system is not None and not self.chat, "needs --chat")
         refuse("out", self.out is not None and self.jsonl is None, "needs --jsonl")
         refuse("logprobs", self.logprobs and not (self.json or self.jsonl), "needs --json or --jsonl")
-        for name in ("batch", "capacity", "chunk", "max_new_tokens"):
+        refuse("live", self.live and (self.json or self.jsonl is not None), "cannot be combined with --json or --jsonl")
+        refuse("live", self.live and self.batch not in (None, 1), "shows one request at a time; --batch must be 1")
+        refuse("factor", self.factor is not None and self.threshold is not None, "cannot be combined with --threshold")
+        refuse(
+            "threshold",
+            self.threshold is not None and not 0.0 <= self.threshold <= 1.0,
+            f"must lie in [0, 1]; got {self.threshold}",
+        )
+        refuse("factor", self.factor is not None and not self.factor > 0.0, f"must be positive; got {self.factor}")
+        if self.decoder == "ar" and (given := self.diffusion_flags()):
+            raise ValueError(f"--{given[0]} needs the diffusion decoder; got --decoder ar")
+        for name in ("batch", "capacity", "chunk", "max_new_tokens", "block_length", "steps"):
             value = getattr(self, name)
             refuse(name.replace("_", "-"), value is not None and value < 1, f"must be at least 1; got {value}")
 
@@ -96,7 +134,14 @@ class Text:
         """What the flags say about every request."""
         names = ("max_new_tokens", "stop", "logprobs", *SAMPLING_FIELDS)
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return values | ({"eos_ids": ()} if self.ignore_eos else {})
+        reveal = {name: getattr(self, name) for name in REVEAL if getattr(self, name) is not None}
+        return values | ({"eos_ids": ()} if self.ignore_eos else {}) | ({"options": reveal} if reveal else {})
+
+    def diffusion_flags(self) -> list[str]:
+        """Flags given that only the diffusion decoder has."""
+        names = (*REVEAL, "block_length", "confidence", "prompt_attention", "align_blocks", "fused", "live")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [name.replace("_", "-") for name in names if getattr(self, name) != defaults[name]]
 
 
 def main(config: Text) -> int:
@@ -154,7 +199,41 @@ def _engine(config: Text, pretrained: Any, requests: Sequence[Request], batch: i
         requests=requests,
         chunk=chunk if config.chunk is None else config.chunk,
         on_compile=CompileNotes(config.quiet),
+        diffusion=_diffusion(config, pretrained),
     )
+
+
+def _diffusion(config: Text, pretrained: Any) -> dict[str, Any] | None:
+    """Arguments of the diffusion decoder, or None for the autoregressive one."""
+    model = pretrained.config
+    trained = model.block_size is not None and model.mask_id is not None
+    if config.decoder == "ar" or (config.decoder == "auto" and not trained):
+        if given := config.diffusion_flags():
+            raise ValueError(
+                f"--{given[0]} needs the diffusion decoder, but {config.model} has no block size and mask token in its "
+                "config.json; --decoder diffusion insists"
+            )
+        return None
+    if config.chunk is not None:
+        raise ValueError(f"--chunk is an option of the autoregressive decoder; got --chunk {config.chunk}")
+    if model.mask_id is None:
+        raise ValueError(
+            f"--decoder diffusion: {config.model} has no mask_token_id in its config.json; none is guessed"
+        )
+    from jaxmodels.decoding.block_diffusion.generation import BlockDecoding
+
+    decoding = BlockDecoding.for_model(
+        model,
+        block_length=config.block_length,
+        prompt_attention=config.prompt_attention,
+        confidence=config.confidence,
+    )
+    options: dict[str, Any] = {"decoding": decoding, "align_blocks": config.align_blocks, "fused": config.fused}
+    if config.live:
+        from infer.text.live import BlockView
+
+        options["on_step"] = BlockView(pretrained.tokenizer)
+    return options
 
 
 def _stream(config: Text, engine: "TextEngine", request: Request) -> Completion:

@@ -98,6 +98,7 @@ def _compile(function: Callable, args: tuple, donate: tuple[int, ...]) -> Callab
     Compiled over the flat leaves: `lower` would rebuild the arguments with placeholders for leaves, which classes that
     check the types of their fields refuse.
     """
+    structure: Any  # PyTreeDef, which has no usable type
     leaves, structure = jax.tree.flatten(args)
     sizes = [len(jax.tree.leaves(arg)) for arg in args]
     first = [sum(sizes[:i]) for i in range(len(args))]
@@ -107,7 +108,7 @@ def _compile(function: Callable, args: tuple, donate: tuple[int, ...]) -> Callab
 
     def run(*args: Any) -> Any:
         leaves, given = jax.tree.flatten(args)
-        if not given == structure:
+        if structure != given:
             raise TypeError(f"compiled for arguments of structure {structure}; got {given}")
         return compiled(*leaves)
 

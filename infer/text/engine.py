@@ -10,7 +10,7 @@ on its neighbours.
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -161,27 +161,29 @@ class TextEngine:
         prefill_rows: int = 1,
         max_new_tokens: int | None = None,
         on_compile: OnCompile | None = None,
+        diffusion: Mapping[str, Any] | None = None,
     ) -> "TextEngine":
         """The engine of a loaded model (`jaxmodels.load_pretrained`).
 
         Without a `capacity` the slots are as large as the `requests` need (rounded up so that similar ones share
         compiled programs), or 4096 tokens where there are none, and never larger than the model's `max_positions`.
-        The other arguments are those of `ARDecoder` and of the engine.
+        With `diffusion`, the further arguments of a `DiffusionDecoder`, tokens are decoded in blocks. The other
+        arguments are those of `ARDecoder` and of the engine.
         """
         limit = pretrained.config.max_positions
         if capacity is None:
             capacity = min(DEFAULT_CAPACITY, limit)
             if requests:
                 capacity = min(limit, needed_capacity(pretrained, requests, max_new_tokens))
-        decoder = ARDecoder(
-            pretrained.lm,
-            pretrained.params,
-            batch=batch,
-            capacity=capacity,
-            chunk=chunk,
-            prefill_rows=prefill_rows,
-            on_compile=on_compile,
-        )
+        options: dict[str, Any] = {"batch": batch, "capacity": capacity, "prefill_rows": prefill_rows}
+        if diffusion is None:
+            decoder: Decoder = ARDecoder(
+                pretrained.lm, pretrained.params, chunk=chunk, on_compile=on_compile, **options
+            )
+        else:
+            from infer.text.diffusion import DiffusionDecoder
+
+            decoder = DiffusionDecoder(pretrained.lm, pretrained.params, on_compile=on_compile, **options, **diffusion)
         return cls(
             decoder,
             tokenizer=pretrained.tokenizer,
@@ -264,13 +266,16 @@ class TextEngine:
     def _loop(self, waiting: deque[tuple[int, Job]]) -> Iterator[Event]:
         slots: list[_Running | None] = [None] * self.decoder.batch
         flights: deque[_Flight] = deque()
+        depth = self.decoder.in_flight
         while waiting or flights or any(slots):
             while waiting and None in slots:
                 flights.append(self._start(waiting, slots))
+            while flights and depth == 0:
+                yield from self._settle(flights.popleft())  # a prefill without tokens: it frees no slot
             if any(slots):
                 active = np.array([slot is not None for slot in slots])
                 flights.append(_Flight(self.decoder.advance(active), list(slots), prefill=False))
-            while flights and (len(flights) > 1 or not any(slots)):
+            while flights and (len(flights) > depth or not any(slots)):
                 for event in self._settle(flights.popleft()):
                     if event.finish_reason is not None:
                         slots[event.row] = None
@@ -307,7 +312,7 @@ class TextEngine:
                 }
                 yield self._event(owner, part, flight.prefill, now)
 
-    def _event(self, owner: _Running, part: dict[str, list | None], prefill: bool, now: float) -> Event:
+    def _event(self, owner: _Running, part: dict[str, Any], prefill: bool, now: float) -> Event:
         job = owner.job
         tokens = part["tokens"][: job.max_new_tokens - owner.tokens]
         reason: FinishReason | None = "length" if owner.tokens + len(tokens) >= job.max_new_tokens else None

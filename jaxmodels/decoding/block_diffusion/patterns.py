@@ -240,13 +240,19 @@ def gathered_nll(
 
     def over_gathered():
         index = jax.vmap(lambda w: jnp.nonzero(w, size=room, fill_value=size)[0])(grouped_where)
-        clipped = jnp.minimum(index, size - 1)
-        rows = jnp.take_along_axis(states.reshape(groups, size, dim), clipped[:, :, None], axis=1)
-        ids = jnp.take_along_axis(targets.reshape(groups, size), clipped, axis=1)
-        ids = jnp.where(index < size, ids, _some_allowed_id(suppress))
+        # Unused room points beyond the end, each slot elsewhere: the gradient then scatters to distinct rows, which
+        # a GPU does without atomic additions.
+        index = jnp.where(index < size, index, size + jnp.arange(room))
+
+        def pick(values: Array, fill: int) -> Array:
+            get = jax.vmap(lambda v, i: v.at[i].get(mode="fill", fill_value=fill, unique_indices=True))
+            return get(values, index)
+
+        rows = pick(states.reshape(groups, size, dim), 0)
+        ids = pick(targets.reshape(groups, size), _some_allowed_id(suppress))
 
         def put(values: Array) -> Array:
-            spread = jax.vmap(lambda v, i: jnp.zeros((size,), v.dtype).at[i].set(v, mode="drop"))
+            spread = jax.vmap(lambda v, i: jnp.zeros((size,), v.dtype).at[i].set(v, mode="drop", unique_indices=True))
             return spread(values, index).reshape(batch, length)
 
         nll, z = nll_of(rows, ids)

@@ -147,6 +147,7 @@ class Programs:
             block = steps.denoise(params, state, block, options)
             return block, jnp.any(unfinished(block, options, state.remaining))
 
+        self.stop = self._jit("stop", stop, donate=(0,))
         self.prefill = self._jit("prefill", steps.prefill, donate=(1,))
         self.first_guess = self._jit("first_guess", first_guess)
         self.block = self._jit("block", block, donate=(1,))
@@ -313,7 +314,7 @@ class BlockStream:
         self._next()
         return output
 
-    def advance_live(self) -> Iterator[Block | Output]:
+    def advance_live(self, active: np.ndarray | None = None) -> Iterator[Block | Output]:
         """Like `advance`, one denoising pass per item: the block after each of them, then what it gives out.
 
         The host looks at every pass, so this is for watching, not for speed. The stream must not be fused.
@@ -322,6 +323,8 @@ class BlockStream:
             raise ValueError("live decoding needs a stream with fused=False")
         if self._options is None:
             raise RuntimeError("advance_live() before start(): no row is running")
+        if active is not None:
+            self._state = self._programs.stop(self._state, np.asarray(active, bool))
         block, options = self._blocks(), self._options
         running = bool(jnp.any(unfinished(block, options, self._state.remaining)))
         while running:
