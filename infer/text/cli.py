@@ -88,7 +88,7 @@ class Text:
     factor: float | None = None
     """Diffusion: reveal the n most confident tokens, largest n with (n + 1)(1 - n-th confidence) < factor."""
     steps: int | None = None
-    """Diffusion: denoising steps for all new tokens; alone it reveals equal portions, with --threshold or --factor it is
+    """Diffusion: denoising steps for all new tokens; alone it reveals equal portions, with a threshold or factor it is
     a limit."""
     confidence: Literal["prob", "top_p_margin", "neg_entropy", "random"] = "prob"
     """Diffusion: what confidence means: probability; lead over the second token; exp(-entropy); chance."""
