@@ -1,6 +1,7 @@
 """Several processes: joining them, and the few things they must agree on outside of compiled code."""
 
 import os
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from train.config import HostsConfig
 
-__all__ = ["any_process", "barrier", "initialize", "is_main"]
+__all__ = ["any_process", "initialize", "is_main", "on_main"]
 
 
 def initialize(config: HostsConfig) -> None:
@@ -34,7 +35,13 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def on_main(action: Callable[[], None]) -> None:
+    """Runs `action` on process 0 while the others wait. If it fails, all processes end with an error."""
+    error = None
+    if is_main():
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    if any_process(error is not None):
+        raise error or RuntimeError("process 0 has failed; its output says why")

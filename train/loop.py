@@ -149,9 +149,7 @@ def fit(
     whole = {"seed": run.seed, "batch_size": run.batch_size, "optim": to_json(optim)} | plain_json(identity)
 
     with contextlib.ExitStack() as stack:
-        if main:
-            stack.callback(RunLock(directory).release)
-        distributed.barrier("run directory locked")
+        distributed.on_main(lambda: stack.callback(RunLock(directory).release))
         checkpoints = Checkpoints(directory / "checkpoints", run.keep)
         stack.callback(checkpoints.close)
         start = checkpoints.latest or 0
@@ -160,9 +158,9 @@ def fit(
             data.set_state(checkpoints.load_data_state())
         if start > run.steps:
             raise ValueError(f"steps must be at least {start}, which {directory} already has; got {run.steps}")
-        if main:
-            _write_json(directory / "config.json", {"config": to_json(config), "identity": whole})
-
+        distributed.on_main(
+            lambda: _write_json(directory / "config.json", {"config": to_json(config), "identity": whole})
+        )
         shapes, step, evaluate, batches = _prepare(run, mesh, weights, loss_fn, eval_fn, data, optimizer, schedule)
         frozen = () if weights.frozen is None else (weights.frozen,)
         log = MetricsLog(directory, step=start, tensorboard=run.tensorboard) if main else None
@@ -414,7 +412,8 @@ def _stop_signals(report: Reporter) -> Iterator[threading.Event]:
 
     def restore() -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None: not set from Python, as by JAX's preemption notice in runs of several processes.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def handle(number: int, frame: Any) -> None:
         del frame

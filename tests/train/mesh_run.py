@@ -1,7 +1,7 @@
 """Runs of a small model on several meshes, in one process or as one of several; prints their losses as JSON.
 
 python mesh_run.py '{"model": "toy" or "decoder", "devices": 8, "directory": "...", "hosts": {...},
-                     "meshes": {"a": {"fsdp": 8}, ...}, "steps": {"a": 20, ...}}'
+                     "meshes": {"a": {"fsdp": 8}, ...}, "more": {"a": {options of toy_run}, ...}}'
 """
 
 import json
@@ -50,12 +50,12 @@ class Rows:
         self.index = state["index"]
 
 
-def decoder(directory, mesh, steps):
+def decoder(directory, mesh):
     mesh = meshes.make_mesh(MeshConfig(**mesh))
     config = QwenConfig.tiny(vocab_size=32, dim=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=64)
     lm = build(config)
     return fit(
-        RunConfig(directory=Path(directory), steps=steps, batch_size=8, log_every=1),
+        RunConfig(directory=Path(directory), steps=20, batch_size=8, log_every=1),
         OptimConfig(learning_rate=1e-2, schedule="constant", warmup_steps=2),
         mesh,
         weights_of(lm, mesh, None),
@@ -65,11 +65,10 @@ def decoder(directory, mesh, steps):
     )
 
 
-def toy(directory, mesh, steps):
+def toy(directory, mesh, **more):
     import toy_run
 
-    options = {"directory": str(directory), "mesh": mesh, "steps": steps, "optim": {"schedule": "constant"}}
-    return toy_run.run(options)
+    return toy_run.run({"directory": str(directory), "mesh": mesh} | more)
 
 
 def losses(directory):
@@ -84,7 +83,7 @@ def main(options):
     result = {}
     for name, mesh in options["meshes"].items():
         directory = Path(options["directory"]) / name
-        {"toy": toy, "decoder": decoder}[options["model"]](directory, mesh, options["steps"][name])
+        {"toy": toy, "decoder": decoder}[options["model"]](directory, mesh, **options.get("more", {}).get(name, {}))
         if distributed.is_main():
             result[name] = losses(directory)
     if distributed.is_main():

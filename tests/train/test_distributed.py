@@ -22,7 +22,7 @@ MESHES = {
 
 @pytest.fixture
 def run_meshes(clean_env, tmp_path):
-    """`run_meshes(model, one, two)`: losses per mesh of one process, and of two, run side by side."""
+    """`run_meshes(model, one, two, timeout)`: losses per mesh of one process, and of two, run side by side."""
 
     def start(options):
         script = Path(__file__).parent / "mesh_run.py"
@@ -34,11 +34,11 @@ def run_meshes(clean_env, tmp_path):
             stderr=subprocess.STDOUT,
         )
 
-    def run(model, one, two, steps, timeout):
+    def run(model, one, two, timeout, more=None):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{s.getsockname()[1]}"
-        common = {"model": model, "steps": steps}
+        common = {"model": model, "more": more or {}}
         processes = [start(common | {"devices": 8, "directory": str(tmp_path / "one"), "meshes": one})]
         for rank in range(2):
             hosts = {"coordinator": coordinator, "num_processes": 2, "process_id": rank}
@@ -64,17 +64,17 @@ def assert_equal_losses(one, two, steps=20):
 
 @pytest.mark.timeout(400)
 def test_two_processes_have_the_losses_of_one(run_meshes, toy, tmp_path):
-    steps = {"mixed": 20, "half": 10}
     mixed = {"mixed": MESHES["mixed"]}
-    one, two = run_meshes("toy", mixed, mixed | {"half": {"data": 4, "tensor": 2}}, steps, 380)
-    half = two.pop("half")
+    more = {"stopped": {"stop_at": [10, 1]}}  # SIGTERM to the second process only
+    one, two = run_meshes("toy", mixed, mixed | {"stopped": {"data": 4, "tensor": 2}}, 380, more)
+    first = two.pop("stopped")
+    assert len(first) == 10  # both stopped after the same step
     assert_equal_losses(one, two)
-    # Continued on another number of processes and devices, from checkpoints that two processes wrote.
-    options = {"directory": str(tmp_path / "two" / "half"), "steps": 20, "optim": {"schedule": "constant"}}
-    toy.run(options)
-    lines = (tmp_path / "two" / "half" / "metrics.jsonl").read_text().splitlines()
+    # Continued on another number of processes and devices, from the checkpoint that two processes wrote.
+    toy.run({"directory": str(tmp_path / "two" / "stopped")})
+    lines = (tmp_path / "two" / "stopped" / "metrics.jsonl").read_text().splitlines()
     continued = [r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r]
-    assert continued[:10] == half
+    assert continued[:10] == first
     np.testing.assert_allclose(continued, one["mixed"], rtol=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_slurm_is_detected_and_flags_win(monkeypatch):
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("model, drop", [("toy", 0.2), ("decoder", 0.5)])
 def test_every_axis_by_itself(run_meshes, model, drop):
-    one, two = run_meshes(model, MESHES, MESHES, dict.fromkeys(MESHES, 20), 1400)
+    one, two = run_meshes(model, MESHES, MESHES, 1400)
     assert_equal_losses(one, two)
     np.testing.assert_allclose(one["data"], one["mixed"], rtol=1e-5)
     np.testing.assert_allclose(one["data"], one["fsdp"], rtol=1e-5)

@@ -6,6 +6,8 @@ prints the final loss records as JSON. The task: next token = (3 * token + 1) mo
 """
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -96,6 +98,9 @@ def run(options, hook=None):
     mesh = meshes.make_mesh(MeshConfig(**options.pop("mesh", {})))
     optim = OptimConfig(**({"learning_rate": 3e-3, "warmup_steps": 3} | options.pop("optim", {})))
     identity = options.pop("identity", {"model": {"dim": D, "layers": 1}, "data": {"seed": 0}})
+    stop_at, stop_rank = options.pop("stop_at", (None, None))  # SIGTERM to itself during this step
+    if hook is None and stop_at is not None and jax.process_index() == stop_rank:
+        hook = lambda index: os.kill(os.getpid(), signal.SIGTERM) if index == stop_at else None  # noqa: E731
     poison, delay = options.pop("poison", ()), options.pop("delay", 0.0)
     defaults = {"batch_size": 16, "log_every": 1, "checkpoint_every": 5, "steps": 20}
     config = RunConfig(**(defaults | options | {"directory": Path(options["directory"])}))

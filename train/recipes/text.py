@@ -158,7 +158,7 @@ def open_rows(
     """
     from train.data import RowStore, StoreConfig, open_or_build
     from train.data.rows import VALIDATION
-    from train.distributed import barrier, is_main
+    from train.distributed import on_main
 
     config = model.lm.config
     if rows.seq_len > config.max_positions:
@@ -179,8 +179,8 @@ def open_rows(
             validation_fraction=rows.validation_fraction,
             split_seed=rows.split_seed,
         )
-        if is_main():
-            open_or_build(
+        on_main(
+            lambda: open_or_build(
                 store,
                 data,
                 model.tokenizer.backend,
@@ -188,7 +188,7 @@ def open_rows(
                 text_column=rows.text_column,
                 on_error=rows.on_error,
             )
-        barrier("rows built")
+        )
     train = RowStore(store)
     vocab = train.manifest["vocab_size"]
     if vocab > config.vocab_size:
