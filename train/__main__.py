@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
 
 RECIPES = (
     Recipe("lm", "train.recipes.lm", "LM", "train or fine-tune an autoregressive language model on text"),
+    Recipe("dlm", "train.recipes.dlm", "DLM", "turn an autoregressive language model into a block-diffusion one"),
     Recipe("quickstart", "train.recipes.quickstart", "Quickstart", "the whole chain, small, on a CPU in minutes"),
     Recipe("shipped", "train.recipes.shipped", "Shipped", "train the models that the project ships"),
 )

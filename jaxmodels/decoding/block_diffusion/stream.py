@@ -205,7 +205,8 @@ class BlockStream:
         self.prefill_rows = batch if prefill_rows is None else min(prefill_rows, batch)
         dtype = params["embed"].dtype
         cache = KVCache.init(lm.config, batch=batch, capacity=capacity, dtype=dtype)
-        self._state = DecodeState.init(lm, decoding, cache)
+        # Arrays that are not committed to the weights' device would make the first call compile a program of its own.
+        self._state = jax.device_put(DecodeState.init(lm, decoding, cache), self._placement)
         self._plans: list[Plan | None] = [None] * batch
         self._cursor = [0] * batch
         self._requests = [(RevealOptions(), 1, (), SamplingOptions())] * batch
@@ -221,6 +222,14 @@ class BlockStream:
         A stream traces its block once: "fused" or "block".
         """
         return self._programs.traces
+
+    @property
+    def _placement(self) -> jax.sharding.Sharding:
+        """On the device of the weights; on all of theirs if they are many."""
+        sharding = self.params["embed"].sharding
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return sharding
 
     # -- host ------
 
@@ -273,9 +282,10 @@ class BlockStream:
             fresh = np.isin(np.arange(self.batch), rows)
             if self._guess is None:
                 shape = (self.batch, self.decoding.block_length)
-                self._guess = Guess(
+                guess = Guess(
                     jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
                 )
+                self._guess = jax.device_put(guess, self._placement)
             self._guess = self._programs.first_guess(
                 self.params, self._state, self._blocks(), self._options, fresh, self._guess
             )
