@@ -173,13 +173,15 @@ def make_steps(step: Callable, n: int) -> Callable:
     """`steps(params, state, active) -> (state, SampledChunk [B, n])`: n steps in one program, fewer if all
     rows end.
 
-    Rows where bool [B] `active` is False are ended first (a stop string was found, the user left).
+    Rows where bool [B] `active` is False are ended and forgotten first (a stop string was found, the user left).
     """
     if n < 1:
         raise ValueError(f"n must be >= 1; got {n}")
 
     def steps(params, state: ARState, active: Bool[Array, "B"]) -> tuple[ARState, SampledChunk]:
-        state = state.replace(done=state.done | ~active)
+        # An idle row's old tokens are forgotten, so that attention, whose work follows the longest row, skips them.
+        lengths = jnp.where(active, state.cache.lengths, 0)
+        state = state.replace(done=state.done | ~active, cache=state.cache.replace(lengths=lengths))
         B = active.shape[0]
         if n == 1:
             state, sampled = step(params, state)

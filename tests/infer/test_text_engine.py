@@ -1,6 +1,8 @@
 """The engine: batching, streaming, stop strings, defaults, usage, errors; one compilation per program."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -214,6 +216,50 @@ def test_a_decoder_checks_its_sizes(tiny):
     with pytest.raises(ValueError, match=r"buckets must be >= 1 and end with the capacity 64; got \(16, 32\)"):
         make(buckets=[32, 16])
     assert prefill_buckets(100) == (32, 64, 100) and prefill_buckets(32) == (32,) and prefill_buckets(8) == (8,)
+
+
+@pytest.mark.slow  # 45 s on two busy cores, passed 2026-11-23
+def test_ten_thousand_steps_compile_nothing_and_keep_memory_flat(tiny):
+    engine = TextEngine.from_pretrained(tiny, batch=2, capacity=256)
+    requests = [Request(prompt=f"{i}", max_new_tokens=200, eos_ids=(), temperature=float(i % 2)) for i in range(10)]
+    engine.complete(requests)
+    programs, arrays = dict(engine.decoder.programs.seconds), len(jax.live_arrays())
+    size = sum(array.nbytes for array in jax.live_arrays())
+    steps = 0
+    while steps < 10_000:
+        done = engine.complete(requests)
+        steps += sum(c.usage.forwards for c in done) // 2  # two rows per step
+    assert engine.decoder.programs.seconds == programs
+    assert len(jax.live_arrays()) == arrays
+    assert sum(array.nbytes for array in jax.live_arrays()) == size
+
+
+MESH = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu"); jax.config.update("jax_num_cpu_devices", 4)
+from jax.sharding import AxisType
+from infer.text.engine import TextEngine
+from infer.text.requests import Request
+from jaxmodels.pretrained import load_pretrained
+mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+requests = [Request(prompt="hello" * i, max_new_tokens=9, eos_ids=(), temperature=float(i % 2)) for i in range(1, 6)]
+results = []
+for where in (None, mesh):
+    engine = TextEngine.from_pretrained(load_pretrained(sys.argv[1], mesh=where), batch=2, capacity=64)
+    results.append([c.tokens for c in engine.complete(requests)])
+assert results[0] == results[1]
+assert engine.decoder.state.cache.k.sharding.spec[3] == "tensor"  # the cache is split over the heads
+print("OK")
+"""
+
+
+@pytest.mark.slow  # 38 s on two busy cores, passed 2026-11-23
+def test_weights_sharded_over_a_mesh_give_the_same_tokens(tiny_directory):
+    done = subprocess.run(
+        [sys.executable, "-c", MESH, str(tiny_directory)], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip() == "OK", done.stderr
 
 
 def test_no_requests_no_events(engine):

@@ -134,14 +134,14 @@ def test_a_token_budget_and_either_eos_id_end_a_row(params):
     assert c.counts.tolist() == [0, 0, 0]
 
 
-def test_a_row_that_is_done_changes_nothing_of_its_state(params):
+def test_a_row_that_is_not_active_does_no_work(params):
     state, _ = PREFILL(params, empty(), prompt(range(3), PROMPTS, SAMPLED))
     before = jax.tree.map(jnp.copy, state)
     active = np.array([True, False, True])
     state, chunk = STEPS(params, state, active)
     after = state
     assert chunk.counts.tolist() == [5, 0, 5]
-    assert after.cache.lengths.tolist() == [8, 16, 6]
+    assert after.cache.lengths.tolist() == [8, 0, 6]
     for name in ("token", "remaining", "seen"):
         np.testing.assert_array_equal(getattr(after, name)[1], getattr(before, name)[1], err_msg=name)
     np.testing.assert_array_equal(after.cache.k[:, 1], before.cache.k[:, 1])
