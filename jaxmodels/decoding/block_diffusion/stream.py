@@ -282,9 +282,7 @@ class BlockStream:
             fresh = np.isin(np.arange(self.batch), rows)
             if self._guess is None:
                 shape = (self.batch, self.decoding.block_length)
-                guess = Guess(
-                    jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
-                )
+                guess = Guess(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
                 self._guess = jax.device_put(guess, self._placement)
             self._guess = self._programs.first_guess(
                 self.params, self._state, self._blocks(), self._options, fresh, self._guess
