@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from infer.quickstart import Arm
 
 DIFFUSION, BASELINE, QUIET = "#0b6e8a", "#d1495b", "#5f6b76"
+CLOSE = 20
+"""Pixels between two points whose names would overlap."""
+Label = tuple[float, float, str]
 STYLE = {
     "font.size": 10.5,
     "axes.spines.top": False,
@@ -45,13 +48,13 @@ def draw(path: Path, arms: Sequence["Arm"], prompts: int, device: str, recorded:
         figure = Figure(figsize=(11, 4.9), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         speed, quality = figure.subplots(1, 2)
-        _speed(speed, arms)
-        _quality(quality, arms, prompts, recorded)
+        labels = {speed: _speed(speed, arms), quality: _quality(quality, arms, prompts, recorded)}
         # Both panels share the axis, with room for the annotations beyond the last point.
         widest = max(max(limits.get_xlim()[1] for limits in (speed, quality)), 1.3)
         for panel in (speed, quality):
             panel.set_xlim(0.9, widest + 0.06 * (widest - 0.9))
             panel.set_xlabel("tokens per forward pass")
+            _label(panel, labels[panel])
         figure.suptitle(
             "Block diffusion: several tokens per forward pass", x=0.01, ha="left", fontsize=14, fontweight="bold"
         )
@@ -62,7 +65,7 @@ def draw(path: Path, arms: Sequence["Arm"], prompts: int, device: str, recorded:
         figure.savefig(path)
 
 
-def _speed(panel: "Axes", arms: Sequence["Arm"]) -> None:
+def _speed(panel: "Axes", arms: Sequence["Arm"]) -> list["Label"]:
     baseline, diffusion = arms[0], arms[1:]
     x = [arm.tokens_per_forward for arm in diffusion]
     y = [arm.tokens_per_second for arm in diffusion]
@@ -79,10 +82,10 @@ def _speed(panel: "Axes", arms: Sequence["Arm"]) -> None:
         xytext=(-4, -5 if below else 5), textcoords="offset points", ha="right", va="top" if below else "bottom",
         color=BASELINE, fontsize=9.5,
     )  # fmt: skip
-    _label(panel, x, y, [_name(arm.threshold) for arm in diffusion])
+    return list(zip(x, y, [_name(arm.threshold) for arm in diffusion], strict=True))
 
 
-def _quality(panel: "Axes", arms: Sequence["Arm"], prompts: int, recorded: dict[str, Any] | None) -> None:
+def _quality(panel: "Axes", arms: Sequence["Arm"], prompts: int, recorded: dict[str, Any] | None) -> list["Label"]:
     from jaxmodels.demo.completions import wilson_interval
 
     points: list[tuple[float, float, tuple[float, float], str]] = []
@@ -121,7 +124,7 @@ def _quality(panel: "Axes", arms: Sequence["Arm"], prompts: int, recorded: dict[
         )  # fmt: skip
     low, high = panel.get_ylim()
     panel.set_ylim(max(0, low - 0.1 * (high - low)), min(105, high + 0.05 * (high - low)))
-    _label(panel, [p[0] for p in diffusion], [100 * p[1] for p in diffusion], [p[3] for p in diffusion])
+    return [(p[0], 100 * p[1], p[3]) for p in diffusion]
 
 
 def _interval(panel: "Axes", points: Sequence, color: str, marker: str, size: float, line: str) -> None:
@@ -133,10 +136,20 @@ def _interval(panel: "Axes", points: Sequence, color: str, marker: str, size: fl
     )  # fmt: skip
 
 
-def _label(panel: "Axes", x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
-    for i, name in enumerate(names):
+def _label(panel: "Axes", labels: Sequence[Label]) -> None:
+    """Writes names beside points; those of neighbours that lie on top of each other share one place."""
+    groups: list[list[Label]] = []
+    for label in labels:
+        if groups:
+            before, here = panel.transData.transform([groups[-1][-1][:2], label[:2]])
+            if abs(here - before).max() < CLOSE:
+                groups[-1].append(label)
+                continue
+        groups.append([label])
+    for group in groups:
+        x, y, _ = group[-1]
         panel.annotate(
-            name, (x[i], y[i]), xytext=(7, 7), textcoords="offset points", ha="left", va="bottom",
+            ", ".join(name for *_, name in group), (x, y), xytext=(7, 6), textcoords="offset points",
             color=DIFFUSION, fontsize=9.5, fontweight="bold",
         )  # fmt: skip
 
