@@ -145,8 +145,8 @@ def _flags(
             raise UsageError(f"--config {file}: unknown key {dotted!r}{hint}")
         flag = "--" + ".".join((*prefix, name)).replace("_", "-")
         kind = fields[name]
-        inner = kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind
-        if dataclasses.is_dataclass(inner):
+        inner: Any = kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             if not isinstance(value, dict):
                 raise UsageError(f"--config {file}: {dotted!r} must be a table; got {value!r}")
             flat = any(getattr(m, "name", None) == "" for m in getattr(kind, "__metadata__", ()))

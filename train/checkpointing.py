@@ -102,7 +102,7 @@ class Checkpoints:
 
     def identity(self) -> dict:
         """What the run of the latest checkpoint was, as given to `save`."""
-        return self._orbax.checkpointables_metadata(self.latest).custom_metadata["identity"]  # type: ignore[index]
+        return self._orbax.checkpointables_metadata(self.latest).custom_metadata["identity"]
 
     def load_data_state(self) -> dict:
         """Position in the data of the latest checkpoint."""
@@ -111,7 +111,7 @@ class Checkpoints:
     def load_state(self, target: TrainState) -> TrainState:
         """State of the latest checkpoint; `target` gives shape, dtype and sharding of every array."""
         step = self.latest
-        metadata = self._orbax.checkpointables_metadata(step).metadata["state"]  # type: ignore[index]
+        metadata = self._orbax.checkpointables_metadata(step).metadata["state"]
         saved, wanted = _shapes(metadata), _shapes(target)
         # Our own comparison: orbax would report a wrong shape as a missing handler.
         for name in sorted(saved.keys() | wanted.keys()):

@@ -35,7 +35,7 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def on_main(action: Callable[[], None]) -> None:
+def on_main(action: Callable[[], object]) -> None:
     """Runs `action` on process 0 while the others wait. If it fails, all processes end with an error."""
     error = None
     if is_main():

@@ -20,8 +20,8 @@ def _load(name):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """The module toy_run.py, with a compilation cache: every `fit` compiles the same few programs again."""
+def compiled_programs(tmp_path_factory):
+    """XLA's persistent cache for a module's tests: every `fit` compiles the same few programs again."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -31,10 +31,16 @@ def toy(tmp_path_factory):
     compilation_cache.reset_cache()
     for name, value in options.items():
         jax.config.update(name, value)
-    yield _load("toy_run")
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def toy(compiled_programs):
+    """The module toy_run.py."""
+    return _load("toy_run")
 
 
 @pytest.fixture(scope="session")

@@ -50,12 +50,12 @@ class Rows:
         self.index = state["index"]
 
 
-def decoder(directory, mesh):
+def decoder(directory, mesh, accumulate=1):
     mesh = meshes.make_mesh(MeshConfig(**mesh))
     config = QwenConfig.tiny(vocab_size=32, dim=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=64)
     lm = build(config)
     return fit(
-        RunConfig(directory=Path(directory), steps=20, batch_size=8, log_every=1),
+        RunConfig(directory=Path(directory), steps=20, batch_size=8, log_every=1, accumulate=accumulate),
         OptimConfig(learning_rate=1e-2, schedule="constant", warmup_steps=2),
         mesh,
         weights_of(lm, mesh, None),

@@ -98,7 +98,8 @@ def test_slurm_is_detected_and_flags_win(monkeypatch):
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("model, drop", [("toy", 0.2), ("decoder", 0.5)])
 def test_every_axis_by_itself(run_meshes, model, drop):
-    one, two = run_meshes(model, MESHES, MESHES, 1400)
+    more = {"mixed": {"accumulate": 2}} if model == "decoder" else {}  # the toy's noise depends on the parts
+    one, two = run_meshes(model, MESHES, MESHES, 1400, more)
     assert_equal_losses(one, two)
     np.testing.assert_allclose(one["data"], one["mixed"], rtol=1e-5)
     np.testing.assert_allclose(one["data"], one["fsdp"], rtol=1e-5)

@@ -39,7 +39,7 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture
-def lm(start, tmp_path, monkeypatch):
+def lm(start, tmp_path, monkeypatch, compiled_programs):
     """`lm(*flags)`: exit code of a short run in `tmp_path / "run"`."""
     init, corpus = start
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
@@ -89,9 +89,13 @@ def test_other_options(lm, tmp_path):
     lines = records(tmp_path / "run")
     assert lines[0]["train/loss"] > lines[0]["train/nll"]  # the z term
     assert load_pretrained(tmp_path / "run" / "model").params["embed"].dtype == "float32"
-    assert lm(*flags, "--steps", "6", "--export", str(tmp_path / "elsewhere")) == 0
-    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    assert lm(*flags, "--steps", "6", "--export", str(tmp_path / "continued")) == 0
     assert [r["step"] for r in records(tmp_path / "run") if "train/loss" in r] == [4, 6]
+    # Shuffled rows and all: the continued run has the weights of an undisturbed one, bit for bit.
+    undisturbed = [*flags, "--steps", "6", "--directory", str(tmp_path / "other")]
+    assert lm(*undisturbed, "--export", str(tmp_path / "undisturbed")) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("continued", "undisturbed")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(
