@@ -40,9 +40,8 @@ class Tiling:
 
 def default_tiling(batch: int, heads: int, num_queries: int, num_keys: int, platform: str) -> Tiling:
     """A tiling by measurement (see README.md): changes speed and memory only."""
-    # Scores held at once. On a CPU they should stay in the caches; a GPU needs them to be busy at all.
-    budget = 2**22 if platform == "cpu" else 2**26
-    tile = 512
+    # Scores of one step. On a CPU they should stay in the caches; a GPU needs many of them to be busy at all.
+    budget, tile = (3 * 2**18, 256) if platform == "cpu" else (2**26, 512)
     while tile > 64 and batch * heads * min(tile, num_queries) * min(tile, num_keys) > budget:
         tile //= 2
     tile_q, tile_k = _even(num_queries, tile), _even(num_keys, tile)

@@ -34,15 +34,21 @@ class Tiling:
     one_chunk: int
 
 
-def default_tiling(batch: int, heads: int, num_queries: int, platform: str) -> Tiling:
+def default_tiling(q_shape: tuple[int, ...], num_kv_heads: int, platform: str) -> Tiling:
     """A tiling by measurement (see README.md): changes speed and memory only."""
+    batch, num_queries, num_heads, head_dim = q_shape
     tile_t = min(num_queries, 128)
     if platform == "cpu":
-        return Tiling(tile_t, chunk=256, one_chunk=512)
+        # A chunk of keys should stay in the second-level cache between its copy and its use.
+        chunk = _power_of_two(2**17 / max(1, batch * num_kv_heads * head_dim), 64, 256)
+        return Tiling(tile_t, chunk=chunk, one_chunk=chunk)
     # A run-time trip count costs a GPU one round trip to the host per chunk, hence few and large chunks.
-    rows = max(1, batch * heads * tile_t)
-    chunk = 2 ** int(np.clip(np.log2(2**26 / rows), 7, 11))
+    chunk = _power_of_two(2**26 / max(1, batch * num_heads * tile_t), 128, 2048)
     return Tiling(tile_t, chunk=chunk, one_chunk=2 * chunk)
+
+
+def _power_of_two(x: float, least: int, most: int) -> int:
+    return 2 ** int(np.clip(np.log2(x), np.log2(least), np.log2(most)))
 
 
 def run(
@@ -59,7 +65,7 @@ def run(
     batch, num_queries, num_heads, head_dim = q.shape
     capacity, num_kv_heads = k_cache.shape[2:4]
     if tiling is None:
-        tiling = default_tiling(batch, num_heads, num_queries, jax.default_backend())
+        tiling = default_tiling(q.shape, num_kv_heads, jax.default_backend())
     tile_t = min(tiling.tile_t, num_queries)
     tiles = -(-num_queries // tile_t)
     group = num_heads // num_kv_heads

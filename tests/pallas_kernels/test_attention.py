@@ -319,7 +319,9 @@ def test_no_buffer_grows_with_queries_times_keys(kind):
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, ids).compile()
 
-    one_step = 2 * 512 * 512  # scores of all heads of one pair of tiles
+    tiling = xla.default_tiling(1, 2, 4096, 4096, jax.default_backend())
+    one_step = 2 * tiling.lanes * tiling.tile_q * tiling.tile_k  # scores of all heads
+    assert one_step <= 2 * 4096 * 512
     small, large = compile_at(4096), compile_at(8192)
     for compiled, length in ((small, 4096), (large, 8192)):
         largest = max(int(np.prod(dims)) for dims in compiled_shapes(compiled))
