@@ -82,7 +82,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        expected = (ValueError, NotImplementedError, OSError, RuntimeError, MemoryError)
+        expected = (ValueError, NotImplementedError, OSError, RuntimeError, MemoryError, ArithmeticError)
         if not isinstance(error, expected) or os.environ.get("JAXSTREAM_TRACEBACK"):
             raise
         text = " ".join(str(error).split()) or type(error).__name__

@@ -306,6 +306,11 @@ class TextEngine:
                 owner.commits += int(chunk["commits"][i])
             count = int(chunk["counts"][i])
             if count:
+                if np.isnan(chunk["logprobs"][i, :count]).any():
+                    raise FloatingPointError(
+                        f"request {owner.index}: the model's logits are not finite after {owner.tokens} new tokens; "
+                        "check the weights, or compute in float32"
+                    )
                 part = {
                     name: chunk[name][i, :count].tolist() if chunk[name] is not None else None
                     for name in ("tokens", "logprobs", "reveal")

@@ -203,6 +203,14 @@ def test_leaving_the_iterator_early_leaves_the_engine_usable(engine, plain):
     assert engine.complete([requests[2]])[0].tokens == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(engine, tiny, temperature):
+    params = tiny.params | {"final_norm": tiny.params["final_norm"] * np.nan}
+    broken = TextEngine.from_pretrained(dataclasses.replace(tiny, params=params), batch=3, capacity=CAPACITY, chunk=4)
+    with pytest.raises(FloatingPointError, match="request 0: the model's logits are not finite after 0 new tokens"):
+        broken.complete([Request(prompt="x", max_new_tokens=3, temperature=temperature)])
+
+
 def test_a_decoder_checks_its_sizes(tiny):
     def make(**options):
         return ARDecoder(tiny.lm, tiny.params, **{"capacity": 64, **options})
