@@ -57,6 +57,9 @@ class BlockDecoding:
     """how the prompt sees itself: one of PROMPT_ATTENTIONS"""
     prompt_block_size: int = 1
     """block of "block_causal" prompts: the training block"""
+    commit_attention: str = "block"
+    """how a finished block sees itself when committed: "block", all of it, or "causal" for models whose clean half was
+    causal in training"""
     infill: bool = False
     """prompts may contain mask tokens, to be filled in"""
 
@@ -65,6 +68,8 @@ class BlockDecoding:
         check_block_size(self.prompt_block_size)
         if self.confidence not in CONFIDENCES:
             raise ValueError(f"confidence must be one of {list(CONFIDENCES)}; got {self.confidence!r}")
+        if self.commit_attention not in ("block", "causal"):
+            raise ValueError(f"commit_attention must be 'block' or 'causal'; got {self.commit_attention!r}")
         if self.prompt_attention not in PROMPT_ATTENTIONS:
             raise ValueError(
                 f"prompt_attention must be one of {list(PROMPT_ATTENTIONS)}; got {self.prompt_attention!r}"
@@ -99,14 +104,38 @@ class BlockDecoding:
             "token_shift": config.token_shift,
             "prompt_attention": prompt_attention or config.prompt_attention,
             "prompt_block_size": train_block or block_length,
+            "commit_attention": "causal" if config.prompt_attention == "causal" else "block",
         }
         return cls(**(fields | changes))
+
+    @property
+    def commit_mask(self) -> Mask:
+        return Full() if self.commit_attention == "block" else Causal()
+
+    @property
+    def fused_mask(self) -> Mask:
+        """Over [finished block ; following block]."""
+        n = self.block_length
+        return BlockCausal(n) if self.commit_attention == "block" else CausalThenFull(n)
 
     @property
     def prompt_mask(self) -> Mask:
         if self.prompt_attention == "causal":
             return Causal()
         return Full() if self.prompt_attention == "bidirectional" else BlockCausal(self.prompt_block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalThenFull(Mask):
+    """The first `length` tokens are causal, all later ones see everything: [finished block ; block of masks]."""
+
+    length: int
+
+    def allowed(self, q_index, k_index):
+        return (k_index <= q_index) | (q_index >= self.length)
+
+    def key_intervals(self, q_index, num_keys):
+        return [(np.zeros_like(q_index), np.where(q_index >= self.length, num_keys, q_index + 1))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -507,7 +536,7 @@ class BlockSteps:
         time = block.tokens.shape[1]
 
         def forward():
-            hidden = self.lm.hidden(params, block.tokens, cache=state.cache, own_mask=Full())
+            hidden = self.lm.hidden(params, block.tokens, cache=state.cache, own_mask=self.decoding.commit_mask)
             return hidden.kv, hidden.states[:, -1]
 
         def nothing():
@@ -553,7 +582,7 @@ class BlockSteps:
         own = jnp.concatenate([block.tokens, following.tokens], axis=1)
 
         def forward():
-            hidden = self.lm.hidden(params, own, cache=state.cache, own_mask=BlockCausal(length))
+            hidden = self.lm.hidden(params, own, cache=state.cache, own_mask=self.decoding.fused_mask)
             committed = jax.tree.map(lambda x: x[:, :, :length], hidden.kv)
             last = hidden.states[:, length - 1]
             context = last if self.decoding.token_shift else None

@@ -86,7 +86,7 @@ def brute_force_decode(lm, params, prompts, new, reveal, decoding, *, align=Fals
     for row, prompt in enumerate(prompts):
         canvas[row, : len(prompt)] = prompt
     q, k = np.arange(size)[:, None], np.arange(size)[None, :]
-    visible = np.zeros((rows, size, size), bool)
+    whole = np.zeros((rows, size, size), bool)
     for row, start in enumerate(starts):
         if decoding.prompt_attention == "causal":
             in_prompt = k <= q
@@ -95,7 +95,8 @@ def brute_force_decode(lm, params, prompts, new, reveal, decoding, *, align=Fals
         else:
             in_prompt = k // decoding.prompt_block_size <= q // decoding.prompt_block_size
         later = (q >= start) & ((k < start) | ((k - start) // n <= (q - start) // n))
-        visible[row] = np.where(q < start, in_prompt & (k < start), later)
+        whole[row] = np.where(q < start, in_prompt & (k < start), later)
+    visible = whole.copy()
     block, step, done = [0] * rows, [0] * rows, [False] * rows
     shown = [{} for _ in range(rows)]
     passes, initial = [0] * rows, [0] * rows
@@ -142,6 +143,8 @@ def brute_force_decode(lm, params, prompts, new, reveal, decoding, *, align=Fals
                 finished = done[row] = True
             if finished:
                 block[row], step[row] = block[row] + 1, 0
+                if decoding.commit_attention == "causal":
+                    visible[row, low:high] = whole[row, low:high] & (k <= q)[low:high]
                 done[row] |= high >= end
     result = []
     for row, prompt in enumerate(prompts):
@@ -168,9 +171,9 @@ RULES = [
 ]
 
 
-def compare(length, seeds, *, prompt_attention="block_causal", align=False, shift=False, fused=False, eos=()):
+def compare(length, seeds, *, align=False, shift=False, fused=False, eos=(), **changes):
     lm, _ = model(0, token_shift=shift)
-    decoding = BlockDecoding.for_model(lm.config, block_length=length, prompt_attention=prompt_attention)
+    decoding = BlockDecoding.for_model(lm.config, block_length=length, **changes)
     rows = BlockStream(lm, model(0)[1], decoding, batch=18, capacity=40, fused=fused)
     lengths = [*range(1, 18), 1] if shift else list(range(18))
     for seed in seeds:
@@ -204,7 +207,7 @@ def test_cached_decoding_equals_full_recomputation():
     "length, options",
     [
         (3, {"prompt_attention": "bidirectional", "align": True, "fused": True}),
-        (8, {"prompt_attention": "causal", "fused": True, "eos": (5, 9, 14)}),
+        (8, {"prompt_attention": "causal", "commit_attention": "causal", "fused": True, "eos": (5, 9, 14)}),
         (5, {"shift": True, "fused": True, "align": True, "eos": (4,)}),
         (1, {"shift": True, "prompt_attention": "causal"}),
     ],
@@ -217,9 +220,13 @@ def test_cached_decoding_equals_full_recomputation_in_all_variants(length, optio
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("length", range(1, 9))
 def test_cached_decoding_of_a_hundred_models(length, fused):
-    seeds = range(7 * (length - 1), 7 * length)
+    """Seven models per block length and kind of stream: 112 models."""
+    seeds = range(7 * (2 * length - 2 + fused), 7 * (2 * length - 1 + fused))
     attention = generation.PROMPT_ATTENTIONS[length % 3]
-    compare(length, seeds, prompt_attention=attention, align=length % 2 == 0, fused=fused, eos=(7,))
+    commit = "causal" if length % 4 == 3 else "block"
+    compare(
+        length, seeds, prompt_attention=attention, commit_attention=commit, align=length % 2 == 0, fused=fused, eos=(7,)
+    )
 
 
 def test_blocks_of_one_with_shift_are_the_autoregressive_model():
