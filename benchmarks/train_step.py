@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # name -> decoder sizes and batch. "small" is about what the quickstart trains.
 SHAPES = {
@@ -45,7 +46,7 @@ def ours(shape: dict) -> Callable[[], float]:
     )  # fmt: skip
     lm = build(config)
     optimizer, schedule = make_optimizer(OptimConfig(schedule="constant"), 10**6)
-    step = make_train_step(make_next_token_loss(lm), optimizer, schedule=schedule)
+    step: Any = make_train_step(make_next_token_loss(lm), optimizer, schedule=schedule)
     state = TrainState.create(lm.init(jax.random.key(0)), optimizer, jax.random.key(1))
     tokens = np.random.default_rng(0).integers(0, shape["vocab"], (shape["rows"], shape["length"]), dtype=np.int32)
     batch = {
@@ -172,6 +173,15 @@ def main() -> None:
         print(f"| {role} | {median:.1f} | {min(values):.1f} | {max(values):.1f} | {rate:,.0f} | {cpu:.0f} |")
     ratios = [p / o for o, p in zip(times["ours"], times["peer"], strict=True)]
     print(f"peer / ours, median of paired rounds: {statistics.median(ratios):.2f}")
+
+    from benchmarks import report
+
+    peer_versions = versions(options.peer_python, "torch", "transformers")
+    rows = {role: {"ms": times[role], "cpu_ms": cpu_times[role]} for role in times}
+    report.write(
+        f"train_step-{options.shape}",
+        {"shape": shape, "peer": peer_versions, "paired_ratios": ratios, "load_average": os.getloadavg()[0], **rows},
+    )
 
 
 if __name__ == "__main__":
