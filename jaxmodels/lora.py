@@ -61,7 +61,8 @@ def adapter_shapes(frozen: dict[str, Any], rank: int) -> dict[str, Any]:
         if isinstance(getattr(leaf, "sharding", None), NamedSharding):
             spec = (*leaf.sharding.spec, *[None] * (len(leaf.shape) - len(leaf.sharding.spec)))
             parts = (spec[0], None, *spec[1 + outputs :]), (*spec[: 1 + outputs], None)
-            shardings = tuple(NamedSharding(leaf.sharding.mesh, PartitionSpec(*part)) for part in parts)
+            mesh = leaf.sharding.mesh
+            shardings = NamedSharding(mesh, PartitionSpec(*parts[0])), NamedSharding(mesh, PartitionSpec(*parts[1]))
         return {
             name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
             for name, shape, sharding in zip("ab", (a, b), shardings, strict=True)

@@ -21,7 +21,8 @@ class BlockView:
 
     def text(self, tokens: np.ndarray, masked: np.ndarray, skip: int) -> str:
         """The block as text, one `MASK` per masked token; ids where there is no tokenizer."""
-        pieces, run = [], []
+        pieces: list[str] = []
+        run: list[int] = []
 
         def flush() -> None:
             if run:

@@ -75,9 +75,8 @@ def make_block_diffusion_loss(
     """
     mask_id = require_mask_id(lm.config)
     suppress = suppressed_ids(lm.config) if objective.suppress else ()
-    head = {"chunk_size": chunk_size, "z_loss": z_loss, "groups": gather_groups}
+    head: dict[str, Any] = {"chunk_size": chunk_size, "z_loss": z_loss, "groups": gather_groups}
     autoregressive = objective.pattern == "autoregressive"
-    joint = objective.joint_weight is not None
 
     def loss_at(block_size: int, params: Any, batch: dict[str, Array], key: Array):
         tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
@@ -131,7 +130,7 @@ def make_block_diffusion_loss(
         }
         if objective.in_blocks and objective.random_length_prob == 0:
             metrics["offset_nll"] = (_by_offset(nll, block_size), _by_offset(where, block_size))
-        if joint:
+        if objective.joint_weight is not None:
             ar_sum, ar_count = _clean_half_nll(lm, params, out.clean, tokens, segment_ids, supervised, head)
             metrics["ar_nll"] = (ar_sum, ar_count)
             # Both losses are means over their own targets, expressed over the denominator of the first.

@@ -171,7 +171,7 @@ def main(config: DLM) -> int:
     return 0
 
 
-def _prompt_attention(objective: DiffusionObjective) -> str:
+def _prompt_attention(objective: DiffusionObjective) -> Literal["bidirectional", "block_causal", "causal"]:
     """How clean text saw itself in training."""
     if objective.joint_weight is not None or objective.pattern == "autoregressive":
         return "causal"

@@ -73,11 +73,19 @@ def _bound_pattern(length: int, block_size: int | None) -> Pattern:
 
 
 def _subset_nll(lm, params, tokens, masked, pattern, segment_ids, token_shift, options):
-    shift = {}
-    if token_shift:
-        shift = {"token_shift": True, "shift_context": "clean" if pattern.doubled else "noisy"}
+    context = "clean" if token_shift and pattern.doubled else "noisy"
     mask_id = require_mask_id(lm.config)
-    out = predict(lm, params, tokens, masked, pattern, mask_id=mask_id, segment_ids=segment_ids, **shift)
+    out = predict(
+        lm,
+        params,
+        tokens,
+        masked,
+        pattern,
+        mask_id=mask_id,
+        segment_ids=segment_ids,
+        token_shift=token_shift,
+        shift_context=context,
+    )
     return gathered_nll(
         lm, params, out.states, tokens, masked & out.valid, suppress=suppressed_ids(lm.config), **options
     )[0]

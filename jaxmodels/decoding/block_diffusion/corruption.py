@@ -53,7 +53,7 @@ def check_block_size(block_size: int) -> int:
 
 
 def make_groups(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     block_size: int | None,
     *,
     segment_ids: Int[Array, "B L"] | None = None,

@@ -319,7 +319,7 @@ def unfinished(block: Block, options: RowOptions, remaining: Int[Array, " B"]) -
     return (remaining > 0) & (_first(block.masked, block.tokens.shape[1]) < needed)
 
 
-def _first(where: Bool[Array, "B n"], otherwise: int) -> Int[Array, " B"]:
+def _first(where: Any, otherwise: int) -> Int[Array, " B"]:
     return jnp.where(jnp.any(where, axis=1), jnp.argmax(where, axis=1), otherwise).astype(jnp.int32)
 
 
@@ -403,7 +403,7 @@ def reveal(
     rank = jnp.argsort(order, axis=1)
     initial = jnp.sum(~block.given, axis=1)
 
-    def column(values: Array) -> Array:
+    def column(values: Any) -> Array:
         return values[:, None]
 
     portion = initial // options.steps + (block.step < initial % options.steps)
@@ -547,7 +547,7 @@ class BlockSteps:
         cache = state.cache.append(kv, jnp.where(goes_on, time, 0))
         return DecodeState(cache, self._new_context(state, last, goes_on), remaining), output
 
-    def _new_context(self, state: DecodeState, last: Array, goes_on: Array) -> Array | None:
+    def _new_context(self, state: DecodeState, last: Array, goes_on: Any) -> Array | None:
         if state.context is None:
             return None
         return jnp.where(goes_on[:, None], last.astype(state.context.dtype), state.context)

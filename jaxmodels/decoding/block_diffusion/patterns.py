@@ -15,7 +15,7 @@ Source: Efficient-DLM (arXiv 2512.14067), sections on attention patterns and tok
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Pattern:
     """one of PATTERNS"""
     block_size: int | None = None
     """block length of `block_causal` and `block_diffusion`; must be None elsewhere"""
-    clean: str = "block"
+    clean: Literal["block", "token"] = "block"
     """clean half of `block_diffusion`: "block", or "token" (causal, for the joint autoregressive loss)"""
     prefix_len: int | None = None
     """P of `prefix_bidirectional`; must be None elsewhere"""
@@ -49,7 +49,7 @@ class Pattern:
             raise ValueError(f"pattern {self.kind!r} needs block_size; got None")
         if not in_blocks and self.block_size is not None:
             raise ValueError(f"pattern {self.kind!r} has no blocks: block_size must be None; got {self.block_size}")
-        if in_blocks:
+        if self.block_size is not None:
             check_block_size(self.block_size)
         if self.clean not in ("block", "token"):
             raise ValueError(f"clean must be 'block' or 'token'; got {self.clean!r}")
@@ -71,8 +71,9 @@ class Pattern:
             return Causal()
         if self.kind == "bidirectional":
             return Full()
-        if self.kind == "prefix_bidirectional":
+        if self.prefix_len is not None:
             return PrefixBidirectional(self.prefix_len)
+        assert self.block_size is not None  # checked above
         if self.kind == "block_causal":
             return BlockCausal(self.block_size)
         return BlockDiffusion(length, self.block_size, self.clean)
@@ -166,7 +167,7 @@ def predict(
     valid = jnp.ones(tokens.shape, bool)
     if token_shift or autoregressive:
         shifted = _shift(states)
-        if shift_context == "clean":
+        if clean is not None and pattern.block_size is not None and shift_context == "clean":
             first = (jnp.arange(length) % pattern.block_size == 0)[None, :, None]
             shifted = jnp.where(first, _shift(clean), shifted)
         states = shifted

@@ -209,7 +209,8 @@ class BlockStream:
         self._state = jax.device_put(DecodeState.init(lm, decoding, cache), self._placement)
         self._plans: list[Plan | None] = [None] * batch
         self._cursor = [0] * batch
-        self._requests = [(RevealOptions(), 1, (), SamplingOptions())] * batch
+        idle: tuple[RevealOptions, int, tuple[int, ...], SamplingOptions] = (RevealOptions(), 1, (), SamplingOptions())
+        self._requests = [idle] * batch
         self._options: RowOptions | None = None
         self._guess: Guess | None = None
         self._programs = programs(lm, decoding)
@@ -258,13 +259,11 @@ class BlockStream:
             )
         for plan in plans:
             self.check(plan)
-        for row, *request in zip(rows, plans, reveal, eos_ids, sampling, strict=True):
-            plan, own_reveal, eos, own_sampling = request
-            steps = own_reveal.steps_per_block(plan.blocks, self.decoding.block_length)
+        for row, plan, own, eos, draws in zip(rows, plans, reveal, eos_ids, sampling, strict=True):
             self._plans[row], self._cursor[row] = plan, 0
-            self._requests[row] = (own_reveal, steps, eos, own_sampling)
-        reveals, steps, eos, samplings = (list(column) for column in zip(*self._requests, strict=True))
-        self._options = RowOptions.stack(reveals, steps, eos, samplings, eos_slots=self.eos_slots)
+            self._requests[row] = (own, own.steps_per_block(plan.blocks, self.decoding.block_length), eos, draws)
+        columns = [list(column) for column in zip(*self._requests, strict=True)]
+        self._options = RowOptions.stack(*columns, eos_slots=self.eos_slots)
 
         filler = self.prefill_rows - len(rows)
         longest = max(len(plan.prefix) for plan in plans)
