@@ -3,11 +3,13 @@
 Mesh axes: "data" (replicas), "fsdp" (batch and parameters both split), "tensor" (heads, mlp and vocabulary split).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from jaxmodels.functional import Axes
 
@@ -40,16 +42,34 @@ def sharding(axes: Axes, mesh: Mesh | AbstractMesh, shape: tuple[int, ...], name
     """The sharding of one array; ValueError naming it when a mesh axis does not divide its dimension."""
     spec = partition_spec(axes, mesh)
     for dimension, (size, part) in enumerate(zip(shape, spec, strict=True)):
-        names = (part,) if isinstance(part, str) else part or ()
-        ways = 1
-        for mesh_axis in names:
-            ways *= mesh.shape[mesh_axis]
+        names = _names(part)
+        ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in names)
         if size % ways:
             raise ValueError(
                 f"mesh axes {names} split dimension {dimension} ({axes[dimension]!r}) of {name} {shape} "
                 f"{ways} ways; {size} is not divisible by {ways}"
             )
     return NamedSharding(mesh, spec)
+
+
+def constrain(x: Array, axes: Axes) -> Array:
+    """`x` laid out by its logical axes over the mesh in scope, as a hint to the compiler; `x` itself without one.
+
+    The mesh in scope is that of `jax.set_mesh`, or inside a traced function of `jax.sharding.use_abstract_mesh`.
+    Left alone, XLA may split activations like the embedding matrix, along "embed", and exchange them instead of
+    gathering weights. A mesh axis that does not divide its dimension splits nothing, so one row still runs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    parts = partition_spec(axes, mesh)
+    ways = (math.prod(mesh.shape[name] for name in _names(part)) for part in parts)
+    spec = PartitionSpec(*(part if size % n == 0 else None for part, size, n in zip(parts, x.shape, ways, strict=True)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh, ndim: int = 2) -> NamedSharding:

@@ -21,25 +21,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxmodels.cache import KV, Cache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
-from jaxmodels.layers import apply_rope, linear, rms_norm, rope_tables
+from jaxmodels.layers import apply_rope, embed, linear, rms_norm, rope_tables
 from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.sharding import constrain
 from pallas_kernels.attention import flash_attention
 from pallas_kernels.masks import Causal, Mask, SlidingWindow
 
+_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "attention": _ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
-"""What a block keeps for its backward pass. "none": everything. "full": nothing, the block runs twice.
-"dots":
-results of products with weights. "attention": the output of attention only."""
+"""What a block keeps for its backward pass, from much memory to much recomputation. "none": everything. "dots":
+results of attention and of products with weights. "attention": results of attention. "full": its input only."""
 
 
 class Hidden(NamedTuple):
@@ -113,7 +115,6 @@ class Attention(nnx.Module):
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
         q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
         y = attend(q, k, v, layer=layer, window=window)
-        y = checkpoint_name(y, "attention")
         return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v)
 
 
@@ -152,7 +153,7 @@ class Block(nnx.Module):
             x = x + y
         with jax.named_scope("mlp"):
             x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.norm_eps))
-        return x, kv
+        return constrain(x, ("batch", None, None)), kv
 
 
 class Ends(nnx.Module):
@@ -320,7 +321,7 @@ class CausalLM:
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions, lengths)
         attend = Attend(cos, sin, mask, positions, segment_ids, lengths, cache)
         with jax.named_scope("embed"):
-            x = jnp.take(params["embed"], tokens, axis=0)
+            x = embedded = constrain(embed(params["embed"], tokens), ("batch", None, None))
         keep_kv = return_kv or cache is not None
         x, kv, states = self._layers(
             params["layers"], x, attend, keep_kv=keep_kv, keep_states=layer_states, remat=remat, unroll=unroll
@@ -329,7 +330,7 @@ class CausalLM:
             # Orders every read of the cache before the append that follows: XLA then needs no copy of the cache.
             x, kv = jax.lax.optimization_barrier((x, kv))
         if states is not None:
-            states = jnp.concatenate([jnp.take(params["embed"], tokens, axis=0)[None], states])
+            states = jnp.concatenate([embedded[None], states])
         with jax.named_scope("final_norm"):
             return Hidden(rms_norm(x, params["final_norm"], self.config.norm_eps), kv, states)
 

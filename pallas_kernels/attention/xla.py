@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.masks import Mask
@@ -77,6 +78,8 @@ def _attention(
 
 def _attention_fwd(q, k, v, limits, mask, scale, tiling):
     out, lse = _forward(q, k, v, limits, mask, scale, tiling)
+    # A rematerialisation policy that keeps "attention" then need not run the forward pass again.
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return (out, lse), (q, k, v, limits, out, lse)
 
 

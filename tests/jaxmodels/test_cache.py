@@ -60,7 +60,7 @@ def assert_rows_close(actual, expected, lengths):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("name", "chunk"), [("qwen3", 1), ("qwen3", 7), ("qwen2", 4), ("windows", 4)])
+@pytest.mark.parametrize(("name", "chunk"), [("qwen3", 7), ("qwen2", 1), ("windows", 4)])
 def test_growing_cache_equals_full_forward(name, chunk):
     lm, params = random_model(CONFIGS[name])
     lengths = jnp.asarray([13, 1, 8], jnp.int32)
@@ -74,7 +74,7 @@ def test_growing_cache_equals_full_forward(name, chunk):
     np.testing.assert_array_equal(cache.remaining(), 16 - lengths)
 
 
-@pytest.mark.parametrize(("chunk", "num_sinks", "ring"), [(1, 2, 6), (6, 2, 6), (4, 0, 5), (3, 3, 5)])
+@pytest.mark.parametrize(("chunk", "num_sinks", "ring"), [(1, 2, 6), (6, 2, 6), (4, 0, 5)])
 def test_sink_ring_equals_full_forward_with_window_and_sinks(chunk, num_sinks, ring):
     """Long after the ring has wrapped, at every chunk size, in ragged rows."""
     lm, params = random_model(CONFIGS["qwen3"])
@@ -230,9 +230,16 @@ def test_moved_finds_what_it_looks_for():
     assert moved(hlo, {x.size}) and not moved(hlo, {x.size + 1})
 
 
-@pytest.mark.parametrize("kind", [KVCache, SinkRingCache])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("path", ["scanned", "unrolled"])
+@pytest.mark.parametrize(
+    ("path", "batch", "kind"),
+    [
+        ("scanned", 1, KVCache),
+        ("scanned", 3, SinkRingCache),
+        ("unrolled", 1, KVCache),
+        ("unrolled", 3, KVCache),
+        ("unrolled", 1, SinkRingCache),
+    ],
+)
 def test_no_copy_of_cache_or_weights_in_a_compiled_step(path, batch, kind):
     """The donated cache is updated in place; no weight is copied, transposed or, unrolled, even sliced out.
 
