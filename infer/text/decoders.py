@@ -10,7 +10,15 @@ import numpy as np
 
 from infer.text.events import Chunk, Job
 from jaxmodels.cache import KVCache
-from jaxmodels.decoding.autoregressive import Prompt, init_state, make_prefill, make_step, make_steps
+from jaxmodels.decoding.autoregressive import (
+    ARState,
+    Prompt,
+    SampledChunk,
+    init_state,
+    make_prefill,
+    make_step,
+    make_steps,
+)
 from jaxmodels.decoding.sampling import Sampling, SamplingOptions
 
 OnCompile = Callable[[str, float | None], None]
@@ -115,6 +123,17 @@ def _compile(function: Callable, args: tuple, donate: tuple[int, ...]) -> Callab
     return run
 
 
+def _as_chunk(prefill: Callable) -> Callable:
+    """A prefill whose sampled tokens come as a chunk of one."""
+
+    def run(params: Any, state: ARState, prompt: Prompt) -> tuple[ARState, SampledChunk]:
+        state, sampled = prefill(params, state, prompt)
+        counts = sampled.valid.astype(np.int32)
+        return state, SampledChunk(sampled.token[:, None], sampled.logprob[:, None], counts)
+
+    return run
+
+
 class ARDecoder:
     """One token per forward pass and row.
 
@@ -163,17 +182,19 @@ class ARDecoder:
         leaves, structure = jax.tree.flatten(self.params)
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
         self.programs = _programs(lm, batch, capacity, chunk, prefill_rows, max_eos, structure, shapes)
-        self._prefill = make_prefill(lm)
+        self._prefill = _as_chunk(make_prefill(lm))
         self._steps = make_steps(make_step(lm), chunk)
-        dtype = params["embed"].dtype
-        self.state = jax.jit(
-            lambda: init_state(
-                KVCache.init(lm.config, batch=batch, capacity=capacity, dtype=dtype),
-                lm.config.vocab_size,
-                max_eos,
-            )
-        )()
         self._all_rows = tuple(range(batch))
+        self.state = self._new_state()
+
+    def _new_state(self) -> ARState:
+        config, dtype = self.lm.config, self.params["embed"].dtype
+
+        def init() -> ARState:
+            cache = KVCache.init(config, batch=self.batch, capacity=self.capacity, dtype=dtype)
+            return init_state(cache, config.vocab_size, self.max_eos)
+
+        return jax.jit(init)()
 
     def check(self, job: Job) -> None:
         """Raises ValueError for options (there are none), too many EOS ids, and ids outside the
@@ -191,14 +212,10 @@ class ARDecoder:
     def start(self, rows: Sequence[int], jobs: Sequence[Job]) -> Chunk:
         """One prefill of up to `prefill_rows` prompts; the chunk holds each row's first token."""
         T = self._bucket(max(len(job.prompt) for job in jobs))
-        self.state, sampled = self._prefill_program(T)(self.params, self.state, self._prompt(rows, jobs, T))
-        return Chunk(
-            rows=tuple(rows),
-            tokens=sampled.token[:, None],
-            counts=sampled.valid,
-            logprobs=sampled.logprob[:, None],
-            forwards=np.zeros(self.prefill_rows, np.int32),
-        )
+        prompt = self._prompt(rows, jobs, T)
+        self.state, out = self._prefill_program(T, prompt)(self.params, self.state, prompt)
+        none = np.zeros(self.prefill_rows, np.int32)
+        return Chunk(tuple(rows), out.tokens, out.counts, out.logprobs, forwards=none)
 
     def advance(self, active: np.ndarray) -> Chunk:
         """Up to `chunk` decode steps; the program ends early when every row is done."""
@@ -207,15 +224,16 @@ class ARDecoder:
 
     def warm(self, prompt_lengths: Iterable[int]) -> None:
         """Compiles the decode program and the prefill of each bucket in use."""
+        if self.state.token.is_deleted():  # an interrupt came between giving the state away and getting the next one
+            self.state = self._new_state()
         for T in sorted({self._bucket(length) for length in prompt_lengths}):
-            self._prefill_program(T)
+            self._prefill_program(T, self._prompt([], [], T))
         self._decode_program()
 
     def _bucket(self, length: int) -> int:
         return next(size for size in self.buckets if size >= length)
 
-    def _prefill_program(self, T: int) -> Callable:
-        prompt = self._prompt([], [], T)
+    def _prefill_program(self, T: int, prompt: Prompt) -> Callable:
         return self.programs.get(
             f"prefill {T}", self._prefill, self.params, self.state, prompt, donate=(1,), on_compile=self.on_compile
         )

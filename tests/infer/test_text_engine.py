@@ -203,6 +203,15 @@ def test_leaving_the_iterator_early_leaves_the_engine_usable(engine, plain):
     assert engine.complete([requests[2]])[0].tokens == expected
 
 
+def test_an_interrupt_that_loses_the_state_leaves_the_engine_usable(engine):
+    """Ctrl-C can come after a step has taken the donated state and before its result is kept."""
+    request = some_requests()[1]
+    expected = engine.complete([request])[0].tokens
+    for array in jax.tree.leaves(engine.decoder.state):
+        array.delete()
+    assert engine.complete([request])[0].tokens == expected
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error(engine, tiny, temperature):
     params = tiny.params | {"final_norm": tiny.params["final_norm"] * np.nan}
