@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.attention.xla import Partial, finish, merge, partial_attention
 from pallas_kernels.decode_attention.operands import Operands
@@ -38,13 +39,15 @@ def default_tiling(q_shape: tuple[int, ...], num_kv_heads: int, platform: str) -
     """A tiling by measurement (see README.md): changes speed and memory only."""
     batch, num_queries, num_heads, head_dim = q_shape
     tile_t = min(num_queries, 128)
+    slot = max(1, batch * num_kv_heads * head_dim)  # elements of all keys in one slot
     if platform == "cpu":
         # A chunk of keys should stay in the second-level cache between its copy and its use.
-        chunk = _power_of_two(2**17 / max(1, batch * num_kv_heads * head_dim), 64, 256)
-        return Tiling(tile_t, chunk=chunk, one_chunk=chunk)
-    # A run-time trip count costs a GPU one round trip to the host per chunk, hence few and large chunks.
-    chunk = _power_of_two(2**26 / max(1, batch * num_heads * tile_t), 128, 2048)
-    return Tiling(tile_t, chunk=chunk, one_chunk=2 * chunk)
+        chunk = _power_of_two(2**17 / slot, 64, 256)
+    else:
+        # A run-time trip count costs a GPU one round trip to the host per chunk, hence few and large chunks.
+        rows = max(1, batch * num_heads * tile_t)
+        chunk = _power_of_two(min(2**25 / slot, 2**26 / rows), 128, 4096)
+    return Tiling(tile_t, chunk=chunk, one_chunk=chunk)
 
 
 def _power_of_two(x: float, least: int, most: int) -> int:
@@ -165,6 +168,10 @@ def _cache_chunk(
     start = jnp.minimum(index * chunk, capacity - chunk)
     at = (operands.layer, 0, start, 0, 0)
     k, v = (jax.lax.dynamic_slice(x, at, (1, batch, chunk, num_kv_heads, head_dim))[0] for x in (k_cache, v_cache))
+    # Without a fixed layout XLA gives the whole cache, not the chunk, the layout that the matmul likes: on a GPU that
+    # is a transposed copy of all layers in every step.
+    rows = Layout(major_to_minor=(0, 1, 2, 3))
+    k, v = (with_layout_constraint(x, rows) for x in (k, v))
     slots = start + jnp.arange(chunk)
     filled = (slots >= index * chunk) & (slots < operands.kv_lengths[:, None])
     k_position = slots[None]
