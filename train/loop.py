@@ -254,9 +254,16 @@ def _compile(step, shapes, batches, frozen, loss_fn, run, mesh, report, remedies
 def _new_state(weights: Weights, optimizer: Any, shapes: TrainState, seed: int) -> TrainState:
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
     created = weights.create()
-    wanted, given = (jax.tree.map(lambda a: a.shape, t) for t in (weights.shapes, created))
-    if wanted != given:
-        raise ValueError(f"the created weights have shapes {given}, not {wanted}")
+    wanted, given = (
+        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree.leaves_with_path, (weights.shapes, created))
+    )
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise ValueError(
+                f"the initial weights do not fit: {name} must be {wanted.get(name, 'absent')}; "
+                f"got {given.get(name, 'absent')}"
+            )
     # A true copy: the step donates its buffers, the caller's arrays stay alive (and may be views of a file).
     params = jax.jit(
         lambda p: jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), p), out_shardings=shardings.params

@@ -10,12 +10,13 @@ import jax
 
 __all__ = ["MemoryEstimate", "count_flops", "device_memory", "peak_flops"]
 
-# Dense matrix-multiply peak per device, FLOP/s, without sparsity: vendor data sheets (SXM parts).
+# Dense matrix-multiply peak per device, FLOP/s, without sparsity: vendor data sheets (SXM parts). For float32 it is
+# that of TF32, which XLA uses for float32 products on these devices unless told otherwise.
 PEAK_FLOPS = {
-    "NVIDIA H100": {"bfloat16": 989e12, "float32": 67e12},
-    "NVIDIA H200": {"bfloat16": 989e12, "float32": 67e12},
-    "NVIDIA A100": {"bfloat16": 312e12, "float32": 19.5e12},
-    "NVIDIA B200": {"bfloat16": 2250e12, "float32": 75e12},
+    "NVIDIA H100": {"bfloat16": 989e12, "float32": 495e12},
+    "NVIDIA H200": {"bfloat16": 989e12, "float32": 495e12},
+    "NVIDIA A100": {"bfloat16": 312e12, "float32": 156e12},
+    "NVIDIA B200": {"bfloat16": 2250e12, "float32": 1125e12},
 }
 
 

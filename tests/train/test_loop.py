@@ -107,6 +107,19 @@ def test_callers_weights_survive_donation(toy, tmp_path):
     assert_same(mine, before)
 
 
+def test_initial_weights_that_do_not_fit_are_named(toy, tmp_path):
+    from train import mesh as meshes
+    from train.config import MeshConfig, OptimConfig, RunConfig
+    from train.loop import Weights, fit
+
+    mesh = meshes.make_mesh(MeshConfig())
+    weights = toy.weights_for(mesh)
+    other = Weights(weights.shapes, lambda: weights.create() | {"up": np.zeros((16, 8), np.float32)})
+    config = RunConfig(directory=tmp_path, steps=2, batch_size=16)
+    with pytest.raises(ValueError, match=r"up must be \(16, 64\); got \(16, 8\)"):
+        fit(config, OptimConfig(), mesh, other, toy.loss_fn, toy.Rows(16), identity={})
+
+
 def test_extending_a_run_and_other_harmless_changes_are_allowed(toy, tmp_path):
     options = {"directory": str(tmp_path), "steps": 4, "optim": {"schedule": "constant"}}
     toy.run(options)
