@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from infer.quickstart import Arm
 
 DIFFUSION, BASELINE, QUIET = "#0b6e8a", "#d1495b", "#5f6b76"
+SAME = "share before it differs from one a pass"
 CLOSE = 20
 """Pixels between two points whose names would overlap."""
 Label = tuple[float, float, str]
@@ -41,6 +43,14 @@ def draw(path: Path, arms: Sequence["Arm"], prompts: int, device: str, recorded:
             shows validity on its many prompts; without, what the prompts of this run give.
     """
     import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        make_figure(arms, prompts, device, recorded).savefig(path)
+
+
+def make_figure(arms: Sequence["Arm"], prompts: int, device: str, recorded: dict[str, Any] | None) -> "Figure":
+    """The picture as a Matplotlib figure; arguments as in `draw`."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,12 +59,14 @@ def draw(path: Path, arms: Sequence["Arm"], prompts: int, device: str, recorded:
         FigureCanvasAgg(figure)
         speed, quality = figure.subplots(1, 2)
         labels = {speed: _speed(speed, arms), quality: _quality(quality, arms, prompts, recorded)}
+        handles = [handle for panel in (speed, quality) for handle in panel.get_legend_handles_labels()[0]]
+        figure.legend(handles=handles, loc="upper right", ncols=len(handles), frameon=False, fontsize=9.5)
         # Both panels share the axis, with room for the annotations beyond the last point.
         widest = max(max(limits.get_xlim()[1] for limits in (speed, quality)), 1.3)
         for panel in (speed, quality):
             panel.set_xlim(0.9, widest + 0.06 * (widest - 0.9))
             panel.set_xlabel("tokens per forward pass")
-            _label(panel, labels[panel])
+            _label(panel, labels[panel], below=panel is speed)
         figure.suptitle(
             "Block diffusion: several tokens per forward pass", x=0.01, ha="left", fontsize=14, fontweight="bold"
         )
@@ -62,7 +74,7 @@ def draw(path: Path, arms: Sequence["Arm"], prompts: int, device: str, recorded:
             f"{device} · {prompts} prompts, one request at a time, greedy · labels: confidence threshold",
             x=0.01, ha="left", fontsize=9, color=QUIET,
         )  # fmt: skip
-        figure.savefig(path)
+    return figure
 
 
 def _speed(panel: "Axes", arms: Sequence["Arm"]) -> list["Label"]:
@@ -72,16 +84,16 @@ def _speed(panel: "Axes", arms: Sequence["Arm"]) -> list["Label"]:
     panel.set_title("Gain: speed")
     panel.set_ylabel("tokens per second")
     panel.axhline(baseline.tokens_per_second, color=BASELINE, linewidth=1, linestyle=(0, (4, 3)))
-    panel.plot([baseline.tokens_per_forward], [baseline.tokens_per_second], "*", color=BASELINE, markersize=14)
-    panel.plot(x, y, "o-", color=DIFFUSION, markersize=7, linewidth=2)
+    panel.plot(
+        [baseline.tokens_per_forward],
+        [baseline.tokens_per_second],
+        "*",
+        color=BASELINE,
+        markersize=14,
+        label="autoregressive",
+    )
+    panel.plot(x, y, "o-", color=DIFFUSION, markersize=7, linewidth=2, label="block diffusion")
     panel.set_ylim(0, 1.18 * max([*y, baseline.tokens_per_second]))
-    # The name of the line stands at its right end, on the side where the points are not.
-    below = y[-1] > baseline.tokens_per_second
-    panel.annotate(
-        "autoregressive, one token at a time", (1, baseline.tokens_per_second), xycoords=("axes fraction", "data"),
-        xytext=(-4, -5 if below else 5), textcoords="offset points", ha="right", va="top" if below else "bottom",
-        color=BASELINE, fontsize=9.5,
-    )  # fmt: skip
     return list(zip(x, y, [_name(arm.threshold) for arm in diffusion], strict=True))
 
 
@@ -94,7 +106,7 @@ def _quality(panel: "Axes", arms: Sequence["Arm"], prompts: int, recorded: dict[
         count, what = recorded["prompts"], "valid completions"
         for name, arm in results.items():
             if "tokens_per_forward" in arm:
-                label = {"ar": "AR", "dlm-one": "one at a time"}.get(name, name.removeprefix("dlm-"))
+                label = {"ar": "AR", "dlm-one": "one a pass"}.get(name, name.removeprefix("dlm-"))
                 points.append((arm["tokens_per_forward"], arm["valid"], tuple(arm["valid_interval"]), label))
     else:
         count, what = prompts, "completions that parse, ≥ 3 statements"
@@ -117,17 +129,13 @@ def _quality(panel: "Axes", arms: Sequence["Arm"], prompts: int, recorded: dict[
         )  # fmt: skip
     else:
         same = [(arm.tokens_per_forward, 100 * arm.agreement) for arm in arms if arm.agreement is not None]
-        panel.plot(*zip(*same, strict=True), "s:", color=QUIET, markersize=4.5, linewidth=1.3)
-        panel.annotate(
-            "same as one token a pass\nuntil the first difference", same[-1], xytext=(0, -8),
-            textcoords="offset points", ha="center", va="top", color=QUIET, fontsize=9,
-        )  # fmt: skip
+        panel.plot(*zip(*same, strict=True), "s:", color=QUIET, markersize=4.5, linewidth=1.3, label=SAME)
     low, high = panel.get_ylim()
     panel.set_ylim(max(0, low - 0.1 * (high - low)), min(105, high + 0.05 * (high - low)))
     return [(p[0], 100 * p[1], p[3]) for p in diffusion]
 
 
-def _interval(panel: "Axes", points: Sequence, color: str, marker: str, size: float, line: str) -> None:
+def _interval(panel: "Axes", points: Sequence, color: str, marker: str, size: int, line: str) -> None:
     x, y = [p[0] for p in points], [100 * p[1] for p in points]
     errors = [[100 * (p[1] - p[2][0]) for p in points], [100 * (p[2][1] - p[1]) for p in points]]
     panel.errorbar(
@@ -136,8 +144,10 @@ def _interval(panel: "Axes", points: Sequence, color: str, marker: str, size: fl
     )  # fmt: skip
 
 
-def _label(panel: "Axes", labels: Sequence[Label]) -> None:
-    """Writes names beside points; those of neighbours that lie on top of each other share one place."""
+def _label(panel: "Axes", labels: Sequence[Label], *, below: bool) -> None:
+    """Writes names beside points, on the side where the line is not; points in one place share theirs."""
+    from matplotlib.patheffects import withStroke
+
     groups: list[list[Label]] = []
     for label in labels:
         if groups:
@@ -146,13 +156,15 @@ def _label(panel: "Axes", labels: Sequence[Label]) -> None:
                 groups[-1].append(label)
                 continue
         groups.append([label])
-    for group in groups:
+    for i, group in enumerate(groups):
         x, y, _ = group[-1]
-        panel.annotate(
-            ", ".join(name for *_, name in group), (x, y), xytext=(7, 6), textcoords="offset points",
+        down = below or i == 0  # above the first point stands the autoregressive one
+        text = panel.annotate(
+            ", ".join(name for *_, name in group), (x, y), xytext=(7, -13 if down else 5), textcoords="offset points",
             color=DIFFUSION, fontsize=9.5, fontweight="bold",
         )  # fmt: skip
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
 
 
 def _name(threshold: float | None) -> str:
-    return "one at a time" if threshold is None else f"{threshold:g}"
+    return "one a pass" if threshold is None else f"{threshold:g}"

@@ -6,6 +6,7 @@ JAX is imported by `main`, not by this module.
 import dataclasses
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,14 +100,15 @@ class Arm:
     """Totals of one way of decoding over all prompts.
 
     `forwards` counts every pass that reveals or commits tokens: an AR model's prefill gives its first token and
-    counts, a diffusion model's gives none and does not. `seconds` go from the prompt to the last token.
+    counts, a diffusion model's gives none and does not. `seconds`, one entry per completion, go from the prompt to the
+    last token.
     """
 
     label: str
     threshold: float | None
     completions: list[list[int]] = dataclasses.field(default_factory=list)
     forwards: int = 0
-    seconds: float = 0.0
+    seconds: list[float] = dataclasses.field(default_factory=list)
     valid: int = 0
     agreement: float | None = None
 
@@ -124,16 +126,17 @@ class Arm:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+        """Median over the completions, which one disturbance of the machine does not move."""
+        return statistics.median(len(c) / s for c, s in zip(self.completions, self.seconds, strict=True))
 
     def add(self, tokens: Sequence[int], forwards: int, seconds: float) -> None:
         self.completions.append(list(tokens))
         self.forwards += forwards
-        self.seconds += seconds
+        self.seconds.append(seconds)
 
     def to_json(self) -> dict[str, Any]:
-        names = ("threshold", "tokens", "forwards", "seconds", "tokens_per_forward", "tokens_per_second", "valid")
-        return {name: getattr(self, name) for name in names} | {"agreement": self.agreement}
+        names = ("threshold", "tokens", "forwards", "tokens_per_forward", "tokens_per_second", "valid", "agreement")
+        return {name: getattr(self, name) for name in names} | {"seconds": sum(self.seconds)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -524,7 +527,8 @@ def table(arms: Sequence[Arm], likelihood: Likelihood | None, pair: Pair) -> "ri
     count = len(arms[0].completions)
     caption = (
         f"{count} prompts of {pair.prompt_tokens} tokens, {pair.new_tokens} new tokens each, one request at a time, "
-        "greedy, prefill included.\nsame: share of a completion before it first differs from one token a pass.\n"
+        "greedy.\ntokens/s: median, prefill included.\n"
+        "same: share of a completion before it first differs from one token a pass.\n"
         "parses: parses after its context and holds at least 3 new statements."
     )
     if likelihood:
