@@ -102,8 +102,9 @@ def test_callers_weights_survive_donation(toy, tmp_path):
     weights = toy.weights_for(mesh)
     mine = jax.device_put(weights.create(), jax.tree.map(lambda s: s.sharding, weights.shapes))
     before = jax.tree.map(np.array, mine)
-    config = RunConfig(directory=tmp_path, steps=2, batch_size=16)
-    fit(config, OptimConfig(), mesh, Weights(weights.shapes, lambda: mine), toy.loss_fn, toy.Rows(16), identity={})
+    config = RunConfig(directory=tmp_path, steps=20, batch_size=16)
+    optim = OptimConfig(learning_rate=3e-3, warmup_steps=3)
+    fit(config, optim, mesh, Weights(weights.shapes, lambda: mine), toy.loss_fn, toy.Rows(16), identity={})
     assert_same(mine, before)
 
 
@@ -161,7 +162,7 @@ def test_second_run_in_one_directory_is_refused(toy, tmp_path):
     with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
         toy.run({"directory": str(tmp_path)})
     lock.release()
-    toy.run({"directory": str(tmp_path), "steps": 1, "optim": {"warmup_steps": 0}})
+    assert toy.run({"directory": str(tmp_path)}, signal_at(2)).interrupted
 
 
 @pytest.mark.timeout(120)
@@ -186,19 +187,20 @@ def test_full_disk_in_a_checkpoint(reference, toy, tmp_path):
 
 
 def test_rejected_steps_are_counted_and_end_the_run(toy, tmp_path, read_records):
-    options = {"directory": str(tmp_path / "few"), "poison": [3, 4, 9], "steps": 12, "log_every": 4, "max_rejected": 3}
+    options = {"directory": str(tmp_path / "few"), "poison": [3, 4, 9], "log_every": 4, "max_rejected": 3}
     result = toy.run(options)
     assert int(result.state.rejected) == 3 and int(result.state.rejected_in_a_row) == 0
     train = [r for r in read_records(tmp_path / "few") if "train/rejected" in r]
     assert "train/loss" not in train[1]  # step 5 alone, rejected
-    assert {r["step"]: r["train/rejected"] for r in train} == {4: 1, 5: 2, 8: 2, 10: 3, 12: 3}
+    assert {r["step"]: r["train/rejected"] for r in train} == {4: 1, 5: 2} | {8: 2, 10: 3} | dict.fromkeys(
+        (12, 15, 16, 20), 3
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state.params))
 
     options = options | {
         "directory": str(tmp_path / "many"),
         "poison": list(range(6, 20)),
         "log_every": 100,
-        "steps": 30,
     }
     with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row, up to step 9 .*checkpoint of step 5 is"):
         toy.run(options)
@@ -220,7 +222,7 @@ def test_checkpoint_of_other_shapes_names_the_parameter(reference):
 
 def test_opt_in_sinks(toy, tmp_path, read_records):
     pytest.importorskip("tensorboardX")
-    toy.run({"directory": str(tmp_path), "steps": 4, "tensorboard": True, "profile": "1:2"})
+    toy.run({"directory": str(tmp_path), "tensorboard": True, "profile": "1:2"})
     events = b"".join(p.read_bytes() for p in (tmp_path / "tb").iterdir())
     for name in (b"train/loss", b"train/by_position/3", b"perf/tokens_per_second", b"eval/loss"):
         assert name in events
