@@ -44,9 +44,7 @@ class Decoder(Protocol):
         """Compiles what prompts of these lengths need; later calls do not compile, so they can be timed."""
 
     def start(self, rows: Sequence[int], jobs: Sequence[Job]) -> Chunk:
-        """Prefills prompts into slots, where whatever ran is forgotten; the chunk has the first tokens, if
-        any.
-        """
+        """Prefills prompts into slots, where whatever ran is forgotten; the chunk has the first tokens, if any."""
 
     def advance(self, active: np.ndarray) -> Chunk:
         """Runs all slots for one chunk; rows where bool [batch] `active` is False do no work from here on."""
@@ -197,9 +195,7 @@ class ARDecoder:
         return jax.jit(init)()
 
     def check(self, job: Job) -> None:
-        """Raises ValueError for options (there are none), too many EOS ids, and ids outside the
-        vocabulary.
-        """
+        """Raises ValueError for options (there are none), too many EOS ids, and ids outside the vocabulary."""
         if job.options:
             raise ValueError(f"unknown options {sorted(job.options)}: an autoregressive decoder has none")
         if len(job.eos_ids) > self.max_eos:

@@ -19,15 +19,11 @@ class Chunk:
     rows: tuple[int, ...]
     """slot of each of the R rows"""
     tokens: Any
-    """int32 [R, n], new tokens in order, the first `counts` of each row valid; an EOS token is the row's last
-    one
-    """
+    """int32 [R, n], new tokens in order, the first `counts` of each row valid; an EOS token is the row's last one"""
     counts: Any
     """int32 [R]"""
     logprobs: Any
-    """float32 [R, n], log-probability (confidence, for a diffusion decoder) of each token under the raw
-    logits
-    """
+    """float32 [R, n], log-probability (confidence, for a diffusion decoder) of each token under the raw logits"""
     forwards: Any
     """int32 [R], forward passes over the row's new tokens; 0 in the chunk of a prefill"""
     commits: Any = None
@@ -65,9 +61,7 @@ class Usage:
     commits: int
     """those of them that only committed a finished block (diffusion)"""
     prefill_seconds: float
-    """from the start of the prefill until its result is on the host: the time to first token without
-    queueing
-    """
+    """from the start of the prefill until its result is on the host: the time to first token without queueing"""
     decode_seconds: float
     """from then until the last token is on the host"""
 

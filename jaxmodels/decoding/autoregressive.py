@@ -90,9 +90,7 @@ def _is_eos(token: Int[Array, "B"], eos: Int[Array, "B E"]) -> Bool[Array, "B"]:
 
 
 def fill_rows(cache: KVCache, kv: KV, rows: Int[Array, "P"], lengths: Int[Array, "P"]) -> KVCache:
-    """The cache with rows `rows` holding only the first `lengths` of these tokens; rows outside it are
-    dropped.
-    """
+    """The cache with rows `rows` holding only the first `lengths` of these tokens; rows outside it are dropped."""
     T = kv.k.shape[2]
     if cache.capacity < T:
         raise ValueError(f"a prompt padded to {T} tokens does not fit the cache capacity {cache.capacity}")
@@ -105,8 +103,7 @@ def fill_rows(cache: KVCache, kv: KV, rows: Int[Array, "P"], lengths: Int[Array,
 
 
 def make_prefill(lm: Any) -> Callable:
-    """`prefill(params, state, prompt) -> (state, Sampled [P])`: (re)starts rows and samples their first
-    token.
+    """`prefill(params, state, prompt) -> (state, Sampled [P])`: (re)starts rows and samples their first token.
 
     The prompts run as one right-padded batch of their own, then their keys and values are written to their
     rows of the cache; the other rows are not touched. `lm` is a jaxmodels CausalLM.
@@ -141,17 +138,17 @@ def make_prefill(lm: Any) -> Callable:
 
 
 def make_step(lm: Any) -> Callable:
-    """`step(params, state) -> (state, Sampled [B])`: one forward pass, one token for each row that is not
-    done.
-    """
+    """`step(params, state) -> (state, Sampled [B])`: one forward pass, one token for each row that is not done."""
 
     def step(params, state: ARState) -> tuple[ARState, Sampled]:
         live = ~state.done
         hidden = lm.hidden(params, state.token[:, None], cache=state.cache)
         cache = state.cache.append(hidden.kv, live.astype(jnp.int32))
+        # What a row that is done asked for must not cost its neighbours the work of drawing and filtering.
+        greedy = Sampling.stack([SamplingOptions()] * live.shape[0])
         token, logprob = sample(
             lm.head(params, hidden.states[:, 0]),
-            state.sampling,
+            jax.tree.map(lambda own, idle: jnp.where(live, own, idle), state.sampling, greedy),
             position=cache.next_positions(1)[:, 0],
             seen=state.seen,
         )
@@ -170,8 +167,7 @@ def make_step(lm: Any) -> Callable:
 
 
 def make_steps(step: Callable, n: int) -> Callable:
-    """`steps(params, state, active) -> (state, SampledChunk [B, n])`: n steps in one program, fewer if all
-    rows end.
+    """`steps(params, state, active) -> (state, SampledChunk [B, n])`: n steps in one program, fewer if all rows end.
 
     Rows where bool [B] `active` is False are ended and forgotten first (a stop string was found, the user left).
     """
