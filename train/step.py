@@ -1,5 +1,6 @@
 """The update step and the evaluation step: pure functions that the loop, tests and benchmarks jit."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,13 @@ def _num_tokens(batch: dict[str, jax.Array]) -> jax.Array:
     return jnp.float32(jax.tree.leaves(batch)[0].size)
 
 
+def _mesh_scope(sharding: jax.sharding.Sharding | None) -> contextlib.AbstractContextManager:
+    """The mesh of a sharding as the mesh in scope while a function is traced; nothing for other shardings."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
+    return contextlib.nullcontext()
+
+
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -73,7 +81,10 @@ def make_train_step(
 
     def sums_and_gradients(params, batch, key, frozen):
         def objective(p):
-            loss_sum, denominator, metrics = loss_fn(p, batch, key, *frozen)
+            # With the mesh in scope the model pins its activations to the rows of the batch; otherwise XLA may split
+            # them like the embedding and exchange activations where it should gather weights.
+            with _mesh_scope(batch_sharding):
+                loss_sum, denominator, metrics = loss_fn(p, batch, key, *frozen)
             loss_sum, denominator = jnp.float32(loss_sum), jnp.float32(denominator)
             return loss_sum, (denominator, _pairs(metrics, denominator))
 
@@ -157,7 +168,8 @@ def make_eval_step(
 
     @functools.partial(jax.jit, out_shardings=out_sharding)
     def evaluate(params: Any, batch: dict[str, jax.Array], key: jax.Array, *frozen: Any):
-        loss_sum, denominator, metrics = loss_fn(_cast(params, compute_dtype), batch, key, *frozen)
+        with _mesh_scope(out_sharding):
+            loss_sum, denominator, metrics = loss_fn(_cast(params, compute_dtype), batch, key, *frozen)
         denominator = jnp.float32(denominator)
         return {"loss": (jnp.float32(loss_sum), denominator)} | _pairs(metrics, denominator)
 
