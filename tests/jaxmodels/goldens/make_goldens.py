@@ -25,9 +25,17 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 
 HERE = Path(__file__).resolve().parent
 SIZES = dict(
-    vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, eos_token_id=None, bos_token_id=None, pad_token_id=None,
-)  # fmt: skip
+    vocab_size=67,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    eos_token_id=None,
+    bos_token_id=None,
+    pad_token_id=None,
+)
 THETA = {"rope_theta": 10_000.0}
 GOLDENS = {
     # Qwen2: biases; heads fill the width. Qwen3: norms of queries and keys; head_dim apart from width / heads.
@@ -43,17 +51,16 @@ GOLDENS = {
             sliding_window=5,
             max_window_layers=1,
         ),
-    ),  # fmt: skip
+    ),
     "qwen3": (Qwen3Config, dict(head_dim=16, rope_parameters=THETA | {"rope_type": "default"})),
     "qwen3_tied_yarn": (
         Qwen3Config,
         dict(
             head_dim=16,
             tie_word_embeddings=True,
-            rope_parameters=THETA
-            | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+            rope_parameters=THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         ),
-    ),  # fmt: skip
+    ),
     "qwen3_yarn_mscale": (
         Qwen3Config,
         dict(
@@ -71,7 +78,7 @@ GOLDENS = {
                 "truncate": False,
             },
         ),
-    ),  # fmt: skip
+    ),
     # Prompts of the dynamic model are shorter and longer than its 16 trained positions.
     "qwen3_dynamic": (
         Qwen3Config,
@@ -81,7 +88,7 @@ GOLDENS = {
             num_hidden_layers=2,
             rope_parameters=THETA | {"rope_type": "dynamic", "factor": 3.0},
         ),
-    ),  # fmt: skip
+    ),
     "qwen3_alternating_window": (
         Qwen3Config,
         dict(
@@ -92,7 +99,7 @@ GOLDENS = {
             layer_types=["full_attention", "sliding_attention"] * 2,
             rope_parameters=THETA | {"rope_type": "default"},
         ),
-    ),  # fmt: skip
+    ),
 }
 LENGTHS = (23, 9)  # one row longer than every window and the dynamic model's trained length, one shorter
 NEW_TOKENS = 12
@@ -134,10 +141,7 @@ def doubled_mask(length: int, block: int) -> torch.Tensor:
 def forward(model: torch.nn.Module, tokens: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ...]:
     """Logits, normed states, and the raw output of every block, collected by hooks."""
     outputs = [model.model.embed_tokens(tokens)]
-    hooks = [
-        layer.register_forward_hook(lambda _m, _a, output: outputs.append(output))
-        for layer in model.model.layers
-    ]
+    hooks = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in model.model.layers]
     normed = []
     hooks.append(model.model.norm.register_forward_hook(lambda _m, _a, output: normed.append(output)))
     logits = model(tokens, use_cache=False, **kwargs).logits
@@ -164,18 +168,18 @@ def make(name: str, seed: int) -> None:
         rows = [forward(model, tokens[b : b + 1, :length]) for b, length in enumerate(LENGTHS)]
         greedy = [
             model.generate(
-                tokens[b : b + 1, :length], attention_mask=torch.ones(1, length, dtype=torch.long),
-                max_new_tokens=NEW_TOKENS, do_sample=False,
+                tokens[b : b + 1, :length],
+                attention_mask=torch.ones(1, length, dtype=torch.long),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
             )[0, length:]
             for b, length in enumerate(LENGTHS)
-        ]  # fmt: skip
+        ]
         pad = lambda x, axis, length: torch.nn.functional.pad(  # noqa: E731
             x, [0, 0] * (x.ndim - 1 - axis) + [0, max(LENGTHS) - length]
         )
         logits, states, layers = (
-            torch.cat(
-                [pad(row[i], axis, length) for row, length in zip(rows, LENGTHS, strict=True)], axis - 1
-            )
+            torch.cat([pad(row[i], axis, length) for row, length in zip(rows, LENGTHS, strict=True)], axis - 1)
             for i, axis in ((0, 1), (1, 1), (2, 2))
         )
         out |= dict(tokens=tokens, lengths=torch.tensor(LENGTHS), logits=logits, states=states, layers=layers)
@@ -187,9 +191,7 @@ def make(name: str, seed: int) -> None:
             positions = torch.cat([torch.arange(n) for n in SEGMENTS])[None]
             index = torch.arange(sum(SEGMENTS))
             allowed = (segments[:, None] == segments[None]) & (index[:, None] >= index[None])
-            packed_logits, *_ = forward(
-                model, packed, attention_mask=additive(allowed), position_ids=positions
-            )
+            packed_logits, *_ = forward(model, packed, attention_mask=additive(allowed), position_ids=positions)
             out |= dict(packed_tokens=packed, packed_segments=segments[None], packed_positions=positions)
             out |= dict(packed_logits=packed_logits)
 
@@ -207,14 +209,10 @@ def make(name: str, seed: int) -> None:
     out["loss"] = loss.detach()
     out |= {f"grad/{key}": parameter.grad for key, parameter in model.named_parameters()}
     arrays = {key: value.numpy() for key, value in out.items()}
-    arrays = {
-        key: value.astype(np.int32) if value.dtype.kind == "i" else value for key, value in arrays.items()
-    }
+    arrays = {key: value.astype(np.int32) if value.dtype.kind == "i" else value for key, value in arrays.items()}
     np.savez_compressed(folder / "outputs.npz", **arrays)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(
-        f"{name}: {size / 1e3:.0f} kB, loss {out['loss']:.3f}, files {sorted(p.name for p in folder.iterdir())}"
-    )
+    print(f"{name}: {size / 1e3:.0f} kB, loss {out['loss']:.3f}, files {sorted(p.name for p in folder.iterdir())}")
 
 
 if __name__ == "__main__":
