@@ -307,6 +307,11 @@ class BlockStream:
     def _next(self) -> None:
         self._cursor = [cursor + 1 for cursor in self._cursor]
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any row has a block left that was not yet advanced (it may have ended all the same)."""
+        return any(plan is not None and at < plan.blocks for plan, at in zip(self._plans, self._cursor, strict=True))
+
     def advance(self, active: np.ndarray | None = None) -> Output:
         """Decodes and commits the current block of every row; rows outside `active` are stopped first."""
         if self._options is None:
@@ -478,20 +483,28 @@ def generate(
         Generated([], [], [], [], [int(t) for t in prompt[: len(plan.prefix) + plan.skip]])
         for prompt, plan in zip(prompts, plans, strict=True)
     ]
+
+    def next_output() -> Output:
+        if not live:
+            return stream.advance()
+        output = None
+        for item in stream.advance_live():
+            if not isinstance(item, Block):
+                output = item
+            elif on_step is not None:
+                on_step(item)
+        assert output is not None  # the last item
+        return output
+
     done = np.zeros(rows, bool)
+    output = None
     while not done.all():
-        if live:
-            for item in stream.advance_live():
-                if isinstance(item, Block):
-                    if on_step is not None:
-                        on_step(item)
-                else:
-                    output = item
-        else:
-            output = stream.advance()
+        current = next_output() if output is None else output
+        # The next block is dispatched before this one is read, unless it is to be watched: rows end by themselves.
+        output = next_output() if not live and stream.has_blocks else None
         if on_block is not None:
-            on_block(output)
-        host = jax.device_get(output)
+            on_block(current)
+        host = jax.device_get(current)
         done = host.done
         if strict and host.forced.any():
             row = int(np.argmax(host.forced > 0))
