@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels import flash_attention, masks
 from pallas_kernels.attention import api, reference, xla
+from pallas_kernels.attention.cases import CASES as REAL_CASES
 from pallas_kernels.attention.limits import Limits
 
 VARIANTS = {
@@ -458,6 +459,40 @@ def test_cudnn_by_name_explains_itself_without_a_gpu():
 def test_automatic_choice_names_only_known_implementations():
     assert set(api.AUTOMATIC) <= set(api.IMPLEMENTATIONS)
     assert "cudnn" not in api.AUTOMATIC  # no committed GPU result covers it
+
+
+@pytest.mark.parametrize("case", REAL_CASES, ids=lambda case: case.name)
+def test_real_shapes_trace_and_take_few_steps(case):
+    q = jax.ShapeDtypeStruct((case.batch, case.num_queries, case.heads, case.head_dim), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((case.batch, case.num_keys, case.kv_heads, case.head_dim), jnp.bfloat16)
+    loss = lambda q, k, v: flash_attention(q, k, v, mask=case.mask).astype(jnp.float32).sum()  # noqa: E731
+    dq, dk, dv = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), q, kv, kv)
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, kv.shape, kv.shape)
+    tiling = xla.default_tiling(case.batch, case.heads, case.num_queries, case.num_keys, "gpu")
+    group = case.heads // case.kv_heads
+    sizes = (case.batch, case.num_queries, case.num_keys, case.kv_heads, group, case.head_dim)
+    shape = xla._Shape(*sizes, tiling.tile_q, tiling.tile_k)
+    steps = sum(len(part) for part in xla._steps(case.mask, shape, tiling.lanes, True, False))
+    assert steps <= 80  # in sequence on a GPU; 1024 pairs one by one would leave it idle
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", REAL_CASES, ids=lambda case: case.name)
+def test_real_shapes_on_a_gpu(case):
+    """One group of heads of every real shape, default tiling, against the reference."""
+    group = case.heads // case.kv_heads
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(1, case.num_queries, group, case.head_dim)), jnp.bfloat16)
+    k, v = (jnp.asarray(rng.normal(size=(1, case.num_keys, 1, case.head_dim)), jnp.bfloat16) for _ in range(2))
+    results = []
+    for name in ("xla", "reference"):
+        loss = lambda q, k, v, name=name: (  # noqa: E731
+            flash_attention(q, k, v, mask=case.mask, implementation=name).astype(jnp.float32) ** 2
+        ).sum()
+        results.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v))
+    for got, want in zip(*map(jax.tree.leaves, results)):
+        got, want = (np.asarray(x, np.float32) for x in (got, want))
+        assert np.abs(got - want).max() <= 2e-2 * max(1.0, np.abs(want).max())
 
 
 @pytest.mark.gpu

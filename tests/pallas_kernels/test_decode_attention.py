@@ -14,6 +14,7 @@ import pytest
 
 from pallas_kernels import decode_attention, flash_attention, masks
 from pallas_kernels.decode_attention import api, xla
+from pallas_kernels.decode_attention.cases import CASES as REAL_CASES
 
 LAYERS, BATCH, HEAD_DIM, SCALE = 3, 3, 8, 0.4
 TILINGS = {
@@ -431,3 +432,33 @@ def test_bad_calls_are_explained(plain_calls, name):
 
 def test_automatic_choice_names_only_known_implementations():
     assert set(api.AUTOMATIC) <= set(api.IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_default_tiling_bounds_a_chunk(platform):
+    """Scores and keys of one chunk stay small for any batch; real single streams take few chunks on a GPU."""
+    for batch, num_queries, heads, kv_heads, head_dim in [(1, 1, 14, 2, 64), (64, 64, 32, 8, 128), (3, 5000, 4, 1, 32)]:
+        tiling = xla.default_tiling((batch, num_queries, heads, head_dim), kv_heads, platform)
+        assert 64 <= tiling.chunk <= tiling.one_chunk <= 4096 and tiling.tile_t <= 128
+        scores, keys = batch * heads * tiling.tile_t * tiling.chunk, batch * kv_heads * head_dim * tiling.chunk
+        assert max(scores, keys) <= 2**26
+    for case in REAL_CASES:
+        q_shape = (case.batch, case.num_queries, case.heads, case.head_dim)
+        assert -(-case.live // xla.default_tiling(q_shape, case.kv_heads, "gpu").chunk) <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", REAL_CASES, ids=lambda case: case.name)
+def test_real_shapes_on_a_gpu(case):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    q = draw(case.batch, case.num_queries, case.heads, case.head_dim)
+    k_cache, v_cache = (draw(2, case.batch, case.capacity, case.kv_heads, case.head_dim) for _ in range(2))
+    own_k, own_v = (draw(case.batch, case.num_queries, case.kv_heads, case.head_dim) for _ in range(2))
+    call = functools.partial(decode_attention, layer=1, own_k=own_k, own_v=own_v, own_mask=masks.Full())
+    lengths = jnp.full((case.batch,), case.live)
+    got, want = (
+        jax.jit(functools.partial(call, implementation=name))(q, k_cache, v_cache, kv_lengths=lengths)
+        for name in ("xla", "reference")
+    )
+    np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=2e-2)
