@@ -15,7 +15,7 @@ SAME = "share before it differs from one a pass"
 CLOSE = 20
 """Pixels between two points whose names would overlap."""
 Label = tuple[float, float, str]
-STYLE = {
+STYLE: Any = {
     "font.size": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -500,20 +500,18 @@ def score(pair: Pair, prompts: Sequence["CodePrompt"], draws: int) -> Likelihood
         scored[row, len(prompt.ids) : end] = True
         size += len(pair.tokenizer.decode(following).encode())
     total = int(scored.sum())
+    ids = jnp.asarray(tokens)
+    limits: dict[str, Any] = {"loss_mask": jnp.asarray(scored), "segment_ids": jnp.asarray(segments)}
 
     @jax.jit
     def exact(params):
-        return ar_nll(pair.ar.lm, params, tokens, loss_mask=scored, segment_ids=segments).nats.sum()
+        return ar_nll(pair.ar.lm, params, ids, **limits).nats.sum()
 
     @jax.jit
     def bound(params, key):
-        out = nelbo(
-            pair.dlm.lm, params, tokens, key,
-            block_size=pair.block, num_samples=draws, loss_mask=scored, segment_ids=segments,
-        )  # fmt: skip
+        out = nelbo(pair.dlm.lm, params, ids, key, block_size=pair.block, num_samples=draws, **limits)
         return out.nats.sum(), jnp.sqrt(jnp.sum(out.stderr**2))
 
-    tokens, segments, scored = jnp.asarray(tokens), jnp.asarray(segments), jnp.asarray(scored)
     upper, error = bound(pair.dlm.params, jax.random.key(0))
     unit = math.log(2) * size
     return Likelihood(float(exact(pair.ar.params)) / unit, float(upper) / unit, float(error) / unit, total, size, draws)
