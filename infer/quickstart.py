@@ -73,7 +73,7 @@ class Quickstart:
     """Tokens per completion; default: a quarter of the models' positions."""
     draws: int = 4
     """Random draws per text for the likelihood bound; 0: no likelihoods."""
-    pause: float = 0.06
+    pause: float = 0.03
     """Seconds between two denoising passes when they are replayed; only on a terminal."""
     json: bool = False
     """Print one JSON object instead of text and table."""

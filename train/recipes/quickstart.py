@@ -31,8 +31,8 @@ class Quickstart(DemoConfig):
     half_life_ratio: float = 0.1
     input_dropout: float = 0.0
     cuts: int = 1
-    ar: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(600, 16, 3e-3, 50))
-    dlm: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(400, 16, 2e-3, 40))
+    ar: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(500, 16, 3e-3, 50))
+    dlm: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(350, 16, 2e-3, 40))
     completions: int = 24
     seed: int = 0
     until: Literal["store", "ar", "dlm", "evaluation"] = "evaluation"
