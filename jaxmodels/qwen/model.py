@@ -81,7 +81,9 @@ class Attend(NamedTuple):
             if mask != Causal():
                 raise ValueError(f"a layer with a window ({window}) needs the mask Causal(); got {mask}")
             mask = SlidingWindow(window)
-        return flash_attention(q, k, v, mask=mask, segment_ids=self.segment_ids, kv_lengths=self.lengths)
+        return flash_attention(  # type: ignore[return-value]  # no log-sum-exp was asked for
+            q, k, v, mask=mask, segment_ids=self.segment_ids, kv_lengths=self.lengths
+        )
 
 
 class Attention(nnx.Module):
@@ -295,8 +297,8 @@ class CausalLM:
           return_kv: return keys and values also without a cache (for a prefill).
           layer_states: return the embeddings and every block's output.
           remat: name of an entry of REMAT_POLICIES; None means "none".
-          unroll: True writes the layers out one after the other, False scans them. None scans stacked
-            parameters and unrolls unstacked ones, which cannot be scanned.
+          unroll: True writes the layers out one after the other, False scans them. None chooses by measurement
+            (README): it scans, except with a cache on a GPU. Unstacked parameters are always unrolled.
         """
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be [batch, time] and not empty; got shape {tokens.shape}")
@@ -315,6 +317,8 @@ class CausalLM:
             mask = Causal() if own_mask is None else own_mask
             if positions is None:
                 positions = cache.next_positions(time)
+            if unroll is None and isinstance(params["layers"], dict):
+                unroll = jax.default_backend() == "gpu"
         if positions.shape != tokens.shape:
             raise ValueError(f"positions must have the shape of tokens {tokens.shape}; got {positions.shape}")
 

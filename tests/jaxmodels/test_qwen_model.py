@@ -201,6 +201,16 @@ def test_scanned_equals_unrolled(windows, cached):
     assert expected.kv.k.shape == (4, 2, 9, 2, 8)
 
 
+@pytest.mark.parametrize(("backend", "cached", "scanned"), [("cpu", True, 1), ("gpu", False, 1), ("gpu", True, 0)])
+def test_choice_of_the_layer_loop(monkeypatch, backend, cached, scanned):
+    lm = build(BASE)
+    params = lm.init(jax.random.key(0))
+    cache = KVCache.init(lm.config, batch=1, capacity=8, dtype=jnp.float32) if cached else None
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    jaxpr = jax.make_jaxpr(lambda p, t: lm.hidden(p, t, cache=cache).states)(params, jnp.zeros((1, 1), jnp.int32))
+    assert sum(equation.primitive.name == "scan" for equation in jaxpr.eqns) == scanned
+
+
 def test_unstack_makes_views_on_a_cpu():
     lm = build(QwenConfig.tiny())
     params = lm.init(jax.random.key(0))
