@@ -6,6 +6,7 @@ Imports nothing beyond JAX and NumPy, so that a bare CUDA + JAX machine can run 
 import collections
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -128,10 +129,43 @@ def device_profile(call: Callable[[], Any], *, calls: int = 5) -> dict[str, Any]
 def write(name: str, result: dict[str, Any]) -> Path:
     """Writes `{environment, **result}` to `results/NAME-DEVICE-DATE.json` (or under $JAXSTREAM_RESULTS)."""
     env = environment()
-    device = env["device"].lower().replace(" ", "-")
-    directory = Path(os.environ.get("JAXSTREAM_RESULTS", RESULTS))
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{name}-{device}-{env['date'][:10]}.json"
+    path = _path(name, env)
     path.write_text(json.dumps({"environment": env, **result}, indent=1) + "\n")
     print(f"raw numbers: {path}")
     return path
+
+
+class Record:
+    """A result file that grows by rows and is whole after each, so that a run cut short keeps what it measured.
+
+    Like `write`, but an earlier file of the same day is left alone: the new one gets a number.
+
+    Attributes:
+      path: the file.
+      rows: what was added so far.
+    """
+
+    def __init__(self, name: str, **fields: Any):
+        self._content = {"environment": environment(), **fields, "rows": []}
+        first = _path(name, self._content["environment"])
+        candidates = (first.with_stem(f"{first.stem}-{i}") if i > 1 else first for i in itertools.count(1))
+        self.path = next(path for path in candidates if not path.exists())
+        self.rows: list[dict[str, Any]] = self._content["rows"]
+        self._write()
+        print(f"raw numbers: {self.path}", flush=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self._write()
+
+    def _write(self) -> None:
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(self._content, indent=1) + "\n")
+        unfinished.replace(self.path)
+
+
+def _path(name: str, env: dict[str, Any]) -> Path:
+    device = env["device"].lower().replace(" ", "-")
+    directory = Path(os.environ.get("JAXSTREAM_RESULTS", RESULTS))
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / f"{name}-{device}-{env['date'][:10]}.json"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-Intervals = list[tuple[np.ndarray, np.ndarray]]
+Intervals = list[tuple[Any, Any]]  # integer arrays of NumPy or JAX
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,11 +49,12 @@ class Mask:
         """Bool array over broadcastable integer arrays of NumPy or JAX: may query `q_index` see `k_index`?"""
         raise NotImplementedError(f"{type(self).__name__} does not define allowed()")
 
-    def key_intervals(self, q_index: np.ndarray, num_keys: int) -> Intervals:
+    def key_intervals(self, q_index: Any, num_keys: int) -> Intervals:
         """The keys of each query as disjoint half-open ranges `[start, stop)`, arrays shaped like `q_index`.
 
         Says the same as `allowed` in a form whose cost does not grow with T x S. Ranges may be empty
-        (`stop <= start`) and may leave `[0, num_keys)`: the caller clips.
+        (`stop <= start`) and may leave `[0, num_keys)`: the caller clips. Works on NumPy and JAX arrays, also inside
+        a kernel: hence the array's own namespace.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define key_intervals()")
 
@@ -111,7 +112,8 @@ class Full(Mask):
         return (q_index == q_index) & (k_index == k_index)  # True, in the broadcast shape
 
     def key_intervals(self, q_index, num_keys):
-        return [(np.zeros_like(q_index), np.full_like(q_index, num_keys))]
+        xp = q_index.__array_namespace__()
+        return [(xp.zeros_like(q_index), xp.full_like(q_index, num_keys))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,8 @@ class Causal(Mask):
         return k_index <= q_index
 
     def key_intervals(self, q_index, num_keys):
-        return [(np.zeros_like(q_index), q_index + 1)]
+        xp = q_index.__array_namespace__()
+        return [(xp.zeros_like(q_index), q_index + 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +148,9 @@ class SlidingWindow(Mask):
         return (k_index <= q_index) & ((k_index > q_index - self.window) | (k_index < self.num_sinks))
 
     def key_intervals(self, q_index, num_keys):
-        sinks = (np.zeros_like(q_index), np.minimum(q_index + 1, self.num_sinks))
-        recent = (np.maximum(q_index - self.window + 1, self.num_sinks), q_index + 1)
+        xp = q_index.__array_namespace__()
+        sinks = (xp.zeros_like(q_index), xp.minimum(q_index + 1, self.num_sinks))
+        recent = (xp.maximum(q_index - self.window + 1, self.num_sinks), q_index + 1)
         return [sinks, recent]
 
 
@@ -164,7 +168,8 @@ class BlockCausal(Mask):
         return k_index // self.block_size <= q_index // self.block_size
 
     def key_intervals(self, q_index, num_keys):
-        return [(np.zeros_like(q_index), (q_index // self.block_size + 1) * self.block_size)]
+        xp = q_index.__array_namespace__()
+        return [(xp.zeros_like(q_index), (q_index // self.block_size + 1) * self.block_size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,12 +217,13 @@ class BlockDiffusion(Mask):
         return same_noisy_block | earlier_clean_block | (q_clean & k_clean & clean_order)
 
     def key_intervals(self, q_index, num_keys):
+        xp = q_index.__array_namespace__()
         q_clean = q_index >= self.seq_len
         start = (q_index % self.seq_len) // self.block_size * self.block_size  # first token of the query's block
-        stop = np.minimum(start + self.block_size, self.seq_len)
-        noisy = (start, np.where(q_clean, start, stop))
+        stop = xp.minimum(start + self.block_size, self.seq_len)
+        noisy = (start, xp.where(q_clean, start, stop))
         last_clean = q_index + 1 if self.clean == "token" else self.seq_len + stop
-        clean = (np.full_like(start, self.seq_len), np.where(q_clean, last_clean, self.seq_len + start))
+        clean = (xp.full_like(start, self.seq_len), xp.where(q_clean, last_clean, self.seq_len + start))
         return [noisy, clean]
 
 
@@ -235,5 +241,6 @@ class PrefixBidirectional(Mask):
         return (k_index <= self.prefix_len) | (q_index >= self.prefix_len)
 
     def key_intervals(self, q_index, num_keys):
-        stop = np.where(q_index >= self.prefix_len, num_keys, self.prefix_len + 1)
-        return [(np.zeros_like(q_index), stop)]
+        xp = q_index.__array_namespace__()
+        stop = xp.where(q_index >= self.prefix_len, num_keys, self.prefix_len + 1)
+        return [(xp.zeros_like(q_index), stop)]

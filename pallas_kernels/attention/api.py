@@ -4,14 +4,14 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import cudnn, reference, xla
+from pallas_kernels.attention import cudnn, mosaic_sm90, reference, xla
 from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array_or_none
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
 
 # Each module has `unsupported(q, k, v, *, mask, limits, scale, return_lse)`: None, or why not, in words; and `run(...)`
 # without `return_lse`, returning (output, log-sum-exp).
-IMPLEMENTATIONS: dict[str, Any] = {"cudnn": cudnn, "xla": xla, "reference": reference}
+IMPLEMENTATIONS: dict[str, Any] = {"mosaic": mosaic_sm90, "cudnn": cudnn, "xla": xla, "reference": reference}
 # Tried in this order when implementation is None. A GPU kernel joins once a committed GPU result covers it.
 AUTOMATIC = ("xla",)
 
@@ -56,7 +56,7 @@ def flash_attention(
       kv_lengths: leading key slots in use, per row.
       scale: of the scores; None is H ** -0.5. Static.
       return_lse: also return the natural log-sum-exp of the scaled visible scores, float32 `[B, N, T]`.
-      implementation: None chooses; a name runs that or raises.
+      implementation: None chooses; a name runs that or raises. "mosaic" (Hopper) has no gradients.
 
     Raises:
       ValueError: arguments that do not fit together.

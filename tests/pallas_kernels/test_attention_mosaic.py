@@ -1,0 +1,281 @@
+"""The Hopper kernel of flash_attention: interpreted with race detection, lowered for CUDA, and explained.
+
+The interpreter is slow (10 to 70 ms per tile and head), so sizes are a few tiles; what varies is the edge. By default
+one case of each kind runs; the others are slow. Of the slow ones the first four cases last passed on 2026-11-23, and
+of the rest no complete run is recorded.
+"""
+
+import functools
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat, flash_attention, masks
+from pallas_kernels.attention import mosaic_sm90, reference
+from pallas_kernels.attention.limits import Limits
+from pallas_kernels.attention.mosaic_sm90 import Config
+
+SMALL = Config(block_q=64, block_k=64, stages=2)
+
+# name: (mask, batch, T, S, N, K, H, dtype, limits); all but the first are slow.
+CASES = {
+    "causal, odd length, two heads": (masks.Causal(), 1, 65, 65, 2, 1, 64, "bfloat16", ""),
+    "causal": (masks.Causal(), 1, 129, 129, 2, 1, 64, "bfloat16", ""),
+    "causal, single token": (masks.Causal(), 1, 1, 1, 1, 1, 64, "bfloat16", ""),
+    "causal, more queries": (masks.Causal(), 1, 130, 63, 1, 1, 64, "float16", ""),
+    "causal, fewer queries": (masks.Causal(), 1, 65, 200, 1, 1, 64, "bfloat16", ""),
+    "full, many tiles": (masks.Full(), 1, 64, 321, 1, 1, 64, "bfloat16", ""),
+    "full, lengths": (masks.Full(), 3, 60, 130, 1, 1, 64, "bfloat16", "lengths"),
+    "window and sinks": (masks.SlidingWindow(70, 5), 1, 250, 250, 1, 1, 64, "bfloat16", ""),
+    "window, unseen keys": (masks.SlidingWindow(40), 1, 64, 256, 1, 1, 64, "bfloat16", ""),
+    "window, segments": (masks.SlidingWindow(100, 3), 1, 200, 200, 1, 1, 64, "bfloat16", "segments"),
+    "block causal": (masks.BlockCausal(48), 1, 130, 130, 1, 1, 64, "bfloat16", ""),
+    "doubled": (masks.BlockDiffusion(100, 16), 1, 200, 200, 1, 1, 64, "bfloat16", ""),
+    "doubled, full tiles": (masks.BlockDiffusion(192, 64), 1, 384, 384, 1, 1, 64, "bfloat16", ""),
+    "doubled, noisy half": (masks.BlockDiffusion(96, 64, "token"), 1, 96, 192, 1, 1, 64, "bfloat16", ""),
+    "prefix": (masks.PrefixBidirectional(60), 1, 127, 127, 1, 1, 64, "bfloat16", ""),
+    "causal, segments": (masks.Causal(), 2, 150, 150, 2, 1, 64, "bfloat16", "segments"),
+    "full, segments": (masks.Full(), 1, 70, 130, 1, 1, 64, "bfloat16", "segments"),
+    "window, positions": (masks.SlidingWindow(40, 3), 1, 70, 130, 1, 1, 64, "bfloat16", "positions"),
+    "causal, positions, lengths": (masks.Causal(), 2, 70, 130, 1, 1, 64, "bfloat16", "positions lengths"),
+    "wide heads": (masks.Causal(), 1, 128, 128, 2, 2, 128, "bfloat16", ""),
+    "96": (masks.Causal(), 1, 128, 128, 1, 1, 96, "float16", ""),
+    "256": (masks.Causal(), 1, 128, 128, 1, 1, 256, "bfloat16", ""),
+    "eight heads to one": (masks.Causal(), 1, 65, 65, 8, 1, 64, "bfloat16", ""),
+}
+
+
+PARAMETERS = [
+    pytest.param(*case, id=name, marks=[pytest.mark.slow] if i else []) for i, (name, case) in enumerate(CASES.items())
+]
+
+
+def make_limits(kind, batch, num_queries, num_keys):
+    rng = np.random.default_rng(3)
+    given = {}
+    if "lengths" in kind:
+        given["kv_lengths"] = [77, 0, num_keys][:batch]
+    if "segments" in kind:
+        segments = np.sort(rng.integers(0, 4, (batch, num_keys)), axis=1)
+        given["k_segments"] = np.where(segments == 3, -1, segments)
+        given["q_segments"] = given["k_segments"][:, -num_queries:]
+    if "positions" in kind:
+        order = np.stack([rng.permutation(num_keys) for _ in range(batch)])
+        given["k_positions"] = np.where(order < 20, -1, order)
+        given["q_positions"] = np.tile(np.arange(num_queries) + num_keys - num_queries, (batch, 1))
+    return Limits(**{name: jnp.asarray(value, jnp.int32) for name, value in given.items()})
+
+
+def make_arrays(batch, num_queries, num_keys, heads, kv_heads, head_dim, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    kv_shape = (batch, num_keys, kv_heads, head_dim)
+    shapes = ((batch, num_queries, heads, head_dim), kv_shape, kv_shape)
+    return tuple(jax.random.normal(a, s).astype(dtype) for a, s in zip(keys, shapes, strict=True))
+
+
+def empty_slots(mask, limits, num_queries, num_keys):
+    """Bool [B or 1, S]: key slots whose contents must not matter, by the limits or because the mask hides them."""
+    index = jnp.arange(num_keys)[None]
+    empty = jnp.zeros((1, num_keys), bool)
+    if limits.q_positions is None:
+        empty = ~jnp.asarray(mask.dense(num_queries, num_keys)).any(0)[None]
+    for limit in (limits.k_segments, limits.k_positions):
+        if limit is not None:
+            empty |= limit < 0
+    if limits.kv_lengths is not None:
+        empty |= index >= limits.kv_lengths[:, None]
+    return empty
+
+
+class Interpreter:
+    """The interpreter's private state, which JAX 0.11 does not export."""
+
+    def __init__(self):
+        package = "jax._src.pallas.mosaic_gpu.interpret"
+        self.calls = importlib.import_module(f"{package}.interpret_pallas_call")
+        self.callbacks = importlib.import_module(f"{package}.gpu_callbacks")
+
+    def reset(self):
+        self.callbacks.reset_gpu_interpret_mode_state()
+
+    def run(self, q, k, v, **options):
+        """The kernel's results; fails on a race."""
+        results = mosaic_sm90.run(q, k, v, **options, interpret=compat.interpret_params(detect_races=True))
+        results = jax.block_until_ready(results)
+        assert not self.calls.get_races().races_found, "race detected"
+        return results
+
+
+@pytest.fixture
+def interpreter():
+    found = Interpreter()
+    found.reset()
+    yield found
+    found.reset()
+
+
+@pytest.mark.parametrize("mask, batch, num_queries, num_keys, heads, kv_heads, head_dim, dtype, kind", PARAMETERS)
+def test_interpreted_kernel_agrees_with_the_definition(
+    interpreter, mask, batch, num_queries, num_keys, heads, kv_heads, head_dim, dtype, kind
+):
+    q, k, v = make_arrays(batch, num_queries, num_keys, heads, kv_heads, head_dim, dtype)
+    options = {"mask": mask, "limits": make_limits(kind, batch, num_queries, num_keys), "scale": 0.3}
+    expected, expected_lse = reference.run(*(x.astype(jnp.float32) for x in (q, k, v)), **options)
+    garbage = empty_slots(mask, options["limits"], num_queries, num_keys)[:, :, None, None]
+    k, v = (jnp.where(garbage, jnp.nan, x) for x in (k, v))
+    out, lse = interpreter.run(q, k, v, **options, config=SMALL)
+    assert out.dtype == q.dtype and lse.dtype == jnp.float32
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2 if dtype == "bfloat16" else 2e-3)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_large_scores_and_rows_that_start_masked_stay_finite(interpreter):
+    q, k, v = make_arrays(1, 64, 64, 1, 1, 64, "bfloat16")
+    options = {"mask": masks.Causal(), "limits": Limits(), "scale": 1e4}
+    expected, expected_lse = reference.run(*(x.astype(jnp.float32) for x in (q, k, v)), **options)
+    out, lse = interpreter.run(q, k, v, **options, config=SMALL)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5)
+
+
+class Sabotaged:
+    """`plgpu` without the calls of one function that `chosen` picks by their order of tracing."""
+
+    def __init__(self, function, chosen):
+        self.function, self.chosen, self.count = function, chosen, 0
+
+    def __getattr__(self, name):
+        original = getattr(plgpu, name)
+        if name != self.function:
+            return original
+
+        def call(*args, **kwargs):
+            self.count += 1
+            return None if self.count - 1 in self.chosen else original(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "function, chosen",
+    [
+        pytest.param("barrier_wait", {8}, id="the load of K does not wait for its slot"),
+        pytest.param("commit_smem", {1}, id="the store does not wait for the output", marks=pytest.mark.slow),
+        pytest.param("barrier_arrive", {2}, id="a slot of K is never released", marks=pytest.mark.slow),
+    ],
+)
+def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, function, chosen):
+    q, k, v = make_arrays(1, 64, 256, 1, 1, 64, "bfloat16")
+    sabotaged = Sabotaged(function, chosen)
+    monkeypatch.setattr(mosaic_sm90, "plgpu", sabotaged)
+    with pytest.raises(Exception, match=r"(?i)race|deadlock|barrier|wait|complet"):
+        interpreter.run(q, k, v, mask=masks.Full(), limits=Limits(), scale=0.3, config=SMALL)
+    assert sabotaged.count > max(chosen)
+
+
+def lower(mask, *, head_dim=64, kind="", num_queries=129, num_keys=201, dtype="bfloat16", config=None):
+    """Lowers a call for CUDA: catches what the interpreter accepts and the compiler does not."""
+    limits = make_limits(kind, 2, num_queries, num_keys)
+    call = functools.partial(mosaic_sm90.run, mask=mask, scale=0.3, config=config)
+    q, k, v = make_arrays(2, num_queries, num_keys, 4, 2, head_dim, dtype)
+    jitted = jax.jit(lambda q, k, v, limits: call(q, k, v, limits=limits))
+    return jitted.trace(q, k, v, limits).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def log_sum_exp_length(text):
+    """Row length of the buffer that the lowered kernel writes the log-sum-exp to."""
+    (length,) = re.findall(r"custom_call @mosaic_gpu.*-> \(tensor<[\dx]+b?f16>, tensor<2x4x(\d+)xf32>\)", text)
+    return int(length)
+
+
+@pytest.mark.parametrize("head_dim, num_queries", [(64, 1), (96, 65), (128, 127), (256, 129)])
+def test_lowers_for_cuda_and_every_tile_of_log_sum_exp_ends_inside_its_row(head_dim, num_queries):
+    # On the GPU a tile that overlaps the end of a row is written into the next head's; the interpreter clips it there.
+    text = lower(masks.Causal(), head_dim=head_dim, num_queries=num_queries, dtype="float16")
+    tile = mosaic_sm90.heuristic_config(head_dim).tile_q
+    assert log_sum_exp_length(text) == -(-num_queries // tile) * tile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mask, kind, num_queries, num_keys",
+    [
+        (masks.Full(), "lengths", 129, 201),
+        (masks.Full(), "positions", 129, 201),
+        (masks.SlidingWindow(70, 5), "segments", 129, 201),
+        (masks.SlidingWindow(70, 5), "positions lengths segments", 129, 201),
+        (masks.BlockCausal(48), "", 129, 201),
+        (masks.PrefixBidirectional(60), "", 129, 201),
+        (masks.BlockDiffusion(100, 16), "", 200, 200),
+        (masks.Causal(), "", 1, 1),
+        (masks.Causal(), "", 7, 256),
+    ],
+)
+def test_every_form_of_masking_lowers(mask, kind, num_queries, num_keys):
+    assert "mosaic_gpu" in lower(mask, kind=kind, num_queries=num_queries, num_keys=num_keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["", "lengths", "segments", "positions"])
+@pytest.mark.parametrize("mask", [masks.Full(), masks.SlidingWindow(70), masks.BlockCausal(7)], ids=repr)
+def test_every_combination_lowers(mask, kind):
+    assert "mosaic_gpu" in lower(mask, kind=kind)
+
+
+@pytest.mark.smoke
+def test_an_unsupported_call_is_explained():
+    q, k, v = make_arrays(1, 8, 8, 1, 1, 64, "bfloat16")
+    with pytest.raises(NotImplementedError, match="default device is cpu"):
+        flash_attention(q, k, v, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="float32"):
+        flash_attention(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="mosaic")
+    with pytest.raises(NotImplementedError, match=r"head_dim.*40"):
+        flash_attention(*(x[..., :40] for x in (q, k, v)), implementation="mosaic")
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_gradients_are_refused(argument):
+    arrays = make_arrays(1, 8, 8, 1, 1, 64, "bfloat16")
+
+    def loss(*arrays):
+        out, lse = mosaic_sm90.run(*arrays, mask=masks.Causal(), limits=Limits(), scale=1.0)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    for differentiate in (jax.grad, jax.jacfwd):
+        with pytest.raises(NotImplementedError, match=r'backward kernels do not exist.*"xla"'):
+            jax.eval_shape(differentiate(jax.jit(loss), argument), *arrays)
+
+
+def test_empty_batch():
+    q, k, v = make_arrays(0, 8, 8, 2, 1, 64, "bfloat16")
+    out, lse = mosaic_sm90.run(q, k, v, mask=masks.Causal(), limits=Limits(), scale=1.0)
+    assert out.shape == q.shape and lse.shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block_q": 32}, "block_q.*32"),
+        ({"block_k": 96}, "block_k.*96"),
+        ({"block_k": 320}, "block_k.*320"),
+        ({"stages": 1}, "stages.*1"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
+
+
+def test_a_config_that_needs_too_much_memory_is_refused():
+    q, k, v = make_arrays(1, 8, 8, 1, 1, 128, "bfloat16")
+    config = Config(block_k=128, stages=4)
+    needed = (2 * 64 + 2 * 4 * 128) * 128 * 2  # the tiles alone
+    assert needed < config.smem_bytes(128, jnp.bfloat16) < needed + 4096
+    with pytest.raises(ValueError, match=r"stages=4.*shared memory"):
+        mosaic_sm90.run(q, k, v, mask=masks.Causal(), limits=Limits(), scale=1.0, config=config)
