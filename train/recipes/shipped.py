@@ -29,13 +29,13 @@ class Shipped(DemoConfig):
     seq_len: int = 512
     block_size: int = 16
     half_life_ratio: float = 0.1
-    input_dropout: float = 0.1
+    input_dropout: float = 0.15
     cuts: int = 8
     ar: StageConfig = dataclasses.field(
-        default_factory=lambda: StageConfig(4000, 64, 2e-3, 200, weight_decay=0.3, eval_every=250)
+        default_factory=lambda: StageConfig(2500, 64, 2e-3, 200, weight_decay=0.3, eval_every=250)
     )
     dlm: StageConfig = dataclasses.field(
-        default_factory=lambda: StageConfig(8000, 64, 1e-3, 200, weight_decay=0.3, eval_every=500)
+        default_factory=lambda: StageConfig(5000, 64, 1e-3, 200, weight_decay=0.3, eval_every=500)
     )
     completions: int = 128
     seed: int = 0
