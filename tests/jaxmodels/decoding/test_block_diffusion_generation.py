@@ -297,13 +297,13 @@ def test_rows_do_not_depend_on_their_batch_mates():
 
 def test_rows_start_and_stop_while_others_go_on_and_nothing_recompiles():
     lm, params = model(4)
-    rows = BlockStream(lm, params, BlockDecoding.for_model(lm.config), batch=3, capacity=64, prefill_rows=2)
+    rows = BlockStream(lm, params, BlockDecoding.for_model(lm.config), batch=4, capacity=64, prefill_rows=2)
     before = collections.Counter(rows.traces)
     prompts, new = all_prompts(4, [3, 9, 14, 6, 1]), [11, 5, 17, 8, 6]
     rules = [RULES[i] for i in range(5)]
-    collected, owner, waiting = {i: [] for i in range(5)}, [None] * 3, [0, 1, 2, 3, 4]
+    collected, owner, waiting = {i: [] for i in range(5)}, [None] * 4, [0, 1, 2, 3, 4]
     while waiting or any(o is not None for o in owner):
-        free = [row for row in range(3) if owner[row] is None][: min(2, len(waiting))]
+        free = [row for row in range(4) if owner[row] is None][: min(2, len(waiting))]
         if free:
             jobs = [waiting.pop(0) for _ in free]
             for row, job in zip(free, jobs, strict=True):
@@ -330,13 +330,13 @@ def test_rows_start_and_stop_while_others_go_on_and_nothing_recompiles():
 
 def test_stopped_rows_rest():
     lm, params = model(4)
-    rows = BlockStream(lm, params, BlockDecoding.for_model(lm.config), batch=2, capacity=64)
+    rows = BlockStream(lm, params, BlockDecoding.for_model(lm.config), batch=4, capacity=64)
     plan = plan_request([3, 4, 5], 12, rows.decoding)
     rows.start([0, 1], [plan, plan], [RevealOptions()] * 2, [()] * 2, [SamplingOptions()] * 2)
     rows.advance()
-    output = jax.device_get(rows.advance(np.array([True, False])))
-    assert output.counts.tolist() == [4, 0] and output.done.tolist() == [False, True]
-    assert output.steps.tolist() == [4, 0]
+    output = jax.device_get(rows.advance(np.array([True, False, True, True])))
+    assert output.counts.tolist() == [4, 0, 0, 0] and output.done.tolist() == [False, True, True, True]
+    assert output.steps.tolist() == [4, 0, 0, 0]
 
 
 def row_options(n=1, *, eos=(), reveal=None, steps=99, sampling=None) -> RowOptions:
@@ -433,19 +433,19 @@ def test_end_token_finishes_a_row_only_when_nothing_before_it_is_masked():
 
 def test_text_is_cut_after_the_first_end_token():
     lm, params = model(5)
-    prompts = [[3, 4, 5], [6, 7, 8, 9]]
+    prompts = [[3, 4, 5], [6, 7, 8, 9], [3, 9], [10]]
     free, _ = generate(lm, params, prompts, max_new_tokens=12, eos_ids=())
     end = free[0].tokens[5]
     cut, stats = generate(lm, params, prompts, max_new_tokens=12, eos_ids=(end,))
     first = free[0].tokens.index(end)
     assert cut[0].tokens == free[0].tokens[: first + 1]
-    assert stats.tokens == len(cut[0].tokens) + len(cut[1].tokens)
+    assert stats.tokens == sum(len(row.tokens) for row in cut)
 
 
 def test_tail_of_the_prompt_stays_and_its_end_tokens_do_not_count():
     lm, params = model(6)
     prompt = [3, 4, 5, 6, EOS, 8, 9]  # the end token stands in the tail of the aligned first block
-    got, _ = generate(lm, params, [prompt], max_new_tokens=6, align_blocks=True, eos_ids=(EOS,))
+    got, _ = generate(lm, params, [prompt] * 4, max_new_tokens=6, align_blocks=True, eos_ids=(EOS,))
     assert got[0].ids[:7] == prompt and len(got[0].tokens) >= 1
     assert got[0].tokens[:-1].count(EOS) == 0
 
@@ -490,12 +490,12 @@ def test_holes_are_filled_in_their_surroundings():
 def test_steps_bound_a_thresholded_block_and_strict_says_so():
     lm, params = model(8)
     rule = RevealOptions(threshold=1.0, steps=4)  # two blocks, two steps each
-    got, _ = generate(lm, params, [[3, 4]], max_new_tokens=8, reveal=rule, eos_ids=())
+    got, _ = generate(lm, params, [[3, 4]] * 4, max_new_tokens=8, reveal=rule, eos_ids=())
     assert got[0].denoise_steps == 4 and got[0].forced == 4 and len(got[0].tokens) == 8
     with pytest.raises(ValueError, match=r"steps: row 0 had 2 masked tokens left after the 2 steps"):
-        generate(lm, params, [[3, 4]], max_new_tokens=8, reveal=rule, eos_ids=(), strict=True)
+        generate(lm, params, [[3, 4]] * 4, max_new_tokens=8, reveal=rule, eos_ids=(), strict=True)
     easy, _ = generate(
-        lm, params, [[3, 4]], max_new_tokens=8, reveal=RevealOptions(threshold=1.0), eos_ids=(), strict=True
+        lm, params, [[3, 4]] * 4, max_new_tokens=8, reveal=RevealOptions(threshold=1.0), eos_ids=(), strict=True
     )
     assert easy[0].forced == 0 and easy[0].denoise_steps == 8
 
@@ -503,7 +503,7 @@ def test_steps_bound_a_thresholded_block_and_strict_says_so():
 def test_threshold_sweep_is_monotone_in_passes():
     lm, params = model(9)
     prompts = all_prompts(9, [4, 6, 8, 10])
-    rows = BlockStream(lm, params, BlockDecoding.for_model(lm.config, block_length=8), batch=4, capacity=40)
+    rows = BlockStream(lm, params, BlockDecoding.for_model(lm.config), batch=4, capacity=64)
     passes, traces = [], {}
     for threshold in (0.0, 0.05, 0.15, 0.3, 0.6, 1.0):
         _, stats = generate(
@@ -512,7 +512,7 @@ def test_threshold_sweep_is_monotone_in_passes():
         )  # fmt: skip
         traces = traces or dict(rows.traces)
         passes.append(stats.denoise_steps)
-    assert passes[0] == 4 * 2 and passes[-1] == 4 * 16
+    assert passes[0] == 4 * 4 and passes[-1] == 4 * 16
     assert passes == sorted(passes)
     assert rows.traces == traces  # the threshold is traced
 
