@@ -158,9 +158,10 @@ def _label(panel: "Axes", labels: Sequence[Label], *, below: bool) -> None:
         groups.append([label])
     for i, group in enumerate(groups):
         x, y, _ = group[-1]
-        down = below or i == 0  # above the first point stands the autoregressive one
+        # Above the first point stands the autoregressive one, and its name is the longest: one line deeper.
+        drop = -25 if i == 0 else -13 if below else 5
         text = panel.annotate(
-            ", ".join(name for *_, name in group), (x, y), xytext=(7, -13 if down else 5), textcoords="offset points",
+            ", ".join(name for *_, name in group), (x, y), xytext=(7, drop), textcoords="offset points",
             color=DIFFUSION, fontsize=9.5, fontweight="bold",
         )  # fmt: skip
         text.set_path_effects([withStroke(linewidth=3, foreground="white")])
