@@ -29,9 +29,7 @@ def build(chat_template=None) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(["def f(x): return x + 1\n" * 4, "äöü äöü 🙂🙂 привет"], trainer)
-    backend.add_tokens(
-        ["<tool call>", "é!"]
-    )  # plain added tokens: one with a space, one in the byte alphabet
+    backend.add_tokens(["<tool call>", "é!"])  # plain added tokens: one with a space, one in the byte alphabet
     config = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}, "model_max_length": 64}
     return Tokenizer(backend, config=config, chat_template=chat_template)
 
@@ -81,9 +79,7 @@ def test_streaming_random_ids_equals_decoding_them(ids, cuts, skip):
 
 def test_every_id_streams_like_it_decodes():
     for token in range(TOKENIZER.vocab_size):
-        assert streamed([token], skip_special_tokens=False)[0] == TOKENIZER.decode(
-            [token], skip_special_tokens=False
-        )
+        assert streamed([token], skip_special_tokens=False)[0] == TOKENIZER.decode([token], skip_special_tokens=False)
 
 
 def test_flush_gives_the_broken_rest_and_starts_anew():
