@@ -236,6 +236,9 @@ def draw_block_size(key: Array, block_size: int, random_length_prob: float) -> t
     return index.astype(jnp.int32), sizes
 
 
+_legendre = functools.lru_cache(maxsize=16)(np.polynomial.legendre.leggauss)
+
+
 def plackett_luce_inclusion(log_weights: np.ndarray, count: int) -> np.ndarray:
     """P(i is among the first `count` draws without replacement in proportion to exp(log_weights)); float64.
 
@@ -252,7 +255,7 @@ def plackett_luce_inclusion(log_weights: np.ndarray, count: int) -> np.ndarray:
         return np.full(size, float(count > 0))
     # Substituting x = log s spreads the clocks evenly whatever the spread of the weights.
     low, high = -log_weights.max() - 40.0, -log_weights.min() + 5.0
-    nodes, node_weights = np.polynomial.legendre.leggauss(int(max(256, 6 * (high - low))))
+    nodes, node_weights = _legendre(max(256, -(-int(6 * (high - low)) // 64) * 64))
     x = low + (high - low) * (nodes + 1) / 2
     hazard = np.exp(log_weights[None, :] + x[:, None])  # w_i s, [nodes, size]
     density = hazard * np.exp(-hazard) * (node_weights * (high - low) / 2)[:, None]
