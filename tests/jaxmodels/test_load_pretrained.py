@@ -467,7 +467,7 @@ def test_each_process_reads_its_part_and_they_save_together(tmp_path):
 
 
 MEMORY = """
-import sys, threading, time
+import ctypes, gc, sys, threading, time
 import jax, jaxmodels
 from jaxmodels.checkpoints.huggingface import Checkpoint
 def anonymous():
@@ -482,6 +482,8 @@ def watch():
     while not done:
         peak = max(peak, anonymous())
         time.sleep(0.0005)
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)  # or parameters land in pages that earlier work has left free, and are not seen
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
