@@ -432,7 +432,7 @@ BAD_CALLS = {
     "lengths": (dict(kv_lengths=zeros(3, dtype=jnp.int32)), r"kv_lengths must have shape \(2,\); got \(3,\)"),
     "implementation": (
         dict(implementation="flash3"),
-        r"implementation must be None or one of \['cudnn', 'xla', 'reference'\]; got 'flash3'",
+        rf"implementation must be None or one of {re.escape(str([*api.IMPLEMENTATIONS]))}; got 'flash3'",
     ),
 }
 
