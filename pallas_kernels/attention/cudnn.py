@@ -27,6 +27,9 @@ def unsupported(
         return f"cuDNN attention is used for head dims up to 128 that are multiples of 8; got {q.shape[3]}"
     if not isinstance(mask, Causal | Full):
         return f"cuDNN attention is used for Causal and Full masks; got {mask}"
+    if q.shape[1] % 2 or k.shape[1] % 2:
+        # T = S = 257 raised inside the call on an H100 (JAX 0.11.2, 2026-11-23); 64 and 1024 agreed.
+        return f"cuDNN attention is used for even lengths; got T={q.shape[1]} and S={k.shape[1]}"
     if isinstance(mask, Causal) and q.shape[1] != k.shape[1]:
         return f"cuDNN aligns causal masks top left, we bottom right; T={q.shape[1]} and S={k.shape[1]} differ"
     if return_lse:
