@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from train.config import MeshConfig, OptimConfig, RunConfig, to_json
+from train.objectives.config import DiffusionObjective
 
 if TYPE_CHECKING:  # importing a recipe must stay quick: `--help` imports it
     from jaxmodels.qwen import CausalLM, QwenConfig
@@ -121,6 +122,11 @@ class DemoConfig:
             raise ValueError(f"input_dropout must lie in [0, 1); got {self.input_dropout}")
         if self.completions < 0:
             raise ValueError(f"completions must not be negative; got {self.completions}")
+
+    @property
+    def objective(self) -> DiffusionObjective:
+        """Of the conversion: clean context and position-dependent masking."""
+        return DiffusionObjective(block_size=self.block_size, half_life_ratio=self.half_life_ratio)
 
     def model(self, special: dict[str, int], *, diffusion: bool) -> "QwenConfig":
         """Qwen3's structure with a tied head."""
@@ -307,7 +313,7 @@ class _Chain:
         from jaxmodels import load_pretrained
 
         start = load_pretrained(self.root / AR, dtype="float32").params
-        loss = conversion_loss(self.dlm, self.config)
+        loss = self._conversion_loss()
 
         def held_out(params: Any) -> float:
             return self.bound_nats(params, "validation", self.config.block_size, samples=2)[0]
@@ -322,6 +328,11 @@ class _Chain:
         rate = self.config.input_dropout
         return make_dropped_input_loss(self.ar, rate) if rate else plain, plain
 
+    def _conversion_loss(self) -> Any:
+        from train.objectives.block_diffusion import make_block_diffusion_loss
+
+        return make_block_diffusion_loss(self.dlm, self.config.objective)
+
     def measure(self, steps: int = 30) -> None:
         """Prints how long both stages would take on this machine, from some steps of random models."""
         import tempfile
@@ -330,7 +341,7 @@ class _Chain:
         from train.loop import fit, weights_of
         from train.metrics import Reporter
 
-        conversion = conversion_loss(self.dlm, self.config)
+        conversion = self._conversion_loss()
         for name, lm, stage, loss in (
             (AR, self.ar, self.config.ar, self._ar_losses()[0]),
             (DLM, self.dlm, self.config.dlm, conversion),
@@ -413,6 +424,7 @@ class _Chain:
         import rich.table
 
         from jaxmodels import load_pretrained
+        from train.drift import weight_drift
 
         before = time.perf_counter()
         ar = load_pretrained(self.root / AR, dtype="float32").params
@@ -425,7 +437,7 @@ class _Chain:
         table = rich.table.Table("test files", "nats/token", "bits/byte")
         for label, value, error in rows:
             table.add_row(label, f"{value:.4f}" + (f" ± {error:.4f}" if error else ""), f"{bits(value):.4f}")
-        drift = weight_drift(ar, dlm)
+        drift = {name: value for name, value in weight_drift(dlm, ar).items() if isinstance(value, float)}
         values: dict[str, Any] = {
             "nats_per_token": {label: round(value, 5) for label, value, _ in rows},
             "bits_per_byte": {label: round(bits(value), 5) for label, value, _ in rows},
@@ -581,40 +593,6 @@ def make_dropped_input_loss(lm: "CausalLM", rate: float) -> Any:
         return total, jnp.sum(weights), {"nll": total}
 
     return loss_fn
-
-
-def conversion_loss(lm: "CausalLM", config: DemoConfig) -> Any:
-    """The block-diffusion objective with clean context and position-dependent masking."""
-    from train.objectives.block_diffusion import make_block_diffusion_loss
-    from train.objectives.config import DiffusionObjective
-
-    objective = DiffusionObjective(
-        pattern="block_diffusion",
-        block_size=config.block_size,
-        masking="position",
-        half_life_ratio=config.half_life_ratio,
-        token_shift=False,
-        normalization="tokens",
-    )
-    return make_block_diffusion_loss(lm, objective)
-
-
-def weight_drift(before: Any, after: Any) -> dict[str, float]:
-    """mean |W - W0| of the attention and of the MLP weights."""
-    import jax
-    import numpy as np
-
-    sums: dict[str, list[float]] = {}
-    old = dict(jax.tree_util.tree_flatten_with_path(before)[0])
-    for path, new in jax.tree_util.tree_flatten_with_path(after)[0]:
-        names = [str(getattr(key, "key", key)) for key in path]
-        group = "attention" if "attention" in names else "mlp" if "mlp" in names else None
-        if group and not any("norm" in name for name in names):
-            difference = np.abs(np.asarray(new, np.float64) - np.asarray(old[path], np.float64))
-            entry = sums.setdefault(group, [0.0, 0.0])
-            entry[0] += float(difference.sum())
-            entry[1] += difference.size
-    return {group: round(total / count, 7) for group, (total, count) in sums.items()}
 
 
 def _ratio(parts: Iterator[tuple]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from jaxmodels.demo.corpus import Corpus
 from jaxmodels.qwen import QwenConfig, build
 from train.objectives.next_token import make_next_token_loss
 from train.recipes import demo
-from train.recipes.demo import StageConfig, make_dropped_input_loss, weight_drift
+from train.recipes.demo import StageConfig, make_dropped_input_loss
 from train.recipes.quickstart import Quickstart
 from train.recipes.shipped import Shipped
 
@@ -56,7 +56,7 @@ def test_chain_makes_models_continues_and_records(config, library, capsys):
     values = record["stages"]["evaluation"]
     assert set(values["completions"]) == {"one token a step", "0.9", "0.7", "0.5"}
     assert values["completions"]["one token a step"]["tokens_per_forward"] == pytest.approx(1.0, abs=0.15)
-    assert 0 < values["nats_per_token"]["AR, exact"] < 2 * np.log(280) and values["drift"]["attention"] > 0
+    assert 0 < values["nats_per_token"]["AR, exact"] < 2 * np.log(280) and values["drift"]["drift_attention"] > 0
 
     ar, dlm = load_pretrained(root / "ar"), load_pretrained(root / "dlm")
     assert (ar.config.block_size, dlm.config.block_size) == (None, 4)
@@ -120,9 +120,3 @@ def test_dropped_inputs_leave_targets_clean():
     expected = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1).sum()
     np.testing.assert_allclose(make_dropped_input_loss(lm, 1.0)(params, batch, key)[0], expected, rtol=1e-5)
     assert not np.allclose(plain[0], expected, rtol=1e-3)
-
-
-def test_weight_drift_is_the_mean_absolute_change():
-    old = {"layers": {"attention": {"q": np.ones((2, 2)), "q_norm": np.ones(2)}, "mlp": {"up": np.zeros(4)}}}
-    new = {"layers": {"attention": {"q": np.full((2, 2), 0.5), "q_norm": np.zeros(2)}, "mlp": {"up": np.full(4, -2.0)}}}
-    assert weight_drift(old, new) == {"attention": 0.5, "mlp": 2.0}
