@@ -16,7 +16,10 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # `--help` imports this module
+    from jaxmodels.decoding.complete import Completion
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -36,6 +39,8 @@ class Completions:
     """Prompts, generated tokens and results; what is there already is not made again."""
     count: int = 2048
     """Prompts."""
+    split: Literal["validation", "test"] = "test"
+    """Files that the prompts come from; choose settings on the validation files."""
     prompt_tokens: int = 256
     new_tokens: int = 128
     thresholds: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -57,18 +62,6 @@ class Completions:
             raise ValueError(f"thresholds must lie in [0, 1]; got {self.thresholds}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What an arm made of one prompt.
-
-    `forwards` counts every pass that gave or committed tokens. A diffusion model's prefill gives none and is left
-    out; an AR model's gives its first token and counts.
-    """
-
-    tokens: tuple[int, ...]
-    forwards: int
-
-
 def main(config: Completions) -> int:
     """Runs the task; results go to the output directory and as a table to stdout."""
     import rich.console
@@ -85,8 +78,9 @@ def main(config: Completions) -> int:
     if not path.is_file():
         block = _block_size(config.dlm)
         made = corpus_prompts(
-            tokenizer, config.count, max_tokens=config.prompt_tokens, multiple=block, seed=config.seed
-        )
+            tokenizer, config.count, max_tokens=config.prompt_tokens, multiple=block, seed=config.seed,
+            split=config.split,
+        )  # fmt: skip
         write_prompts(path, made)
     prompts = read_prompts(path)
     ids = [prompt.ids for prompt in prompts]
@@ -123,82 +117,26 @@ def arms(thresholds: Iterable[float]) -> dict[str, tuple[str, float | None]]:
     return {"ar": ("ar", None), "dlm-one": ("dlm", None)} | {f"dlm-{t:g}": ("dlm", t) for t in thresholds}
 
 
-def generate_ar(model: Any, prompts: Sequence[Sequence[int]], config: Completions) -> list[Completion]:
-    """Completions of the AR model, in batches of one shape."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+def generate_ar(model: Any, prompts: Sequence[Sequence[int]], config: Completions) -> "list[Completion]":
+    """Completions of the AR model."""
+    from jaxmodels.decoding.complete import complete_autoregressive
 
-    from jaxmodels.cache import KVCache
-    from jaxmodels.decoding.autoregressive import Prompt, init_state, make_prefill, make_step, make_steps
-    from jaxmodels.decoding.sampling import Sampling
-
-    lm, params = model.lm, model.params
-    rows, longest = _batch(config, len(prompts)), max(map(len, prompts))
-    # One program for prefill and decoding; the state is made inside, so nothing is carried between batches.
-    steps = make_steps(make_step(lm), config.new_tokens - 1) if config.new_tokens > 1 else None
-
-    @jax.jit
-    def complete(params, prompt):
-        cache = KVCache.init(lm.config, batch=rows, capacity=longest + config.new_tokens, dtype=params["embed"].dtype)
-        state, first = make_prefill(lm)(params, init_state(cache, lm.config.vocab_size), prompt)
-        if steps is None:
-            return first.token[:, None], jnp.ones(rows, jnp.int32)
-        _, chunk = steps(params, state, ~state.done)
-        return jnp.concatenate([first.token[:, None], chunk.tokens], axis=1), 1 + chunk.counts
-
-    done: list[Completion] = []
-    for start in range(0, len(prompts), rows):
-        batch = list(prompts[start : start + rows])
-        real = len(batch)
-        batch += batch[:1] * (rows - real)
-        tokens = np.zeros((rows, longest), np.int32)
-        for i, ids in enumerate(batch):
-            tokens[i, : len(ids)] = ids
-        eos = np.full((rows, 8), -1, np.int32)
-        eos[:, : len(lm.config.eos_ids)] = lm.config.eos_ids
-        prompt = Prompt(
-            tokens=jnp.asarray(tokens),
-            lengths=jnp.asarray([len(ids) for ids in batch], jnp.int32),
-            rows=jnp.arange(rows),
-            remaining=jnp.full(rows, config.new_tokens, jnp.int32),
-            eos=jnp.asarray(eos),
-            sampling=Sampling.stack(_sampling(config, start, rows)),
-        )
-        out, counts = jax.device_get(complete(params, prompt))
-        for i in range(real):
-            count = int(counts[i])
-            done.append(Completion(tuple(out[i, :count].tolist()), count))
-    return done
+    return complete_autoregressive(model.lm, model.params, prompts, **_options(config, len(prompts)))
 
 
 def generate_dlm(
     model: Any, prompts: Sequence[Sequence[int]], threshold: float | None, config: Completions
-) -> list[Completion]:
+) -> "list[Completion]":
     """Completions of the block-diffusion model at one threshold (None: one token per step)."""
-    from jaxmodels.decoding.block_diffusion import BlockDecoding, BlockStream, RevealOptions, generate
+    from jaxmodels.decoding.block_diffusion import RevealOptions
+    from jaxmodels.decoding.complete import complete_blocks
 
-    lm, params = model.lm, model.params
-    rows = _batch(config, len(prompts))
-    decoding = BlockDecoding.for_model(lm.config)
-    length = decoding.block_length
-    capacity = max(map(len, prompts)) + -(-config.new_tokens // length) * length
-    stream = BlockStream(lm, params, decoding, batch=rows, capacity=capacity, fused=True)
-    done: list[Completion] = []
-    for start in range(0, len(prompts), rows):
-        batch = list(prompts[start : start + rows])
-        real = len(batch)
-        batch += batch[:1] * (rows - real)
-        results, _ = generate(
-            lm, params, batch, max_new_tokens=config.new_tokens, decoding=decoding,
-            reveal=RevealOptions(threshold=threshold), sampling=_sampling(config, start, rows), stream=stream,
-        )  # fmt: skip
-        done += [Completion(tuple(r.tokens), r.denoise_steps + r.commits) for r in results[:real]]
-    return done
+    reveal = RevealOptions(threshold=threshold)
+    return complete_blocks(model.lm, model.params, prompts, reveal=reveal, **_options(config, len(prompts)))
 
 
 def judge(
-    prompts: Sequence[Any], generated: dict[str, list[Completion]], tokenizer: Any, new_tokens: int
+    prompts: Sequence[Any], generated: "dict[str, list[Completion]]", tokenizer: Any, new_tokens: int
 ) -> dict[str, Any]:
     """Validity, copies and tokens per forward pass of every arm, and differences to the first two arms.
 
@@ -316,17 +254,16 @@ def results_table(results: dict[str, Any]) -> Any:
     return table
 
 
-def _batch(config: Completions, prompts: int) -> int:
+def _options(config: Completions, prompts: int) -> dict[str, Any]:
     import jax
 
     default = 16 if jax.default_backend() == "cpu" else 256
-    return min(config.batch or default, prompts)
-
-
-def _sampling(config: Completions, start: int, rows: int) -> list[Any]:
-    from jaxmodels.decoding.sampling import SamplingOptions
-
-    return [SamplingOptions(temperature=config.temperature, seed=config.seed + start + i) for i in range(rows)]
+    return {
+        "max_new_tokens": config.new_tokens,
+        "batch": min(config.batch or default, prompts),
+        "temperature": config.temperature,
+        "seed": config.seed,
+    }
 
 
 def _block_size(directory: Path) -> int:
@@ -341,7 +278,7 @@ def _block_size(directory: Path) -> int:
 def _check_identity(config: Completions) -> None:
     """One output directory, one setting."""
     path = config.output / "config.json"
-    kept = ("ar", "dlm", "count", "prompt_tokens", "new_tokens", "temperature", "seed")
+    kept = ("ar", "dlm", "count", "split", "prompt_tokens", "new_tokens", "temperature", "seed")
     mine = {name: str(getattr(config, name)) for name in kept}
     if path.is_file():
         theirs = json.loads(path.read_text("utf-8"))
@@ -355,13 +292,15 @@ def _check_identity(config: Completions) -> None:
         path.write_text(json.dumps(mine, indent=1) + "\n", "utf-8")
 
 
-def _write(path: Path, completions: Iterable[Completion]) -> None:
+def _write(path: Path, completions: "Iterable[Completion]") -> None:
     text = "".join(json.dumps({"tokens": c.tokens, "forwards": c.forwards}) + "\n" for c in completions)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
 
-def _read(path: Path) -> list[Completion]:
+def _read(path: Path) -> "list[Completion]":
+    from jaxmodels.decoding.complete import Completion
+
     records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     return [Completion(tuple(r["tokens"]), r["forwards"]) for r in records]

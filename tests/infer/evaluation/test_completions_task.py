@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from infer.evaluation import completions as task
-from infer.evaluation.completions import Completion, Completions, arms, generate_ar, generate_dlm, judge, results_table
+from infer.evaluation.completions import Completions, arms, generate_ar, generate_dlm, judge, results_table
 from jaxmodels import load_pretrained, save_pretrained
+from jaxmodels.decoding.complete import Completion
 from jaxmodels.demo.completions import PromptCut
 from jaxmodels.demo.corpus import Corpus
 from jaxmodels.demo.prompts import CodePrompt, write_prompts
