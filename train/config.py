@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxmodels.command_line import to_json as to_json  # recipes take it from here with their options
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -136,19 +138,6 @@ class RunConfig:
         if not (start.isdecimal() and count.isdecimal() and int(count) > 0):
             raise ValueError(f"profile must be START:COUNT with COUNT > 0, such as 10:3; got {self.profile!r}")
         return int(start), int(count)
-
-
-def to_json(config: Any) -> Any:
-    """Nested dicts, lists, numbers and strings of a configuration."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, dict):
-        return {str(k): to_json(v) for k, v in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [to_json(v) for v in config]
-    if config is None or isinstance(config, (bool, int, float, str)):
-        return config
-    return str(config)
 
 
 def _positive(config: Any, *names: str) -> None:

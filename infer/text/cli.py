@@ -14,6 +14,7 @@ from infer.console import CompileNotes, note, timed
 from infer.text.events import Completion, Event
 from infer.text.jsonl import ResultFile, read_requests
 from infer.text.requests import SAMPLING_FIELDS, Request
+from jaxmodels.command_line import to_json
 
 if TYPE_CHECKING:
     from infer.text.engine import TextEngine
@@ -46,7 +47,8 @@ class Text:
     option under the name of its flag with underscores."""
     out: Path | None = None
     """Where results of --jsonl go, one JSON object a line; without it, standard output. A file is appended to, and
-    requests whose id has a result in it are skipped, so the same command continues a killed run."""
+    requests whose id has a result in it are skipped, so the same command continues a killed run. The configuration is
+    written beside it, to OUT.config.json."""
     json: bool = False
     """Print one JSON object per completion instead of streaming text."""
     max_new_tokens: int | None = None
@@ -303,6 +305,8 @@ def _run_conversation(config: Text) -> int:
 
 def _run_jsonl(config: Text) -> int:
     """Many requests. A request that cannot be run gets an "error" line, and makes the exit code 1."""
+    from jaxmodels.checkpoints.huggingface import write_json
+
     assert config.jsonl is not None
     try:
         with sys.stdin.buffer if str(config.jsonl) == "-" else config.jsonl.open("rb") as lines:
@@ -311,6 +315,7 @@ def _run_jsonl(config: Text) -> int:
         raise ValueError(f"--jsonl {config.jsonl}: {error.strerror}") from None
     with nullcontext() if config.out is None else ResultFile(config.out) as results:
         if results is not None:
+            write_json(results.path.with_name(results.path.name + ".config.json"), to_json(config))
             total = len(requests)
             requests = [(key, request) for key, request in requests if key not in results.done]
             if len(requests) < total and not config.quiet:

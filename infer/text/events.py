@@ -1,10 +1,8 @@
-"""What flows through the engine: a decoder's `Chunk`s in, the user's `Event`s out. Imports no JAX."""
+"""What flows through the engine: a decoder's `Chunk`s in, the user's `Event`s out. Imports neither JAX nor NumPy."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
-
-import numpy as np
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -36,8 +34,8 @@ class Chunk:
 class Job:
     """A request after preparation: ids, every default resolved."""
 
-    prompt: np.ndarray
-    """int32 [P], P >= 1"""
+    prompt: Any
+    """int32 NumPy array [P], P >= 1"""
     max_new_tokens: int
     sampling: Any
     """jaxmodels.decoding.sampling.SamplingOptions"""

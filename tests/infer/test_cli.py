@@ -10,6 +10,7 @@ import pytest
 
 import infer.__main__ as cli
 from infer.text.jsonl import ResultFile
+from jaxmodels import command_line
 
 SHORT = ["--max-new-tokens", "6", "--ignore-eos", "--capacity", "64"]
 
@@ -17,7 +18,7 @@ SHORT = ["--max-new-tokens", "6", "--ignore-eos", "--capacity", "64"]
 @pytest.fixture(autouse=True)
 def no_side_effects(monkeypatch):
     """The command line sets up its process; here it shares one with other tests."""
-    monkeypatch.setattr(cli, "_prepare_environment", lambda: None)
+    monkeypatch.setattr(command_line, "prepare_environment", lambda: None)
 
 
 def run(capsys, *args):
@@ -31,11 +32,11 @@ def stdin_of(monkeypatch, data: bytes, tty: bool = False):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: tty))
 
 
-@pytest.mark.parametrize("task", [[], *([task.name] for task in cli.TASKS)])
-def test_help_imports_no_jax(task):
+@pytest.mark.parametrize("task", [[], *([task.name] for task in cli.LINE.commands)])
+def test_help_imports_nothing_heavy(task):
     code = (
         "import sys; from infer.__main__ import main; code = main(sys.argv[1:]);"
-        "heavy = {'jax', 'jaxlib', 'flax', 'transformers', 'torch'} & sys.modules.keys();"
+        "heavy = {'jax', 'jaxlib', 'flax', 'numpy', 'transformers', 'torch'} & sys.modules.keys();"
         "assert code == 0 and not heavy, (code, heavy)"
     )
     done = subprocess.run([sys.executable, "-c", code, *task, "--help"], capture_output=True, text=True, timeout=60)
@@ -66,8 +67,6 @@ def test_every_flag_is_documented(capsys):
         (["text", "--model", "m", "--prompt", "a", "--system", "b"], "--system needs --chat"),
         (["text", "--model", "m", "--prompt", "a", "--logprobs"], "--logprobs needs --json or --jsonl"),
         (["text", "--model", "m", "--prompt", "a", "--batch", "0"], "--batch must be at least 1; got 0"),
-        (["text", "--config"], "--config needs the name of a TOML file"),
-        (["text", "--config", "/nowhere.toml"], "--config /nowhere.toml: .*No such file"),
     ],
     ids=str,
 )
@@ -118,16 +117,6 @@ def test_a_prompt_streams_to_stdout(capsys, tiny_directory, monkeypatch):
     assert code == 2 and "give --prompt" in err
 
 
-def test_flags_can_come_from_a_file_and_the_command_line_wins(tmp_path):
-    file = tmp_path / "text.toml"
-    file.write_text('model = "m"\ntop-k = 3\nstop = ["a", "b c"]\nchat = true\nseed = 1\n')
-    config = cli._parse(cli._find("text"), ["--seed", "2", "--config", str(file)])
-    assert (config.model, config.top_k, config.stop, config.chat, config.seed) == ("m", 3, ("a", "b c"), True, 2)
-    file.write_text("modle = 1\n")
-    with pytest.raises(cli.UsageError, match="unknown key 'modle'; did you mean 'model'"):
-        cli._parse(cli._find("text"), ["--config", str(file)])
-
-
 def test_a_conversation_remembers(capsys, tiny_directory, tiny, monkeypatch):
     stdin_of(monkeypatch, b"hi\n\nwhat?\n")
     args = ["--chat", "--system", "be", "--json", "--quiet", *SHORT, "--max-new-tokens", "2"]
@@ -166,6 +155,8 @@ def test_jsonl_runs_resume(capsys, tiny_directory, tmp_path, monkeypatch):
     assert code == 0 and "2 of 5 requests have a result" in err
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert {record["id"]: record["ids"] for record in records} == expected and len(records) == 5
+    settings = json.loads((tmp_path / "out.jsonl.config.json").read_text())
+    assert (settings["model"], settings["batch"], settings["out"]) == (str(tiny_directory), 2, str(out))
     assert run(capsys, *args, "--out", out, "--quiet") == (0, "", "")  # nothing left: no model is loaded
 
 
