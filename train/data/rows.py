@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +146,14 @@ class RowStore:
             positions[here] = np.arange(length)
             loss_mask[column + unsupervised : column + length] = True
         return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "loss_mask": loss_mask}
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The documents' token ids in the order of the store, without the end token that closes each."""
+        eos_id = self.manifest["config"]["eos_id"]
+        start = 0
+        for end in np.flatnonzero(self._tokens == eos_id):
+            yield np.asarray(self._tokens[start:end])
+            start = int(end) + 1
 
     def __repr__(self) -> str:  # grain records it beside the iterator state
         return f"RowStore({self.fingerprint[:16]}, {self.split}, rows={self._rows})"

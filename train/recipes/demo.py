@@ -1,4 +1,4 @@
-"""The chain behind `quickstart` and `shipped`: corpus, tokeniser, AR training, conversion, evaluation.
+"""The chain behind `quickstart` and `shipped`: corpus, tokeniser, AR training, conversion, distillation, evaluation.
 
 Each stage writes what the next one needs below `directory` and is skipped when it is there already, so the
 same command continues after a kill:
@@ -6,6 +6,7 @@ same command continues after a kill:
     store/       the corpus as packed rows, and its tokeniser
     ar-run/      the autoregressive run (checkpoints, metrics); ar/ is the model it gives
     dlm-run/     the conversion; dlm/ is the model it gives
+    distilled-run/  completions of dlm/ and the run that learns them; distilled/ is the model it gives
     record.json  configuration, hardware, versions, times and metrics of all stages
 """
 
@@ -23,9 +24,10 @@ from train.objectives.config import DiffusionObjective
 
 if TYPE_CHECKING:  # importing a recipe must stay quick: `--help` imports it
     from jaxmodels.qwen import CausalLM, QwenConfig
+    from train.data.batches import Rows
 
 # Data and weights of one stage go by these names below the directory.
-STORE, AR, DLM = "store", "ar", "dlm"
+STORE, AR, DLM, DISTILLED = "store", "ar", "dlm", "distilled"
 SPLITS = ("train", "validation", "test")
 
 
@@ -77,6 +79,40 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """How the converted model learns its own completions, see `train.recipes.distill`."""
+
+    prompts: int
+    """Places in training files that the teacher completes."""
+    stage: StageConfig
+    """The training run of one round."""
+    rounds: int = 1
+    """How often the model completes the prompts and learns what was accepted."""
+    shortest_prompt: int = 64
+    longest_prompt: int = 384
+    """Tokens; lengths are drawn from multiples of the block size between the two."""
+    new_tokens: int = 128
+    """Tokens per completion."""
+    min_distinct: float = 0.6
+    """Completions whose statements repeat more than this allows are not learnt."""
+    share: float = 0.5
+    """Of the rows of each batch; the others are text of the corpus."""
+
+    def __post_init__(self):
+        for name in ("prompts", "rounds", "shortest_prompt", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.longest_prompt < self.shortest_prompt:
+            raise ValueError(
+                f"longest_prompt must be at least shortest_prompt = {self.shortest_prompt}; got {self.longest_prompt}"
+            )
+        if not 0.0 < self.share < 1.0:
+            raise ValueError(f"share must lie in (0, 1); got {self.share}")
+        if not 0.0 <= self.min_distinct <= 1.0:
+            raise ValueError(f"min_distinct must lie in [0, 1]; got {self.min_distinct}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DemoConfig:
     """What decides the models of the chain."""
 
@@ -104,10 +140,12 @@ class DemoConfig:
     """How many times the corpus is cut into rows, each time at another offset."""
     ar: StageConfig
     dlm: StageConfig
+    distill: DistillConfig | None
+    """None: the converted model is the last one."""
     completions: int
     """Held-out prompts completed for the evaluation at the end; 0: bounds only."""
     seed: int
-    until: Literal["store", "ar", "dlm", "evaluation"]
+    until: Literal["store", "ar", "dlm", "distilled", "evaluation"]
     """Stop after this stage. A store, which holds its tokeniser, or a directory with finished stages can be
     carried to another machine."""
     measure: bool
@@ -122,6 +160,12 @@ class DemoConfig:
             raise ValueError(f"input_dropout must lie in [0, 1); got {self.input_dropout}")
         if self.completions < 0:
             raise ValueError(f"completions must not be negative; got {self.completions}")
+        if self.distill is not None:
+            needed = self.distill.longest_prompt + self.distill.new_tokens
+            if needed > self.seq_len:
+                raise ValueError(
+                    f"distill.longest_prompt and distill.new_tokens need {needed} tokens; a row has {self.seq_len}"
+                )
 
     @property
     def objective(self) -> DiffusionObjective:
@@ -168,7 +212,10 @@ def run(config: DemoConfig, command: str) -> int:
     if config.measure:
         chain.measure()
         return 0
-    for name, stage in (("ar", chain.train_ar), ("dlm", chain.convert), ("evaluation", chain.evaluate)):
+    stages = [("ar", chain.train_ar), ("dlm", chain.convert)]
+    if config.distill is not None:
+        stages.append(("distilled", chain.distill))
+    for name, stage in [*stages, ("evaluation", chain.evaluate)]:
         if not stage():
             return 1
         if name == config.until:
@@ -320,6 +367,38 @@ class _Chain:
 
         return self._fit(DLM, self.dlm, self.config.dlm, lambda: start, loss, loss, held_out)
 
+    def distill(self) -> bool:
+        """Lets the converted model learn those of its own completions that are good; False if interrupted."""
+        from jaxmodels import load_pretrained
+        from train.data.pairs import Mixture
+        from train.objectives.block_diffusion import make_block_diffusion_loss
+        from train.recipes.distill import accepted_completions
+
+        settings = self.config.distill
+        assert settings is not None
+        # A row with a short completion counts as much per token as a row of text.
+        loss = make_block_diffusion_loss(
+            self.dlm, dataclasses.replace(self.config.objective, normalization="supervised")
+        )
+        teacher = DLM
+        for number in range(1, settings.rounds + 1):
+            name = DISTILLED if number == settings.rounds else f"{DISTILLED}-{number}"
+            if not self._trained(name):
+                params = load_pretrained(self.root / teacher, dtype="float32").params
+                pairs = accepted_completions(
+                    self.dlm, params, self.rows["train"], self.tokenizer, settings,
+                    path=self.root / f"{name}-run" / "pairs.npz", block_size=self.config.block_size,
+                    seed=self.config.seed + number, report=self.report,
+                )  # fmt: skip
+                data = Mixture([(self.rows["train"], 1 - settings.share), (pairs, settings.share)])
+                identity = {"pairs": pairs.fingerprint, "share": settings.share}
+                if not self._fit(
+                    name, self.dlm, settings.stage, lambda params=params: params, loss, loss, None, data, identity
+                ):
+                    return False
+            teacher = name
+        return True
+
     def _ar_losses(self) -> tuple[Any, Any]:
         """What to train on, and what to evaluate."""
         from train.objectives.next_token import make_next_token_loss
@@ -369,19 +448,21 @@ class _Chain:
         create: Callable[[], Any] | None,
         loss: Any,
         eval_loss: Any,
-        held_out: Callable[[Any], float],
+        held_out: Callable[[Any], float] | None,
+        rows: "Rows | None" = None,
+        identity: dict[str, Any] | None = None,
     ) -> bool:
+        """Trains one model of the chain; `held_out` chooses the best weights where the stage evaluates."""
         from jaxmodels import save_pretrained
         from train.data import batches, evaluation_batches
         from train.loop import fit, weights_of
 
-        target = self.root / name
-        if (target / "config.json").is_file():
-            self.report.line(f"{name}: already trained, in {target}")
+        if self._trained(name):
             return True
+        target = self.root / name
         self.report.line(f"{name}: {stage.steps} steps of {stage.batch_size} x {self.config.seq_len} tokens")
         run = stage.run(self.root / f"{name}-run", self.config.seed)
-        keeper = _BestWeights(self.root / f"{name}-run", lm, held_out) if stage.eval_every else None
+        keeper = _BestWeights(self.root / f"{name}-run", lm, held_out) if stage.eval_every and held_out else None
         before = time.perf_counter()
         result = fit(
             run,
@@ -389,13 +470,14 @@ class _Chain:
             self.mesh,
             weights_of(lm, self.mesh, create, seed=self.config.seed),
             loss,
-            batches(self.rows["train"], global_batch=stage.batch_size, seed=self.config.seed),
+            batches(self.rows["train"] if rows is None else rows, global_batch=stage.batch_size, seed=self.config.seed),
             identity={
                 "recipe": name,
                 "model": to_json(lm.config),
                 "data": self.rows["train"].fingerprint,
                 "input_dropout": self.config.input_dropout,
                 "half_life_ratio": self.config.half_life_ratio,
+                **(identity or {}),
             },
             config=self.config,
             eval_data=lambda: evaluation_batches(self.rows["validation"], global_batch=stage.batch_size),
@@ -416,6 +498,14 @@ class _Chain:
         self.record.stage(name, values)
         return True
 
+    def _trained(self, name: str) -> bool:
+        """Whether this model is there already."""
+        target = self.root / name
+        if (target / "config.json").is_file():
+            self.report.line(f"{name}: already trained, in {target}")
+            return True
+        return False
+
     # -- evaluation
     # -----------------------------------------------------------------------------------------------
 
@@ -428,7 +518,8 @@ class _Chain:
 
         before = time.perf_counter()
         ar = load_pretrained(self.root / AR, dtype="float32").params
-        dlm = load_pretrained(self.root / DLM, dtype="float32").params
+        name = DLM if self.config.distill is None else DISTILLED
+        dlm = load_pretrained(self.root / name, dtype="float32").params
         nats = self.ar_nats(ar, "test")
         bits = self._bits_per_byte
         rows: list[tuple[str, float, float | None]] = [("AR, exact", nats, None)]

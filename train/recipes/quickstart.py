@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from train.recipes import demo
-from train.recipes.demo import DemoConfig, StageConfig
+from train.recipes.demo import DemoConfig, DistillConfig, StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Quickstart(DemoConfig):
     cuts: int = 1
     ar: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(500, 16, 3e-3, 50))
     dlm: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(350, 16, 2e-3, 40))
+    distill: DistillConfig | None = None
     completions: int = 24
     seed: int = 0
-    until: Literal["store", "ar", "dlm", "evaluation"] = "evaluation"
+    until: Literal["store", "ar", "dlm", "distilled", "evaluation"] = "evaluation"
     measure: bool = False
     eval_rows: int = 128
 

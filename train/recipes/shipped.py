@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from train.recipes import demo
-from train.recipes.demo import DemoConfig, StageConfig
+from train.recipes.demo import DemoConfig, DistillConfig, StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,12 @@ class Shipped(DemoConfig):
     dlm: StageConfig = dataclasses.field(
         default_factory=lambda: StageConfig(5000, 64, 1e-3, 200, weight_decay=0.3, eval_every=500)
     )
+    distill: DistillConfig | None = dataclasses.field(
+        default_factory=lambda: DistillConfig(65_536, StageConfig(3000, 64, 5e-4, 100, weight_decay=0.1))
+    )
     completions: int = 128
     seed: int = 0
-    until: Literal["store", "ar", "dlm", "evaluation"] = "evaluation"
+    until: Literal["store", "ar", "dlm", "distilled", "evaluation"] = "evaluation"
     measure: bool = False
     eval_rows: int = 1024
 

@@ -13,7 +13,7 @@ from jaxmodels.demo.corpus import Corpus
 from jaxmodels.qwen import QwenConfig, build
 from train.objectives.next_token import make_next_token_loss
 from train.recipes import demo
-from train.recipes.demo import StageConfig, make_dropped_input_loss
+from train.recipes.demo import DistillConfig, StageConfig, make_dropped_input_loss
 from train.recipes.quickstart import Quickstart
 from train.recipes.shipped import Shipped
 
@@ -76,12 +76,51 @@ def test_chain_makes_models_continues_and_records(config, library, capsys):
         demo.run(dataclasses.replace(moved, directory=root / "other", seq_len=64), "carried")
 
 
+def test_the_converted_model_learns_its_own_accepted_completions(config, library, monkeypatch, capsys):
+    """After the chain above: completions are made once, and all of the accepted ones are what is learnt."""
+    from train.data.pairs import PairRows
+    from train.recipes import distill
+
+    root = config.directory
+    (root / "record.json").unlink()
+    settings = DistillConfig(6, config.ar, rounds=1, shortest_prompt=4, longest_prompt=16, new_tokens=16)
+    own = dataclasses.replace(config, distill=settings, until="distilled")
+    scores = {}
+
+    def judge(context, completion, ended):
+        return scores.setdefault(context, [0.7, 0.5, -1.0, 0.6, 0.1, 0.9][len(scores) % 6])
+
+    monkeypatch.setattr(distill, "_distinct", judge)
+    # A function of the test is unknown to fresh processes.
+    monkeypatch.setattr(distill, "_workers", lambda: distill.concurrent.futures.ThreadPoolExecutor(1))
+    assert demo.run(own, "distil") == 0
+    assert "accepted 3 of 6 completions (83.3% were valid)" in "".join(capsys.readouterr())
+    pairs = PairRows.load(root / "distilled-run" / "pairs.npz")
+    assert len(pairs) == 3 and pairs.tokens.shape[1] == config.seq_len
+    assert all(pairs.prompt_lengths % config.block_size == 0) and max(pairs.prompt_lengths) <= 16
+    assert json.loads((root / "record.json").read_text())["stages"]["distilled"]["steps"] == 4
+    before, after = (load_pretrained(root / name).params["embed"] for name in ("dlm", "distilled"))
+    assert not np.array_equal(before, after)
+
+    monkeypatch.setattr(distill, "complete_blocks", None)  # nothing is made again
+    assert demo.run(own, "distil") == 0
+    with pytest.raises(ValueError, match=r"distill\.prompts must be at most"):
+        too_many = dataclasses.replace(settings, prompts=10**6)
+        demo.run(dataclasses.replace(own, directory=root / "too-many", distill=too_many), "distil")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Quickstart(block_size=7), "block_size must divide seq_len = 128; got 7"),
         (lambda: Quickstart(input_dropout=1.0), r"input_dropout must lie in \[0, 1\)"),
         (lambda: Quickstart(completions=-1), "completions must not be negative; got -1"),
+        (lambda: DistillConfig(0, StageConfig(1, 1, 1e-3, 0)), "prompts must be at least 1; got 0"),
+        (lambda: DistillConfig(1, StageConfig(1, 1, 1e-3, 0), share=1.0), r"share must lie in \(0, 1\); got 1.0"),
+        (
+            lambda: Shipped(distill=DistillConfig(1, StageConfig(1, 1, 1e-3, 0), new_tokens=256)),
+            "distill.longest_prompt and distill.new_tokens need 640 tokens; a row has 512",
+        ),
         (lambda: StageConfig(0, 1, 1e-3, 0), "steps must be positive; got 0"),
         (lambda: StageConfig(10, 1, 1e-3, 10), r"warmup_steps must lie in \[0, steps=10\); got 10"),
     ],

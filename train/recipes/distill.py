@@ -1,0 +1,128 @@
+"""Completions of a converted model, judged, as data for its own further training.
+
+A block-diffusion model that learnt from real text is seldom sure of two tokens at once: where text can go on in many
+ways, so can every token of a block. Its own greedy completions are a function of the prompt. A model that learns them
+can be sure of several tokens together, and decodes more of them per pass: sequence-level distillation, as it made
+parallel translation work (Kim and Rush, arXiv 1606.07947; Gu et al., arXiv 1711.02281; for diffusion language models:
+dParallel, arXiv 2509.26488). Of the completions only those are learnt that parse, hold enough statements and do not
+repeat themselves, so the model also learns from a judge that the autoregressive model never met.
+
+Prompts end where a statement of a training file ends. One token per pass is decoded, greedily.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.decoding.complete import complete_blocks
+from jaxmodels.demo.completions import MIN_STATEMENTS, PromptCut, find_cuts, parse_completion
+from jaxmodels.demo.prompts import CodePrompt, prompt_at
+from train.data.pairs import PairRows
+from train.data.rows import RowStore
+from train.recipes.demo import DistillConfig
+
+CHUNK = 256  # files or completions that a worker process takes at once
+
+
+def accepted_completions(
+    lm: Any,
+    params: Any,
+    store: RowStore,
+    tokenizer: Any,
+    settings: DistillConfig,
+    *,
+    path: Path,
+    block_size: int,
+    seed: int,
+    report: Any,
+) -> PairRows:
+    """The accepted completions of a model, from `path` if they are there, else made and written there.
+
+    Args:
+        lm: block-diffusion model.
+        params: its weights.
+        store: training rows, whose documents are the files that prompts come from.
+        tokenizer: a jaxmodels Tokenizer.
+        settings: how many prompts, how long, and what is accepted.
+        path: an `.npz` file.
+        block_size: prompt lengths are multiples of this.
+        seed: of the choice of prompts.
+        report: a `train.metrics.Reporter`.
+
+    Raises:
+        ValueError: the files have fewer places for prompts than asked for, or nothing was accepted.
+    """
+    import jax
+
+    if path.is_file():
+        return PairRows.load(path)
+    before = time.perf_counter()
+    with _workers() as workers:
+        prompts = draw_prompts(store, tokenizer, settings, block_size=block_size, seed=seed, workers=workers)
+        report.line(f"{len(prompts):,} prompts after {time.perf_counter() - before:.0f} s")
+        done = complete_blocks(
+            lm, params, [prompt.ids for prompt in prompts], max_new_tokens=settings.new_tokens,
+            batch=min(len(prompts), 16 if jax.default_backend() == "cpu" else 1024),
+            on_batch=lambda count: report.line(f"completed {count:,} of {len(prompts):,}"),
+        )  # fmt: skip
+        report.line(f"completions after {time.perf_counter() - before:.0f} s")
+        ends = tokenizer.special_ids
+        jobs = [
+            (prompt.cut.context, tokenizer.decode(completion.tokens), completion.tokens[-1] in ends)
+            for prompt, completion in zip(prompts, done, strict=True)
+        ]
+        distinct = np.asarray([*workers.map(_distinct, *zip(*jobs, strict=True), chunksize=CHUNK)])
+    good = np.flatnonzero(distinct >= settings.min_distinct)
+    report.line(
+        f"accepted {len(good):,} of {len(prompts):,} completions ({(distinct >= 0).mean():.1%} were valid) after "
+        f"{time.perf_counter() - before:.0f} s"
+    )
+    if not len(good):
+        raise ValueError(f"none of {len(prompts)} completions was accepted: the model cannot teach itself")
+    pairs = PairRows.from_pairs([(prompts[i].ids, done[i].tokens) for i in good], store.seq_len)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs.save(path)
+    return pairs
+
+
+def draw_prompts(
+    store: RowStore,
+    tokenizer: Any,
+    settings: DistillConfig,
+    *,
+    block_size: int,
+    seed: int,
+    workers: concurrent.futures.Executor,
+) -> list[CodePrompt]:
+    """Prompts of random lengths from random places where a statement of a training file ends."""
+    texts = [tokenizer.decode(ids.tolist()) for ids in store.documents()]
+    found = workers.map(find_cuts, map(str, range(len(texts))), texts, chunksize=4)
+    cuts: list[PromptCut] = [cut for own in found for cut in own]
+    if len(cuts) < settings.prompts:
+        raise ValueError(f"distill.prompts must be at most the {len(cuts)} places there are; got {settings.prompts}")
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(cuts))[: settings.prompts]
+    shortest = -(-settings.shortest_prompt // block_size)
+    longest = max(shortest, settings.longest_prompt // block_size)
+    lengths = rng.integers(shortest, longest + 1, settings.prompts) * block_size
+    prompts = (
+        prompt_at(tokenizer, cuts[i], "", max_tokens=int(length), multiple=block_size)
+        for i, length in zip(chosen, lengths, strict=True)
+    )
+    return [prompt for prompt in prompts if prompt.ids]
+
+
+def _distinct(context: str, completion: str, ended: bool) -> float:
+    """Share of distinct statements of a valid completion; -1 if it is not valid."""
+    parsed = parse_completion(context, completion, ended=ended)
+    return parsed.distinct if parsed.statements >= MIN_STATEMENTS else -1.0
+
+
+def _workers() -> concurrent.futures.ProcessPoolExecutor:
+    """One process per core, started afresh: JAX has threads, which a fork would not survive."""
+    return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
