@@ -19,7 +19,7 @@ AUTOMATIC = ("xla",)
 def flash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     *,
     mask: Mask = Causal(),
     segment_ids: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
@@ -29,7 +29,7 @@ def flash_attention(
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
-) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Softmax attention over the keys that a structured mask lets each query see.
 
     Query head n reads key head n // (N / K). Scores, softmax and sums are float32 (float64 for float64 inputs);
@@ -46,7 +46,7 @@ def flash_attention(
     Args:
       q: queries; bfloat16, float16, float32 or float64.
       k: keys, dtype of `q`; N a multiple of K.
-      v: values, like `k`.
+      v: values, like `k` but for a head dim of their own (Hv).
       mask: static structure, see `pallas_kernels.masks`.
       segment_ids: documents of a packed row; one array for T = S, or a pair for queries and keys.
       q_positions: what the mask compares instead of query indices. Positions may be given for one side alone. Not

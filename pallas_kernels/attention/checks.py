@@ -9,8 +9,8 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def check_heads(*arrays: tuple[str, Any]) -> None:
-    """Queries `[B, T, N, H]` first, then keys and values `[B, S, K, H]`, each with its name."""
-    (q_name, q), *others = arrays
+    """Queries `[B, T, N, H]` first, then keys `[B, S, K, H]` and values `[B, S, K, Hv]`, each with its name."""
+    (q_name, q), (k_name, k), *values = arrays
     for name, array in arrays:
         if len(array.shape) != 4:
             raise ValueError(f"{name} must be [batch, length, heads, head_dim]; got shape {array.shape}")
@@ -20,13 +20,13 @@ def check_heads(*arrays: tuple[str, Any]) -> None:
             raise ValueError(f"{name} must have no empty axis but the batch; got shape {array.shape}")
         if array.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of {q_name}, {q.dtype}; got {array.dtype}")
-    for name, array in others:
-        if array.shape != others[0][1].shape:
-            raise ValueError(f"{name} must have the shape of {others[0][0]}, {others[0][1].shape}; got {array.shape}")
-        if (array.shape[0], array.shape[3]) != (q.shape[0], q.shape[3]):
-            raise ValueError(f"{name} must share batch and head_dim with {q_name} {q.shape}; got {array.shape}")
-        if q.shape[2] % array.shape[2]:
-            raise ValueError(f"the {q.shape[2]} heads of {q_name} must be a multiple of the {array.shape[2]} of {name}")
+    for name, array in values:
+        if array.shape[:3] != k.shape[:3]:
+            raise ValueError(f"{name} must share batch, length and heads with {k_name} {k.shape}; got {array.shape}")
+    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+        raise ValueError(f"{k_name} must share batch and head_dim with {q_name} {q.shape}; got {k.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"the {q.shape[2]} heads of {q_name} must be a multiple of the {k.shape[2]} of {k_name}")
 
 
 def check_scale(scale: Any, head_dim: int) -> float:

@@ -25,6 +25,8 @@ def unsupported(
         return f"cuDNN attention takes bfloat16 or float16; got {q.dtype}"
     if q.shape[3] % 8 or q.shape[3] > 128:
         return f"cuDNN attention is used for head dims up to 128 that are multiples of 8; got {q.shape[3]}"
+    if v.shape[3] != q.shape[3]:
+        return f"cuDNN attention is used for values of the head dim of the keys; got {v.shape[3]} and {k.shape[3]}"
     if not isinstance(mask, Causal | Full):
         return f"cuDNN attention is used for Causal and Full masks; got {mask}"
     if q.shape[1] % 2 or k.shape[1] % 2:

@@ -111,6 +111,8 @@ def unsupported(
         return f"needs bfloat16 or float16; got {q.dtype}"
     if q.shape[3] not in HEAD_DIMS:
         return f"needs head_dim in {HEAD_DIMS}; got {q.shape[3]}"
+    if v.shape[3] != q.shape[3]:
+        return f"needs values of the head dim of the keys; got {v.shape[3]} and {k.shape[3]}"
     return compat.missing_hopper()
 
 

@@ -34,13 +34,13 @@ def visible(mask: Mask, limits: Limits, num_queries: int, num_keys: int) -> Bool
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     seen: Bool[Array, "#B T S"],
     scale: float,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """softmax(scale * q k^T where seen) v, and the natural log-sum-exp of the seen scores."""
-    shape, dtype = q.shape, q.dtype
-    batch, num_queries, num_heads, head_dim = shape
+    dtype = q.dtype
+    batch, num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     precise = jnp.promote_types(dtype, jnp.float32)
     seen = jnp.broadcast_to(seen, (batch, num_queries, num_keys))
@@ -57,20 +57,20 @@ def attend(
     total = weights.sum(axis=-1, keepdims=True)
     empty = total == 0.0
     probabilities = weights / jnp.where(empty, 1.0, total)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v, precision="highest")
+    out = jnp.einsum("BKGTS,BSKV->BTKGV", probabilities, v, precision="highest")
     lse = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1.0, total)) + top)
-    out = jnp.where(seen.any(2)[:, :, None, None], out.reshape(shape), 0)  # also drops such rows' cotangents
+    out = jnp.where(seen.any(2)[:, :, None, None], out.reshape(batch, num_queries, num_heads, v.shape[3]), 0)  # also drops such rows' cotangents
     return out.astype(dtype), lse.reshape(batch, num_heads, num_queries)
 
 
 def run(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     *,
     mask: Mask,
     limits: Limits,
     scale: float,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Output and log-sum-exp; see `flash_attention`."""
     return attend(q, k, v, visible(mask, limits, q.shape[1], k.shape[1]), scale)

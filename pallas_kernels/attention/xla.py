@@ -169,16 +169,16 @@ def _join_queries(x: Array, shape: _Shape) -> Array:
 
 
 def _cut_keys(x: Array, shape: _Shape) -> Array:
-    """[B, S, K, H] -> [nk, B, K, tile_k, H], zeros beyond S."""
+    """[B, S, K, H] -> [nk, B, K, tile_k, H], zeros beyond S; H may be the values' own head dim."""
     x = _pad(x, 1, shape.k_tiles * shape.tile_k)
-    x = x.reshape(shape.batch, shape.k_tiles, shape.tile_k, shape.num_kv_heads, shape.head_dim)
+    x = x.reshape(shape.batch, shape.k_tiles, shape.tile_k, shape.num_kv_heads, x.shape[-1])
     return jnp.moveaxis(x, (1, 0, 3, 2), (0, 1, 2, 3))
 
 
 def _join_keys(x: Array, shape: _Shape) -> Array:
     """[nk, B, K, tile_k, H] -> [B, S, K, H]."""
     x = jnp.moveaxis(x, (0, 1, 2, 3), (1, 0, 3, 2))
-    x = x.reshape(shape.batch, shape.k_tiles * shape.tile_k, shape.num_kv_heads, shape.head_dim)
+    x = x.reshape(shape.batch, shape.k_tiles * shape.tile_k, shape.num_kv_heads, x.shape[-1])
     return x[:, : shape.num_keys]
 
 
@@ -364,12 +364,12 @@ def _scores(q: Array, k: Array, seen: Array | None, scale: float) -> Array:
 
 
 def partial_attention(q: Array, k: Array, v: Array, seen: Array | None, scale: float) -> Partial:
-    """Attention of q [P, B, K, M, H] to k, v [P, B, K, S, H] where `seen` [P, 1 | B, M / G, S]; None sees all."""
+    """Attention of q [P, B, K, M, H] to k and v [P, B, K, S, H or Hv] where `seen` [P, 1 | B, M / G, S]; None sees all."""
     scores = _scores(q, k, seen, scale)
     top = scores.max(axis=-1)
     base = top if seen is None else jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.exp(scores - base[..., None])
-    out = jnp.einsum("PBKMS,PBKSH->PBKMH", weights.astype(v.dtype), v, preferred_element_type=scores.dtype)
+    out = jnp.einsum("PBKMS,PBKSV->PBKMV", weights.astype(v.dtype), v, preferred_element_type=scores.dtype)
     return Partial(top, weights.sum(axis=-1), out)
 
 
@@ -380,8 +380,9 @@ def _forward(
     sight = _Sight(mask, limits, shape)
     q_tiles = _cut_queries(q, shape)
     k_tiles, v_tiles = _cut_keys(k, shape), _cut_keys(sight.clean_keys(v), shape)
-    zeros = jnp.zeros_like(q_tiles, jnp.promote_types(q.dtype, jnp.float32))
-    start = Partial(top=jnp.full_like(zeros[..., 0], -jnp.inf), total=zeros[..., 0], out=zeros)
+    rows = jnp.zeros_like(q_tiles[..., 0], jnp.promote_types(q.dtype, jnp.float32))
+    out = jnp.zeros_like(q_tiles, rows.dtype, shape=(*rows.shape, v.shape[3]))
+    start = Partial(top=jnp.full_like(rows, -jnp.inf), total=rows, out=out)
 
     def visit(state, q_tile, k_tile, seen):
         k_here, v_here = _pick(k_tiles, k_tile), _pick(v_tiles, k_tile)
@@ -434,11 +435,11 @@ def _backward(
         k_here, v_here = _pick(k_tiles, k_tile), _pick(v_tiles, k_tile)
         scores = _scores(q_here, k_here, seen, scale)
         p = jnp.exp(scores - _pick(lse_tiles, q_tile)[..., None])
-        dp = jnp.einsum("PBKMH,PBKSH->PBKMS", d_out_here, v_here, preferred_element_type=precise)
+        dp = jnp.einsum("PBKMV,PBKSV->PBKMS", d_out_here, v_here, preferred_element_type=precise)
         ds = (p * (dp - _pick(delta_tiles, q_tile)[..., None]) * scale).astype(q.dtype)
         dq = jnp.einsum("PBKMS,PBKSH->PBKMH", ds, k_here, preferred_element_type=precise)
         dk = jnp.einsum("PBKMS,PBKMH->PBKSH", ds, q_here, preferred_element_type=precise)
-        dv = jnp.einsum("PBKMS,PBKMH->PBKSH", p.astype(q.dtype), d_out_here, preferred_element_type=precise)
+        dv = jnp.einsum("PBKMS,PBKMV->PBKSV", p.astype(q.dtype), d_out_here, preferred_element_type=precise)
         if shape.q_tiles == shape.k_tiles == 1:
             return dq, dk, dv
         tiles = (q_tile, k_tile, k_tile)

@@ -7,14 +7,14 @@ import pytest
 
 
 def dense_attention(q, k, v, seen, scale, d_out=None, d_lse=None):
-    """softmax(scale q k^T where seen) v for q [B, T, N, H], k, v [B, S, K, H], seen bool [B, T, S].
+    """softmax(scale q k^T where seen) v for q [B, T, N, H], k [B, S, K, H], v [B, S, K, Hv], seen bool [B, T, S].
 
     Returns (out, lse [B, N, T]) and, with cotangents, (dq, dk, dv) too. Loops over rows and heads.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, num_queries, num_heads, _ = q.shape
     group = num_heads // k.shape[2]
-    out, lse = np.zeros_like(q), np.full((batch, num_heads, num_queries), -np.inf)
+    out, lse = np.zeros((*q.shape[:3], v.shape[3])), np.full((batch, num_heads, num_queries), -np.inf)
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b, i, n in np.ndindex(batch, num_queries, num_heads):
         keys, head = np.flatnonzero(seen[b, i]), n // group

@@ -41,6 +41,7 @@ CASES = {
     "long": (masks.SlidingWindow(40), 257, 257, 1, 1, "lengths"),
 }
 BATCH, HEAD_DIM, SCALE = 2, 8, 0.4
+VALUE_DIMS = {"causal, fewer queries": 5, "causal, packed": 12, "block diffusion": 3, "positions": 9}  # else HEAD_DIM
 
 
 def make_limits(kind: str, num_queries: int, num_keys: int, rng: np.random.Generator) -> Limits:
@@ -81,8 +82,9 @@ def brute_force(mask: masks.Mask, limits: Limits, num_queries: int, num_keys: in
     return seen
 
 
-def make_arrays(num_queries, num_keys, heads, kv_heads, rng):
-    shapes = [(BATCH, num_queries, heads, HEAD_DIM)] + [(BATCH, num_keys, kv_heads, HEAD_DIM)] * 2
+def make_arrays(num_queries, num_keys, heads, kv_heads, rng, value_dim=HEAD_DIM):
+    keys = (BATCH, num_keys, kv_heads)
+    shapes = (BATCH, num_queries, heads, HEAD_DIM), (*keys, HEAD_DIM), (*keys, value_dim)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
@@ -108,8 +110,9 @@ def solved(name, oracle):
     rng = np.random.default_rng(sum(map(ord, name)))
     limits = make_limits(kind, num_queries, num_keys, rng)
     seen = brute_force(mask, limits, num_queries, num_keys)
-    arrays = make_arrays(num_queries, num_keys, heads, kv_heads, rng)
-    arrays.append(jnp.asarray(rng.normal(size=arrays[0].shape), jnp.float32))
+    value_dim = VALUE_DIMS.get(name, HEAD_DIM)
+    arrays = make_arrays(num_queries, num_keys, heads, kv_heads, rng, value_dim)
+    arrays.append(jnp.asarray(rng.normal(size=(*arrays[0].shape[:3], value_dim)), jnp.float32))
     arrays.append(jnp.asarray(rng.normal(size=(BATCH, heads, num_queries)), jnp.float32))
     return mask, limits, seen, arrays, oracle(*arrays[:3], seen, SCALE, *arrays[3:])
 
@@ -414,7 +417,7 @@ BAD_CALLS = {
     "integers": (dict(q=zeros(2, 8, 4, 16, dtype=jnp.int32)), "q must be one of bfloat16, .*got int32"),
     "mixed": (dict(k=zeros(2, 8, 2, 16, dtype=jnp.bfloat16)), "k must have the dtype of q, float32; got bfloat16"),
     "batch": (dict(k=zeros(3, 8, 2, 16), v=zeros(3, 8, 2, 16)), "k must share batch and head_dim with q"),
-    "values": (dict(v=zeros(2, 9, 2, 16)), r"v must have the shape of k, \(2, 8, 2, 16\); got \(2, 9, 2, 16\)"),
+    "values": (dict(v=zeros(2, 9, 2, 16)), r"v must share batch, length and heads with k \(2, 8, 2, 16\); got \(2, 9, 2, 16\)"),
     "heads": (dict(k=zeros(2, 8, 3, 16), v=zeros(2, 8, 3, 16)), "the 4 heads of q must be a multiple of the 3 of k"),
     "mask": (dict(mask="causal"), "mask must be a pallas_kernels.masks.Mask; got 'causal'"),
     "mask size": (dict(mask=masks.BlockDiffusion(5, 2)), r"needs 2 \* seq_len = 10 keys"),
