@@ -8,17 +8,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.attention.limits import Limits
+from pallas_kernels.attention.skip import Skip
 from pallas_kernels.masks import Causal, Full, Mask
 
 
 def unsupported(
-    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool
+    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool, skip: Skip | None
 ) -> str | None:
     """Why this call cannot go to cuDNN; None if it can.
 
     Left out because cuDNN means something else or nothing by it: causal masks with T != S (top-left there), rows
     without any key (undefined there), hence every run-time limit, and masks that are neither causal nor full.
     """
+    if skip is not None:
+        return "cuDNN attention skips no tiles; leave out skip_threshold and skip_scale_factor"
     if (platform := jax.default_backend()) != "gpu":
         return f"cuDNN needs an NVIDIA GPU; the default backend is {platform}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, masks
 from pallas_kernels.attention.limits import Limits
+from pallas_kernels.attention.skip import Skip
 from pallas_kernels.masks import Mask
 from pallas_kernels.tile_runs import TileRuns, all_runs, limit_runs, mask_runs, tile_limits
 
@@ -104,9 +105,11 @@ def heuristic_config(head_dim: int) -> Config:
 
 
 def unsupported(
-    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool
+    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool, skip: Skip | None
 ) -> str | None:
     """Why this call cannot run here, in words; None when it can. Masks, limits and lengths are all supported."""
+    if skip is not None:
+        return "the Hopper kernel skips no tiles yet; leave out skip_threshold and skip_scale_factor"
     if str(q.dtype) not in DTYPES:
         return f"needs bfloat16 or float16; got {q.dtype}"
     if q.shape[3] not in HEAD_DIMS:

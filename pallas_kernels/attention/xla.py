@@ -6,6 +6,10 @@ of (query tile, key tile) pairs is walked by `lax.scan`, `lanes` pairs at a time
 query and key tile, so their results go to different accumulators. Pairs that need no masking come first and skip the
 predicate. Nothing larger than `B * N * lanes * tile_q * tile_k` is ever held besides linear-size arrays.
 
+With tiles to skip (`skip.py`) the pairs of a query tile come in ascending order instead, all with the predicate. A step
+holds whole skip tiles, decides them one after the other, and drops the scores of the skipped ones: the exact result of
+the rule, forward and backward, in no less time than dense. It also holds one flag per pair of skip tiles.
+
 Numerics: scores and softmax in float32 with natural exponentials; the second matmul reads probabilities rounded to
 the input dtype; all sums over keys or queries accumulate in float32.
 """
@@ -20,12 +24,14 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.attention import skip as rule
 from pallas_kernels.attention.limits import Limits
+from pallas_kernels.attention.skip import Skip, SkipTile
 from pallas_kernels.masks import Mask
 
 
 def unsupported(
-    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool
+    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool, skip: Skip | None
 ) -> str | None:
     return None
 
@@ -60,47 +66,67 @@ def _even(length: int, most: int) -> int:
 
 
 def run(
-    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, tiling: Tiling | None = None
-) -> tuple[Array, Array]:
-    """Output and log-sum-exp; see `flash_attention`."""
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Mask,
+    limits: Limits,
+    scale: float,
+    skip: Skip | None = None,
+    tiling: Tiling | None = None,
+) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+    """Output and log-sum-exp, with `skip` also which tiles were kept; see `flash_attention`."""
+    tile = None if skip is None else skip.tile
+    static = _Static(mask, scale, _tiling(q.shape, k.shape[1], tile, tiling), tile)
+    out, lse, keep = _attention(static, q, k, v, limits, None if skip is None else skip.log_threshold)
+    return (out, lse) if keep is None else (out, lse, keep)
+
+
+def _tiling(q_shape: tuple[int, ...], num_keys: int, tile: SkipTile | None, tiling: Tiling | None) -> Tiling:
+    """The tiling of a call: whole skip tiles, and no more lanes than there are tiles."""
+    batch, num_queries, num_heads, _ = q_shape
     if tiling is None:
-        tiling = default_tiling(q.shape[0], q.shape[2], q.shape[1], k.shape[1], jax.default_backend())
-    most = min(-(-q.shape[1] // tiling.tile_q), -(-k.shape[1] // tiling.tile_k))
-    return _attention(q, k, v, limits, mask, scale, dataclasses.replace(tiling, lanes=min(tiling.lanes, most)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(
-    q: Array, k: Array, v: Array, limits: Limits, mask: Mask, scale: float, tiling: Tiling
-) -> tuple[Array, Array]:
-    return _forward(q, k, v, limits, mask, scale, tiling)
-
-
-def _attention_fwd(q, k, v, limits, mask, scale, tiling):
-    out, lse = _forward(q, k, v, limits, mask, scale, tiling)
-    # A rematerialisation policy that keeps "attention" then need not run the forward pass again.
-    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-    return (out, lse), (q, k, v, limits, out, lse)
-
-
-def _attention_bwd(mask, scale, tiling, residuals, cotangents):
-    q, k, v, limits, out, lse = residuals
-    dq, dk, dv = _first_order(_Static(mask, scale, tiling), q, k, v, limits, out, lse, *cotangents)
-    return dq, dk, dv, None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
+        tiling = default_tiling(batch, num_heads, num_queries, num_keys, jax.default_backend())
+    tile_q, tile_k = tiling.tile_q, tiling.tile_k
+    if tile is not None:
+        tile_q += -tile_q % tile.rows
+        tile_k += -tile_k % tile.width
+    most = min(-(-num_queries // tile_q), -(-num_keys // tile_k))
+    return Tiling(tile_q, tile_k, min(tiling.lanes, most))
 
 
 class _Static(NamedTuple):
     mask: Mask
     scale: float
     tiling: Tiling
+    tile: SkipTile | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    static: _Static, q: Array, k: Array, v: Array, limits: Limits, log_threshold: Array | None
+) -> tuple[Array, Array, Array | None]:
+    return _forward(static, q, k, v, limits, log_threshold)
+
+
+def _attention_fwd(static, q, k, v, limits, log_threshold):
+    # A rematerialisation policy that keeps "attention" then need not run the forward pass again.
+    results = jax.tree.map(lambda x: checkpoint_name(x, "attention"), _forward(static, q, k, v, limits, log_threshold))
+    return results, (q, k, v, limits, *results)
+
+
+def _attention_bwd(static, residuals, cotangents):
+    dq, dk, dv = _first_order(static, *residuals, *cotangents[:2])
+    return dq, dk, dv, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _first_order(static: _Static, q, k, v, limits, out, lse, d_out, d_lse):
-    return _backward(q, k, v, limits, out, lse, d_out, d_lse, *static)
+def _first_order(static: _Static, q, k, v, limits, out, lse, keep, d_out, d_lse):
+    return _backward(static, q, k, v, limits, out, lse, keep, d_out, d_lse)
 
 
 @_first_order.defjvp
@@ -216,6 +242,11 @@ class _Sight:
         if self.filled is not None:
             self.rows["filled"] = k_rows(self.filled, value=False)
 
+    def real_queries(self, q_tile: Array) -> Array:
+        """Bool [P, 1, tile_q, 1]: rows that are queries, not padding."""
+        rows = (q_tile * self.shape.tile_q)[:, None] + jnp.arange(self.shape.tile_q)
+        return (rows < self.shape.num_queries)[:, None, :, None]
+
     def clean_keys(self, x: Array) -> Array:
         """Zeroes empty slots of [B, S, K, H] by selection, so that NaN in them cannot spread."""
         return x if self.filled is None else jnp.where(self.filled[:, :, None, None], x, 0)
@@ -262,25 +293,31 @@ def _put(x: Array, index: Array, value: Array) -> Array:
 
 @functools.lru_cache(maxsize=256)
 def _steps(
-    mask: Mask, shape: _Shape, lanes: int, is_static: bool, has_positions: bool
+    mask: Mask, shape: _Shape, lanes: int, is_static: bool, has_positions: bool, ordered: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tile pairs to visit as int32 [steps, lanes, 2]: those without masking, and those with.
 
     Idle lanes hold indices beyond the last tile. With positions the mask says nothing about indices, so every pair
-    is visited and masked; with other limits the mask's live pairs are visited, all masked.
+    is visited and masked; with other limits the mask's live pairs are visited, all masked. `ordered` makes the key
+    tiles of each query tile ascend, and masks them all.
     """
     if has_positions:
         live = [(i, j) for i in range(shape.q_tiles) for j in range(shape.k_tiles)]
-        return _spread([], shape, lanes), _spread(live, shape, lanes)
+        return _spread([], shape, lanes), _spread(live, shape, lanes, ordered)
     schedule = mask.schedule(shape.num_queries, shape.num_keys, shape.tile_q, shape.tile_k)
     live = [(i, int(j)) for i, tiles in enumerate(schedule.q_to_k) for j in tiles]
+    if ordered:
+        return _spread([], shape, lanes), _spread(live, shape, lanes, ordered)
     masked = [pair for pair in live if schedule.is_partial[pair] or not is_static]
     plain = [pair for pair in live if not schedule.is_partial[pair] and is_static]
     return _spread(plain, shape, lanes), _spread(masked, shape, lanes)
 
 
-def _spread(pairs: list[tuple[int, int]], shape: _Shape, lanes: int) -> np.ndarray:
-    """Groups pairs into steps of `lanes` in which no query tile and no key tile occurs twice."""
+def _spread(pairs: list[tuple[int, int]], shape: _Shape, lanes: int, ordered: bool = False) -> np.ndarray:
+    """Groups pairs into steps of `lanes` in which no query tile and no key tile occurs twice.
+
+    `ordered` keeps the given order of the pairs of each query tile.
+    """
     if lanes == 1:
         return np.asarray(pairs, np.int32).reshape(-1, 1, 2)
     waiting: dict[int, list[int]] = {}
@@ -291,7 +328,7 @@ def _spread(pairs: list[tuple[int, int]], shape: _Shape, lanes: int) -> np.ndarr
         step: list[tuple[int, int]] = []
         taken: set[int] = set()
         for i in sorted(waiting, key=lambda i: -len(waiting[i])):  # the longest rows first
-            free = (j for j in waiting[i] if j not in taken)
+            free = (j for j in waiting[i][: 1 if ordered else None] if j not in taken)
             if (j := next(free, -1)) < 0:
                 continue
             taken.add(j)
@@ -306,9 +343,9 @@ def _spread(pairs: list[tuple[int, int]], shape: _Shape, lanes: int) -> np.ndarr
     return np.asarray(steps, np.int32).reshape(-1, lanes, 2)
 
 
-def _walk(body: Any, state: Any, shape: _Shape, sight: _Sight, lanes: int) -> Any:
+def _walk(body: Any, state: Any, shape: _Shape, sight: _Sight, lanes: int, ordered: bool = False) -> Any:
     """Folds `body(state, q_tile [P], k_tile [P], seen or None)` over all live pairs."""
-    plain, masked = _steps(sight.mask, shape, lanes, sight.is_static, sight.has_positions)
+    plain, masked = _steps(sight.mask, shape, lanes, sight.is_static, sight.has_positions, ordered)
     for steps, is_masked in ((plain, False), (masked, True)):
 
         def step(state, pair, is_masked=is_masked):
@@ -364,18 +401,114 @@ def _scores(q: Array, k: Array, seen: Array | None, scale: float) -> Array:
 
 
 def partial_attention(q: Array, k: Array, v: Array, seen: Array | None, scale: float) -> Partial:
-    """Attention of q [P, B, K, M, H] to k and v [P, B, K, S, H or Hv] where `seen` [P, 1 | B, M / G, S]; None sees all."""
-    scores = _scores(q, k, seen, scale)
+    """Attention of q [P, B, K, M, H] to k, v [P, B, K, S, H | Hv] where `seen` [P, 1 | B, M / G, S]; None sees all."""
+    return _partial_of(_scores(q, k, seen, scale), v, guarded=seen is not None)
+
+
+def _partial_of(scores: Array, v: Array, *, guarded: bool) -> Partial:
+    """Attention with given scores; `guarded` where rows may have none above -inf."""
     top = scores.max(axis=-1)
-    base = top if seen is None else jnp.where(top == -jnp.inf, 0.0, top)
+    base = jnp.where(top == -jnp.inf, 0.0, top) if guarded else top
     weights = jnp.exp(scores - base[..., None])
     out = jnp.einsum("PBKMS,PBKSV->PBKMV", weights.astype(v.dtype), v, preferred_element_type=scores.dtype)
     return Partial(top, weights.sum(axis=-1), out)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Skipped tiles. One step holds nr x nw skip tiles of each head; their flags are [pairs, B, K, G, nr, nw], where
+# the pair (i, j) of tiles has index i * k_tiles + j.
+
+
+def _margins(scores: Array, before: Array, tile: SkipTile, group: int) -> Array:
+    """Margins [P, B, K, G, nr, nw] of scores [P, B, K, M, S]; `before` [P, B, K, M]: each row's largest so far."""
+    head = (*scores.shape[:3], group, scores.shape[3] // (group * tile.rows), tile.rows)
+    top = scores.reshape(*head, scores.shape[4] // tile.width, tile.width).max(axis=-1)
+    highest = jax.lax.cummax(jnp.concatenate([before.reshape(*head, 1), top], axis=-1), axis=top.ndim - 1)
+    return rule.row_margin(top, highest[..., :-1]).max(axis=-2)
+
+
+def _drop_skipped(scores: Array, keep: Array, tile: SkipTile) -> Array:
+    """-inf in place of the scores [P, B, K, M, S] of tiles that `keep` [P, B, K, G, nr, nw] does not keep."""
+    *head, num_rows, num_columns = keep.shape
+    flags = jnp.broadcast_to(keep[..., None, :, None], (*head, num_rows, tile.rows, num_columns, tile.width))
+    return jnp.where(flags.reshape(scores.shape), scores, -jnp.inf)
+
+
+def _start_flags(shape: _Shape, tile: SkipTile, fill: Any) -> Array:
+    head = (shape.q_tiles * shape.k_tiles, shape.batch, shape.num_kv_heads, shape.group)
+    return jnp.full((*head, shape.tile_q // tile.rows, shape.tile_k // tile.width), fill)
+
+
+def _join_flags(x: Array, shape: _Shape, tile: SkipTile) -> Array:
+    """[pairs, B, K, G, nr, nw] -> [B, N, query tiles, key tiles] of the skip tiles."""
+    num_rows, num_columns = x.shape[4:]
+    heads = shape.num_kv_heads * shape.group
+    x = x.reshape(shape.q_tiles, shape.k_tiles, shape.batch, heads, num_rows, num_columns)
+    x = jnp.transpose(x, (2, 3, 0, 4, 1, 5))
+    x = x.reshape(shape.batch, heads, shape.q_tiles * num_rows, shape.k_tiles * num_columns)
+    return x[:, :, : -(-shape.num_queries // tile.rows), : -(-shape.num_keys // tile.width)]
+
+
+def _cut_flags(x: Array, shape: _Shape, tile: SkipTile) -> Array:
+    """[B, N, query tiles, key tiles] -> [pairs, B, K, G, nr, nw], False beyond the last tiles."""
+    num_rows, num_columns = shape.tile_q // tile.rows, shape.tile_k // tile.width
+    x = _pad(_pad(x, 2, shape.q_tiles * num_rows), 3, shape.k_tiles * num_columns)
+    head = (shape.batch, shape.num_kv_heads, shape.group)
+    x = x.reshape(*head, shape.q_tiles, num_rows, shape.k_tiles, num_columns)
+    x = jnp.transpose(x, (3, 5, 0, 1, 2, 4, 6))
+    return x.reshape(shape.q_tiles * shape.k_tiles, *head, num_rows, num_columns)
+
+
+def skip_margins(q: Array, k: Array, *, mask: Mask, limits: Limits, scale: float, tile: SkipTile) -> Array:
+    """Margins float32 [B, N, query tiles, key tiles] of `skip.margins`, in memory linear in T and S but for themselves.
+
+    One pass tells what every threshold would skip in `flash_attention(q, k, ...)`. Not differentiable.
+    """
+    q, k = jax.lax.stop_gradient((q, k))
+    tiling = _tiling(q.shape, k.shape[1], tile, None)
+    shape = _shape(q, k, tiling)
+    sight = _Sight(mask, limits, shape)
+    q_tiles, k_tiles = _cut_queries(q, shape), _cut_keys(k, shape)
+    top = jnp.full(q_tiles.shape[:-1], -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+
+    def visit(state, q_tile, k_tile, seen):
+        top, margins = state
+        scores = _scores(_pick(q_tiles, q_tile), _pick(k_tiles, k_tile), seen & sight.real_queries(q_tile), scale)
+        before = _pick(top, q_tile)
+        new = _margins(scores, before, tile, shape.group).astype(jnp.float32)
+        top = _put(top, q_tile, jnp.maximum(before, scores.max(axis=-1)))
+        return top, _put(margins, q_tile * shape.k_tiles + k_tile, new)
+
+    start = top, _start_flags(shape, tile, jnp.float32(-jnp.inf))
+    return _join_flags(_walk(visit, start, shape, sight, tiling.lanes, ordered=True)[1], shape, tile)
+
+
+def visited_tiles(mask: Mask, limits: Limits, batch: int, num_queries: int, num_keys: int, tile: SkipTile) -> Array:
+    """Number of tile pairs with a visible (query, key) pair, int32 [B]."""
+    if all(limit is None for limit in limits):
+        live = mask.schedule(num_queries, num_keys, tile.rows, tile.width).num_live
+        return jnp.full((batch,), live, jnp.int32)
+    tiling = _tiling((batch, num_queries, 1, 1), num_keys, tile, None)
+    shape = _Shape(batch, num_queries, num_keys, 1, 1, 1, tiling.tile_q, tiling.tile_k)
+    sight = _Sight(mask, limits, shape)
+
+    def visit(count, q_tile, k_tile, seen):
+        seen = seen & sight.real_queries(q_tile)
+        tiles = (*seen.shape[:2], shape.tile_q // tile.rows, tile.rows, shape.tile_k // tile.width, tile.width)
+        live = seen.reshape(tiles).any(axis=(3, 5)).sum(axis=(2, 3), dtype=jnp.int32)
+        return count + live.sum(axis=0)
+
+    return _walk(visit, jnp.zeros((batch,), jnp.int32), shape, sight, tiling.lanes, ordered=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The two directions
+
+
 def _forward(
-    q: Array, k: Array, v: Array, limits: Limits, mask: Mask, scale: float, tiling: Tiling
-) -> tuple[Array, Array]:
+    static: _Static, q: Array, k: Array, v: Array, limits: Limits, log_threshold: Array | None
+) -> tuple[Array, Array, Array | None]:
+    mask, scale, tiling, tile = static
     shape = _shape(q, k, tiling)
     sight = _Sight(mask, limits, shape)
     q_tiles = _cut_queries(q, shape)
@@ -385,31 +518,42 @@ def _forward(
     start = Partial(top=jnp.full_like(rows, -jnp.inf), total=rows, out=out)
 
     def visit(state, q_tile, k_tile, seen):
-        k_here, v_here = _pick(k_tiles, k_tile), _pick(v_tiles, k_tile)
-        part = partial_attention(_pick(q_tiles, q_tile), k_here, v_here, seen, scale)
+        before, kept = state
+        if tile is not None:
+            seen = seen & sight.real_queries(q_tile)
+        scores = _scores(_pick(q_tiles, q_tile), _pick(k_tiles, k_tile), seen, scale)
+        if tile is not None and log_threshold is not None:
+            margins = _margins(scores, _pick(before.top, q_tile), tile, shape.group)
+            keep = rule.keeps(margins, log_threshold[:, None, None, None, None])
+            scores = _drop_skipped(scores, keep, tile)
+            kept = _put(kept, q_tile * shape.k_tiles + k_tile, keep)
+        part = _partial_of(scores, _pick(v_tiles, k_tile), guarded=seen is not None)
         if shape.q_tiles == shape.k_tiles == 1:
-            return part
-        merged = merge(Partial(*(_pick(x, q_tile) for x in state)), part)
-        return Partial(*(_put(x, q_tile, new) for x, new in zip(state, merged, strict=True)))
+            return part, kept
+        merged = merge(Partial(*(_pick(x, q_tile) for x in before)), part)
+        return Partial(*(_put(x, q_tile, new) for x, new in zip(before, merged, strict=True))), kept
 
-    out, lse = finish(_walk(visit, start, shape, sight, tiling.lanes))
+    flags = None if tile is None else _start_flags(shape, tile, False)
+    part, flags = _walk(visit, (start, flags), shape, sight, tiling.lanes, ordered=tile is not None)
+    out, lse = finish(part)
     out = _join_queries(out.astype(q.dtype), shape)
-    return out, jnp.swapaxes(_join_queries(lse, shape), 1, 2)
+    keep = None if flags is None or tile is None else _join_flags(flags, shape, tile)
+    return out, jnp.swapaxes(_join_queries(lse, shape), 1, 2), keep
 
 
 def _backward(
+    static: _Static,
     q: Array,
     k: Array,
     v: Array,
     limits: Limits,
     out: Array,
     lse: Array,
+    keep: Array | None,
     d_out: Array,
     d_lse: Array,
-    mask: Mask,
-    scale: float,
-    tiling: Tiling,
 ) -> tuple[Array, Array, Array]:
+    mask, scale, tiling, tile = static
     shape = _shape(q, k, tiling)
     sight = _Sight(mask, limits, shape)
     lse = jnp.swapaxes(lse, 1, 2)  # [B, T, N]
@@ -424,6 +568,7 @@ def _backward(
     q_tiles, d_out_tiles = _cut_queries(q, shape), _cut_queries(d_out, shape)
     lse_tiles, delta_tiles = _cut_queries(lse, shape), _cut_queries(delta, shape)
     k_tiles, v_tiles = (_cut_keys(sight.clean_keys(x), shape) for x in (k, v))
+    flags = None if keep is None or tile is None else _cut_flags(keep, shape, tile)
     start = (
         jnp.zeros_like(q_tiles, precise),
         jnp.zeros_like(k_tiles, precise),
@@ -434,6 +579,8 @@ def _backward(
         q_here, d_out_here = _pick(q_tiles, q_tile), _pick(d_out_tiles, q_tile)
         k_here, v_here = _pick(k_tiles, k_tile), _pick(v_tiles, k_tile)
         scores = _scores(q_here, k_here, seen, scale)
+        if flags is not None and tile is not None:
+            scores = _drop_skipped(scores, _pick(flags, q_tile * shape.k_tiles + k_tile), tile)
         p = jnp.exp(scores - _pick(lse_tiles, q_tile)[..., None])
         dp = jnp.einsum("PBKMV,PBKSV->PBKMS", d_out_here, v_here, preferred_element_type=precise)
         ds = (p * (dp - _pick(delta_tiles, q_tile)[..., None]) * scale).astype(q.dtype)

@@ -307,7 +307,7 @@ def compiled_shapes(compiled) -> set[tuple[int, ...]]:
     return {tuple(int(n) for n in dims.split(",")) for dims in found}
 
 
-@pytest.mark.parametrize("kind", ["", "packed"])
+@pytest.mark.parametrize("kind", ["", "packed", "skip"])
 def test_no_buffer_grows_with_queries_times_keys(kind):
     """From the compiled forward and backward: the largest array, and memory that doubles when the length does."""
 
@@ -317,9 +317,9 @@ def test_no_buffer_grows_with_queries_times_keys(kind):
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
         def loss(q, k, v, ids):
-            segments = ids if kind else None
+            options = {"": {}, "packed": {"segment_ids": ids}, "skip": {"skip_threshold": 0.1}}[kind]
             mask = masks.BlockDiffusion(length // 2, 32)
-            return flash_attention(q, k, v, mask=mask, segment_ids=segments, implementation=implementation).sum()
+            return flash_attention(q, k, v, mask=mask, implementation=implementation, **options).sum()
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, ids).compile()
 
@@ -417,7 +417,10 @@ BAD_CALLS = {
     "integers": (dict(q=zeros(2, 8, 4, 16, dtype=jnp.int32)), "q must be one of bfloat16, .*got int32"),
     "mixed": (dict(k=zeros(2, 8, 2, 16, dtype=jnp.bfloat16)), "k must have the dtype of q, float32; got bfloat16"),
     "batch": (dict(k=zeros(3, 8, 2, 16), v=zeros(3, 8, 2, 16)), "k must share batch and head_dim with q"),
-    "values": (dict(v=zeros(2, 9, 2, 16)), r"v must share batch, length and heads with k \(2, 8, 2, 16\); got \(2, 9, 2, 16\)"),
+    "values": (
+        dict(v=zeros(2, 9, 2, 16)),
+        r"v must share batch, length and heads with k \(2, 8, 2, 16\); got \(2, 9, 2, 16\)",
+    ),
     "heads": (dict(k=zeros(2, 8, 3, 16), v=zeros(2, 8, 3, 16)), "the 4 heads of q must be a multiple of the 3 of k"),
     "mask": (dict(mask="causal"), "mask must be a pallas_kernels.masks.Mask; got 'causal'"),
     "mask size": (dict(mask=masks.BlockDiffusion(5, 2)), r"needs 2 \* seq_len = 10 keys"),
