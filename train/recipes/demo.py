@@ -87,7 +87,7 @@ class DistillConfig:
     stage: StageConfig
     """The training run of one round."""
     rounds: int = 1
-    """How often the model completes the prompts and learns what was accepted."""
+    """How often the model completes the prompts and learns what was accepted; 0: the converted model is the last."""
     shortest_prompt: int = 64
     longest_prompt: int = 384
     """Tokens; lengths are drawn from multiples of the block size between the two."""
@@ -99,9 +99,11 @@ class DistillConfig:
     """Of the rows of each batch; the others are text of the corpus."""
 
     def __post_init__(self):
-        for name in ("prompts", "rounds", "shortest_prompt", "new_tokens"):
+        for name in ("prompts", "shortest_prompt", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.rounds < 0:
+            raise ValueError(f"rounds must not be negative; got {self.rounds}")
         if self.longest_prompt < self.shortest_prompt:
             raise ValueError(
                 f"longest_prompt must be at least shortest_prompt = {self.shortest_prompt}; got {self.longest_prompt}"
@@ -140,8 +142,7 @@ class DemoConfig:
     """How many times the corpus is cut into rows, each time at another offset."""
     ar: StageConfig
     dlm: StageConfig
-    distill: DistillConfig | None
-    """None: the converted model is the last one."""
+    distill: DistillConfig
     completions: int
     """Held-out prompts completed for the evaluation at the end; 0: bounds only."""
     seed: int
@@ -160,7 +161,7 @@ class DemoConfig:
             raise ValueError(f"input_dropout must lie in [0, 1); got {self.input_dropout}")
         if self.completions < 0:
             raise ValueError(f"completions must not be negative; got {self.completions}")
-        if self.distill is not None:
+        if self.distill.rounds:
             needed = self.distill.longest_prompt + self.distill.new_tokens
             if needed > self.seq_len:
                 raise ValueError(
@@ -213,7 +214,7 @@ def run(config: DemoConfig, command: str) -> int:
         chain.measure()
         return 0
     stages = [("ar", chain.train_ar), ("dlm", chain.convert)]
-    if config.distill is not None:
+    if config.distill.rounds:
         stages.append(("distilled", chain.distill))
     for name, stage in [*stages, ("evaluation", chain.evaluate)]:
         if not stage():
@@ -375,7 +376,6 @@ class _Chain:
         from train.recipes.distill import accepted_completions
 
         settings = self.config.distill
-        assert settings is not None
         # A row with a short completion counts as much per token as a row of text.
         loss = make_block_diffusion_loss(
             self.dlm, dataclasses.replace(self.config.objective, normalization="supervised")
@@ -518,7 +518,7 @@ class _Chain:
 
         before = time.perf_counter()
         ar = load_pretrained(self.root / AR, dtype="float32").params
-        name = DLM if self.config.distill is None else DISTILLED
+        name = DISTILLED if self.config.distill.rounds else DLM
         dlm = load_pretrained(self.root / name, dtype="float32").params
         nats = self.ar_nats(ar, "test")
         bits = self._bits_per_byte

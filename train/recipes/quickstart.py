@@ -33,7 +33,11 @@ class Quickstart(DemoConfig):
     cuts: int = 1
     ar: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(500, 16, 3e-3, 50))
     dlm: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(350, 16, 2e-3, 40))
-    distill: DistillConfig | None = None
+    distill: DistillConfig = dataclasses.field(
+        default_factory=lambda: DistillConfig(
+            512, StageConfig(100, 16, 5e-4, 10), rounds=0, shortest_prompt=32, longest_prompt=64, new_tokens=64
+        )
+    )
     completions: int = 24
     seed: int = 0
     until: Literal["store", "ar", "dlm", "distilled", "evaluation"] = "evaluation"
