@@ -1,12 +1,16 @@
 """Attention on a Hopper GPU: first that the kernels are right at real sizes, then how fast they are.
 
     python -m benchmarks.attention_gpu check                 # every configuration against the float32 definition
-    python -m benchmarks.attention_gpu time                  # the tables, peers in the same process
+    python -m benchmarks.attention_gpu time                  # the forward tables, peers in the same process
+    python -m benchmarks.attention_gpu time --gradients      # forward, and forward with backward
     python -m benchmarks.attention_gpu time --sweep --filter "H=128 causal"   # other tile sizes too
 
-Needs JAX with CUDA and NumPy; PyTorch and tokamax are peers where they are installed. Timing: all contestants of a
-shape take turns, `repeats` rounds; one sample is a batch of calls queued back to back, long enough that dispatch is
-hidden, divided by their number. `device ms` beside it is the profiler's sum of device time per call. Rates count the
+Needs JAX with CUDA and NumPy; PyTorch and tokamax are peers where they are installed. `--seconds` ends a run early,
+keeping what it has; the shapes that matter most come first.
+
+Timing: all contestants of a shape take turns, `repeats` rounds; one sample is a batch of calls queued back to back,
+long enough that dispatch is hidden, divided by their number. `device ms` beside it is the profiler's sum of device
+time per call. Later shapes are compiled meanwhile, which can disturb the first but not the second. Rates count the
 floating-point operations of the pairs that the mask allows, 4 H each forward and 2.5 times that backward, so a
 contestant that visits masked tiles shows a lower rate. Percentages refer to a bf16 matrix product measured in the
 same run.
@@ -22,14 +26,17 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares the memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and other processes share the memory
+if "check" in sys.argv:  # the definition need not be fast, and tuning its matmuls takes longer than all kernels
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from benchmarks import report
 from pallas_kernels import masks
@@ -37,6 +44,7 @@ from pallas_kernels.attention import mosaic_sm90, reference
 from pallas_kernels.attention.limits import Limits
 
 Config = mosaic_sm90.Config
+BackwardConfig = mosaic_sm90.BackwardConfig
 
 # Tile sizes of the sweep, by head dim; the heuristic's choice is always timed.
 SWEEP = {
@@ -45,6 +53,16 @@ SWEEP = {
     96: [Config(block_q=64, block_k=128, stages=s) for s in (2, 3)],
     128: [Config(block_q=64, block_k=128, stages=2)] + [Config(block_q=64, block_k=64, stages=s) for s in (2, 3, 4, 5)],
     256: [Config(block_q=64, block_k=64, stages=2)],
+}
+BACKWARD_SWEEP = {
+    64: [
+        BackwardConfig(block_q=64, block_k=64, q_stages=4, k_stages=4),
+        BackwardConfig(block_q=64, block_k=128, q_stages=4, k_stages=3),
+    ],
+    128: [
+        BackwardConfig(block_q=64, block_k=64, q_stages=2, k_stages=2),
+        BackwardConfig(block_q=64, block_k=128, q_stages=4, k_stages=2),
+    ],
 }
 
 
@@ -108,12 +126,26 @@ class Shape:
         return 4.0 * self.batch * self.num_heads * self.head_dim * self.pairs()
 
 
-def mosaic(shape: Shape, config: Config | None = None) -> Callable[..., Any]:
-    return jax.jit(
-        lambda q, k, v, limits: mosaic_sm90.run(
-            q, k, v, mask=shape.mask, limits=limits, scale=shape.head_dim**-0.5, config=config
-        )
-    )
+def mosaic(
+    shape: Shape, config: Config | None = None, backward_config: BackwardConfig | None = None
+) -> Callable[..., Any]:
+    """(q, k, v, limits) -> (output, log-sum-exp)."""
+
+    def call(q, k, v, limits):
+        options = {"scale": shape.head_dim**-0.5, "config": config, "backward_config": backward_config}
+        return mosaic_sm90.run(q, k, v, mask=shape.mask, limits=limits, **options)
+
+    return call
+
+
+def with_gradients(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """`(q, k, v, *more, cotangents) -> (results, (dq, dk, dv))` of `attend(q, k, v, *more)`."""
+
+    def call(q, k, v, *more):
+        results, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *more[:-1]), q, k, v)
+        return results, pull(more[-1])
+
+    return call
 
 
 def chosen(shapes: Iterator[Shape], arguments: argparse.Namespace) -> list[Shape]:
@@ -125,90 +157,151 @@ def chosen(shapes: Iterator[Shape], arguments: argparse.Namespace) -> list[Shape
 
 
 def check_shapes() -> Iterator[Shape]:
-    """Real sizes, every form of masking, and the lengths at which tiles end."""
+    """Real sizes, every form of masking, and the lengths at which tiles end; what was never run on a GPU first."""
     shape = functools.partial(Shape, batch=2, num_heads=8, num_kv_heads=2, head_dim=128)
     doubled = masks.BlockDiffusion(2048, 64)
+    for mask in (masks.Causal(), masks.Full(), doubled):
+        yield shape(mask=mask, num_queries=4096)
+    for limits in ("lengths", "segments", "positions", "lengths segments", "lengths positions"):
+        for mask in (masks.Causal(), masks.SlidingWindow(300, 4), masks.Full()):
+            yield shape(mask=mask, batch=3, num_queries=2000, limits=limits)
+    yield shape(mask=masks.Causal(), num_queries=500, num_keys=3000)
+    yield shape(mask=masks.Causal(), num_queries=3000, num_keys=500)  # the first 2500 rows see nothing
+    for heads, kv_heads in ((4, 4), (8, 1)):
+        yield shape(mask=masks.Causal(), num_queries=1025, num_heads=heads, num_kv_heads=kv_heads)
     for head_dim in mosaic_sm90.HEAD_DIMS:
         for dtype in mosaic_sm90.DTYPES:
             for mask in (masks.Causal(), masks.Full(), doubled):
-                yield shape(mask=mask, num_queries=4096, head_dim=head_dim, dtype=dtype)
+                if (head_dim, dtype) != (128, "bfloat16"):
+                    yield shape(mask=mask, num_queries=4096, head_dim=head_dim, dtype=dtype)
     for mask in (
         masks.SlidingWindow(1000, 4),
         masks.SlidingWindow(64),
         masks.BlockCausal(48),
         masks.PrefixBidirectional(777),
     ):
-        for length in (4096, 3001):
-            yield shape(mask=mask, num_queries=length)
+        yield shape(mask=mask, num_queries=3001)
     for block, clean in ((16, "block"), (48, "block"), (256, "token")):
         yield shape(mask=masks.BlockDiffusion(1500, block, clean), num_queries=3000)
         yield shape(mask=masks.BlockDiffusion(1500, block, clean), num_queries=1500, num_keys=3000)
     for length in (1, 7, 63, 64, 65, 127, 128, 129, 1000):
         yield shape(mask=masks.Causal(), num_queries=length)
         yield shape(mask=masks.Full(), num_queries=length, num_keys=1111, head_dim=64)
-    for heads, kv_heads in ((4, 4), (8, 1)):
-        yield shape(mask=masks.Causal(), num_queries=1025, num_heads=heads, num_kv_heads=kv_heads)
-    yield shape(mask=masks.Causal(), num_queries=500, num_keys=3000)
-    yield shape(mask=masks.Causal(), num_queries=3000, num_keys=500)  # the first 2500 rows see nothing
-    for limits in ("lengths", "segments", "positions", "lengths segments", "lengths positions"):
-        for mask in (masks.Causal(), masks.SlidingWindow(300, 4), masks.Full()):
-            yield shape(mask=mask, batch=3, num_queries=2000, limits=limits)
 
 
-def check_shape(shape: Shape) -> list[dict[str, Any]]:
-    """Compares the configurations of one shape with the float32 definition; each of 10 runs must give the same bits."""
-    q, k, v = shape.arrays()
-    limits = shape.make_limits()
-    if limits.kv_lengths is not None:  # garbage in empty slots must not matter
-        empty = (jnp.arange(shape.keys) >= limits.kv_lengths[:, None])[:, :, None, None]
-        k, v = jnp.where(empty, jnp.nan, k), jnp.where(empty, jnp.nan, v)
-    define = jax.jit(functools.partial(reference.run, mask=shape.mask, scale=shape.head_dim**-0.5))
-    expected, expected_lse = define(*(x.astype(jnp.float32) for x in (q, k, v)), limits=limits)
-    heuristic = mosaic_sm90.heuristic_config(shape.head_dim)
-    swept = shape.num_queries >= 4096 and shape.dtype == "bfloat16" and not isinstance(shape.mask, masks.Full)
-    rows = []
-    for config in dict.fromkeys([heuristic, *(SWEEP[shape.head_dim] if swept else [])]):
-        row: dict[str, Any] = {"shape": shape.name, "config": str(config)}
-        rows.append(row)
-        try:
-            call = mosaic(shape, config)
-            out, lse = call(q, k, v, limits)
-            row["bitwise_repeatable"] = all(
-                bool((again == first).all())
-                for _ in range(10)
-                for first, again in zip((out, lse), call(q, k, v, limits), strict=True)
-            )
-        except Exception as error:  # one configuration that cannot run must not hide the others
-            row |= {"passes": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-            continue
-        error = jnp.abs(out.astype(jnp.float32) - expected)
-        both_empty = (lse == -jnp.inf) & (expected_lse == -jnp.inf)
-        row["max_error"] = float(error.max())
-        row["relative_error"] = float(jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(expected), 1e-30))
-        row["lse_error"] = float(jnp.where(both_empty, 0.0, jnp.abs(lse - expected_lse)).max())
-        row["passes"] = (
-            row["max_error"] <= 2e-2  # NaN fails too
-            and row["relative_error"] <= 1e-2
-            and row["lse_error"] <= 1e-4
-            and row["bitwise_repeatable"]
+def seen(shape: Shape, limits: Limits) -> np.ndarray:
+    """Bool `[#B, T, S]` by the definition, computed on the host."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        given = Limits(*(None if limit is None else np.asarray(limit) for limit in limits))
+        return np.asarray(reference.visible(shape.mask, given, shape.num_queries, shape.keys))
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def define(
+    q: Array, k: Array, v: Array, visible: Array, d_out: Array, d_lse: Array, *, scale: float, rows: int = 256
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+    """The definition and its gradients in float32, some rows of queries at a time to bound the memory."""
+    batch, length = q.shape[:2]
+    steps = -(-length // rows)
+
+    def cut(x: Array, axis: int = 1) -> Array:
+        """Rows along `axis` in steps, on a new first axis."""
+        x = jnp.pad(x, [(0, steps * rows - length) if i == axis else (0, 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], steps, rows, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(x: Array, axis: int = 1) -> Array:
+        x = jnp.moveaxis(x, 0, axis)
+        return x.reshape(*x.shape[:axis], steps * rows, *x.shape[axis + 2 :])[(slice(None),) * axis + (slice(length),)]
+
+    def step(carry, here):
+        q_here, visible_here, *cotangents = here
+        (out, lse), pull = jax.vjp(lambda q, k, v: reference.attend(q, k, v, visible_here, scale), q_here, k, v)
+        dq, dk, dv = pull(tuple(cotangents))
+        return (carry[0] + dk, carry[1] + dv), (out, lse, dq)
+
+    q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
+    cuts = (cut(q), cut(jnp.broadcast_to(visible, (batch, *visible.shape[1:]))), cut(d_out), cut(d_lse, 2))
+    (dk, dv), (out, lse, dq) = jax.lax.scan(step, (jnp.zeros_like(k), jnp.zeros_like(v)), cuts)
+    return (join(out), join(lse, 2)), (join(dq), dk, dv)
+
+
+def check_shape(shape: Shape) -> dict[str, Any]:
+    """Compares output and gradients with the float32 definition; each of 10 runs must give the same bits."""
+    row: dict[str, Any] = {"shape": shape.name}
+    start = time.perf_counter()
+    try:
+        q, k, v = shape.arrays()
+        limits = shape.make_limits()
+        visible = seen(shape, limits)
+        # What takes part in no pair must not matter, whatever it holds.
+        blind, empty = ~visible.any(2)[:, :, None, None], ~visible.any(1)[:, :, None, None]
+        d_out = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
+        d_lse = jax.random.normal(jax.random.key(2), (q.shape[0], q.shape[2], q.shape[1]))
+        q, d_out = (jnp.where(blind, jnp.nan, x) for x in (q, d_out))
+        k, v = (jnp.where(empty, jnp.nan, x) for x in (k, v))
+        scale = shape.head_dim**-0.5
+        clean = (jnp.where(blind, 0, q), k, v, visible, jnp.where(blind, 0, d_out), d_lse)
+        (out, lse), gradients = define(*clean, scale=scale)
+        expected = {"out": out, "lse": lse}
+        row["seconds_of_definition"] = time.perf_counter() - start
+        if shape.head_dim in mosaic_sm90.BACKWARD_HEAD_DIMS:
+            names = ("out", "lse", "dq", "dk", "dv")
+            expected |= dict(zip(names[2:], gradients, strict=True))
+            compiled = jax.jit(with_gradients(mosaic(shape)))
+            call = functools.partial(compiled, q, k, v, limits, (d_out, d_lse))
+        else:
+            names = ("out", "lse")
+            call = functools.partial(jax.jit(mosaic(shape)), q, k, v, limits)
+        first = jax.tree.leaves(call())
+        row["seconds_to_first_result"] = time.perf_counter() - start
+        row["bitwise_repeatable"] = all(
+            bool((again == before).all())
+            for _ in range(10)
+            for before, again in zip(first, jax.tree.leaves(call()), strict=True)
         )
-    return rows
+    except Exception as error:  # one shape that cannot run must not hide the others
+        return row | {"passes": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
+    row["passes"] = row["bitwise_repeatable"]
+    # Sums of products rounded to 8 (bfloat16) or 11 bits: relative to the norm, a few rounding errors of one product.
+    relative = 1e-2 if shape.dtype == "bfloat16" else 2e-3
+    for name, got in zip(names, first, strict=True):
+        want = expected[name]
+        both_empty = (got == -jnp.inf) & (want == -jnp.inf)
+        error = jnp.where(both_empty, 0.0, got.astype(jnp.float32) - want)
+        row[f"{name}_max_error"] = float(jnp.abs(error).max())
+        if name == "lse":
+            row["passes"] &= row["lse_max_error"] <= 1e-4
+        else:
+            row[f"{name}_error"] = float(jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(want), 1e-30))
+            row["passes"] &= row[f"{name}_error"] <= relative  # NaN fails too
+    row["seconds"] = time.perf_counter() - start
+    return row
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Checks all shapes, several processes at a time, since most of the time is compilation."""
+    """Checks all shapes, many processes at a time, since most of the time is compilation."""
+    deadline = time.monotonic() + arguments.seconds
     record = report.Record("attention_gpu-check")
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
-        running = [pool.submit(check_shape, shape) for shape in chosen(check_shapes(), arguments)]
-        for done in concurrent.futures.as_completed(running):
-            for row in done.result():
-                record.add(row)
-                values = ", ".join(f"{name} {value}" for name, value in row.items() if name != "passes")
-                print(f"{'ok  ' if row['passes'] else 'FAIL'} {values}", flush=True)
+    shapes = chosen(check_shapes(), arguments)
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        running = pool.imap_unordered(check_shape, shapes)
+        for _ in shapes:
+            try:
+                row = running.next(timeout=max(0.0, deadline - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                break
+            record.add(row)
+            values = ", ".join(
+                f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in row.items()
+                if name not in ("passes", "bitwise_repeatable")
+            )
+            print(f"{'ok  ' if row['passes'] else 'FAIL'} {values}", flush=True)
+        pool.terminate()
     failed = sum(not row["passes"] for row in record.rows)
-    print(f"{len(record.rows)} configurations, {failed} failed")
-    return 1 if failed or not record.rows else 0
+    missing = len(shapes) - len(record.rows)
+    print(f"{len(record.rows)} shapes, {failed} failed, {missing} not reached in {arguments.seconds:.0f} s")
+    return 1 if failed or missing or not record.rows else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -238,32 +331,74 @@ def time_shapes() -> Iterator[Shape]:
     yield grouped(mask=masks.Causal(), batch=2, num_queries=8192, limits="segments")
 
 
-def contestants(shape: Shape, *, sweep: bool) -> dict[str, Callable[[], Any]]:
-    """What runs this shape, by name. For a mask that cuDNN does not know it computes a causal one instead."""
+def gradient_shapes() -> Iterator[Shape]:
+    """The shapes of training, the most important first."""
+    grouped = functools.partial(Shape, batch=2, num_queries=8192, num_heads=32, num_kv_heads=8, head_dim=128)
+    equal = functools.partial(Shape, num_heads=16, num_kv_heads=16, head_dim=128)
+    yield grouped(mask=masks.Causal())
+    yield grouped(mask=masks.BlockDiffusion(4096, 64))
+    yield equal(mask=masks.Causal(), batch=4, num_queries=4096)
+    yield equal(mask=masks.Full(), batch=4, num_queries=4096)
+    yield equal(mask=masks.Causal(), batch=4, num_queries=4096, num_heads=32, num_kv_heads=32, head_dim=64)
+    yield equal(mask=masks.Causal(), batch=2, num_queries=8192)
+    yield equal(mask=masks.Full(), batch=2, num_queries=8192)
+    yield grouped(mask=masks.BlockDiffusion(4096, 16))
+    yield grouped(mask=masks.SlidingWindow(1024, 4))
+    yield grouped(mask=masks.Causal(), limits="segments")
+
+
+WITH_GRADIENTS = " + gradients"  # ending of a contestant's name
+
+
+def contestants(shape: Shape, arguments: argparse.Namespace) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """What runs this shape, by name: functions that compile and return the call without arguments.
+
+    For a mask that cuDNN does not know it computes a causal one instead.
+    """
     q, k, v = shape.arrays()
     limits = shape.make_limits()
-    calls: dict[str, Callable[[], Any]] = {}
-    configs = {mosaic_sm90.heuristic_config(shape.head_dim): "mosaic"}
-    if sweep:
+    d_out = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
+    d_lse = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+    prepared: dict[str, Callable[[], Callable[[], Any]]] = {}
+
+    def compiled(function, *args):
+        return functools.partial(jax.jit(function).lower(*args).compile(), *args)
+
+    def add(name, attend, more, cotangents):
+        prepared[name] = functools.partial(compiled, attend, q, k, v, *more)
+        if arguments.gradients:
+            prepared[name + WITH_GRADIENTS] = functools.partial(
+                compiled, with_gradients(attend), q, k, v, *more, cotangents
+            )
+
+    add("mosaic", mosaic(shape), (limits,), (d_out, d_lse))
+    if arguments.sweep and arguments.gradients:
+        for tiles in BACKWARD_SWEEP.get(shape.head_dim, ()):
+            name = "mosaic " + " ".join(str(value) for value in vars(tiles).values()) + WITH_GRADIENTS
+            swept = with_gradients(mosaic(shape, backward_config=tiles))
+            prepared[name] = functools.partial(compiled, swept, q, k, v, limits, (d_out, d_lse))
+    elif arguments.sweep:
         for config in SWEEP[shape.head_dim]:
-            configs.setdefault(config, f"mosaic {config.block_q}x{config.block_k} stages={config.stages}")
-    for config, name in configs.items():
-        calls[name] = functools.partial(mosaic(shape, config), q, k, v, limits)
+            if config != mosaic_sm90.heuristic_config(shape.head_dim):
+                name = f"mosaic {config.block_q}x{config.block_k} stages={config.stages}"
+                prepared[name] = functools.partial(compiled, mosaic(shape, config), q, k, v, limits)
     causal = not isinstance(shape.mask, masks.Full)
     same = isinstance(shape.mask, masks.Causal | masks.Full) and not shape.limits
-    cudnn = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn"))
-    calls["cudnn" if same else "cudnn, causal"] = functools.partial(cudnn, q, k, v)
+    cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    add("cudnn" if same else "cudnn, causal", cudnn, (), d_out)
     if same and importlib.util.find_spec("tokamax"):
         import tokamax
 
-        peer = jax.jit(functools.partial(tokamax.dot_product_attention, is_causal=causal, implementation="mosaic_gpu"))
-        calls["tokamax"] = functools.partial(peer, q, k, v)
+        peer = functools.partial(tokamax.dot_product_attention, is_causal=causal, implementation="mosaic_gpu")
+        add("tokamax", peer, (), d_out)
     if same and importlib.util.find_spec("torch"):
-        calls["torch"] = torch_call(shape, causal=causal)
-    return calls
+        prepared["torch"] = functools.partial(torch_call, shape, causal=causal, gradients=False)
+        if arguments.gradients:
+            prepared["torch" + WITH_GRADIENTS] = functools.partial(torch_call, shape, causal=causal, gradients=True)
+    return prepared
 
 
-def torch_call(shape: Shape, *, causal: bool) -> Callable[[], Any]:
+def torch_call(shape: Shape, *, causal: bool, gradients: bool) -> Callable[[], Any]:
     """PyTorch's scaled_dot_product_attention on arrays of its own, heads before length as it wants them."""
     import torch
 
@@ -271,16 +406,31 @@ def torch_call(shape: Shape, *, causal: bool) -> Callable[[], Any]:
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     lengths = (shape.num_queries, shape.keys, shape.keys)
     q, k, v = (
-        torch.randn(shape.batch, length, n, shape.head_dim, device="cuda", dtype=dtype).transpose(1, 2)
+        torch.randn(shape.batch, length, n, shape.head_dim, device="cuda", dtype=dtype)
+        .transpose(1, 2)
+        .requires_grad_(gradients)
         for n, length in zip(heads, lengths, strict=True)
     )
+    d_out = torch.randn_like(q)
 
     def call():
-        return torch.nn.functional.scaled_dot_product_attention(
+        out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=causal, enable_gqa=shape.num_heads != shape.num_kv_heads
         )
+        return torch.autograd.grad(out, (q, k, v), d_out)[0] if gradients else out
 
     return call
+
+
+def torch_device_ms(call: Callable[[], Any], *, calls: int = 5) -> float:
+    """Device time per call by PyTorch's own profiler."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / calls / 1e3
 
 
 def wait_for(result: Any) -> None:
@@ -311,16 +461,18 @@ def matmul_flops_per_second() -> float:
     return 2 * n**3 / statistics.median(sample(call, 10) for _ in range(10))
 
 
-def measure(shape: Shape, arguments: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+def measure(
+    shape: Shape, prepared: dict[str, concurrent.futures.Future], arguments: argparse.Namespace, ceiling: float
+) -> dict[str, Any]:
     calls, failures = {}, {}
-    for name, call in contestants(shape, sweep=arguments.sweep).items():
+    for name, future in prepared.items():
         try:
-            wait_for(call())
+            calls[name] = future.result()
+            wait_for(calls[name]())
         except Exception as error:  # a peer that cannot run a shape is a row of the table, not the end of it
+            calls.pop(name, None)
             failures[name] = f"{type(error).__name__}: {str(error)[:300]}"
             print(f"  {name}: {failures[name]}")
-            continue
-        calls[name] = call
     batch = {}
     for name, call in calls.items():
         sample(call, 3)
@@ -334,14 +486,21 @@ def measure(shape: Shape, arguments: argparse.Namespace, ceiling: float) -> dict
     for name, call in calls.items():
         row = report.spread(seconds[name])
         flops = shape.flops()
-        if name == "cudnn, causal":
+        if name.startswith("cudnn, causal"):
             flops = dataclasses.replace(shape, mask=masks.Causal(), limits="").flops()
-        row["tflops"] = flops / row["median_ms"] / 1e9
-        row["percent_of_matmul"] = 100 * row["tflops"] * 1e12 / ceiling
-        if name != "torch":
+        if name.endswith(WITH_GRADIENTS):
+            flops *= 3.5
+        if name.startswith("torch"):
+            try:
+                row["device_ms"] = torch_device_ms(call)
+            except Exception as error:  # only one profiler at a time may listen to the driver
+                failures[f"profile of {name}"] = f"{type(error).__name__}: {str(error)[:300]}"
+        else:
             profile = report.device_profile(call)
             row["device_ms"] = profile["device_ms"]
             row["operations"] = profile["operations"]
+        row["tflops"] = flops / row.get("device_ms", row["median_ms"]) / 1e9
+        row["percent_of_matmul"] = 100 * row["tflops"] * 1e12 / ceiling
         results[name] = row
         print(
             f"  {name:32s} {row['median_ms']:8.4f} ms [{row['min_ms']:.4f}, {row['max_ms']:.4f}]  "
@@ -349,25 +508,53 @@ def measure(shape: Shape, arguments: argparse.Namespace, ceiling: float) -> dict
             f"{row['percent_of_matmul']:5.1f} %",
             flush=True,
         )
+        if name.startswith("mosaic") and len(row["operations"]) > 1:
+            print("    " + ", ".join(f"{op['name'][:40]} {op['ms']:.4f}" for op in row["operations"]), flush=True)
     return {"shape": shape.name, "pairs": shape.pairs(), "results": results, "failures": failures}
 
 
 def run_timing(arguments: argparse.Namespace) -> int:
+    deadline = time.monotonic() + arguments.seconds
     ceiling = matmul_flops_per_second()
     print(f"bf16 matrix product {ceiling / 1e12:.0f} TFLOP/s")
-    record = report.Record("attention_gpu", matmul_flops_per_second=ceiling)
-    for shape in chosen(time_shapes(), arguments):
-        print(shape.name, flush=True)
-        record.add(measure(shape, arguments, ceiling))
+    record = report.Record("attention_gpu" + ("-gradients" * arguments.gradients), matmul_flops_per_second=ceiling)
+    shapes = chosen(gradient_shapes() if arguments.gradients else time_shapes(), arguments)
+    pool = concurrent.futures.ThreadPoolExecutor(arguments.workers)
+    try:
+        prepared = [
+            {name: pool.submit(prepare) for name, prepare in contestants(shape, arguments).items()} for shape in shapes
+        ]
+        for shape, futures in zip(shapes, prepared, strict=True):
+            if time.monotonic() > deadline:
+                print(f"{len(shapes) - len(record.rows)} shapes not reached in {arguments.seconds:.0f} s")
+                break
+            print(shape.name, flush=True)
+            record.add(measure(shape, futures, arguments, ceiling))
+            futures.clear()  # frees the arrays
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    summarise(record.rows)
     return 0 if record.rows else 1
+
+
+def summarise(rows: Iterable[dict[str, Any]]) -> None:
+    """Device time of the kernel beside cuDNN's, a line per shape."""
+    for ending in ("", WITH_GRADIENTS):
+        for row in rows:
+            times = {name: result.get("device_ms", float("nan")) for name, result in row["results"].items()}
+            ours, peer = times.get("mosaic" + ending), times.get("cudnn" + ending, times.get("cudnn, causal" + ending))
+            if ours and peer:
+                print(f"{row['shape']}{ending}: mosaic {ours:.3f} ms, cudnn {peer:.3f} ms, ratio {ours / peer:.3f}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--filter", nargs="+", default=[""], help="only shapes whose name contains one of these")
+    parser.add_argument("--gradients", action="store_true", help="time forward with backward too")
     parser.add_argument("--sweep", action="store_true", help="time other tile sizes too")
-    parser.add_argument("--workers", type=int, default=6, help="processes of `check`")
+    parser.add_argument("--workers", type=int, default=12, help="processes of `check`, compiling threads of `time`")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args(argv)
     if jax.default_backend() != "gpu":

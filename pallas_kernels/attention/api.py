@@ -72,7 +72,7 @@ def flash_attention(
       return_lse: also return the natural log-sum-exp of the scaled visible scores in kept tiles, float32 `[B, N, T]`.
       return_stats: also return `SkipStats`, exact counts of visited and skipped tiles; costs time.
       return_selection: also return which tiles were kept, bool `[B, N, ceil(T / rows), ceil(S / width)]`.
-      implementation: None chooses; a name runs that or raises. "mosaic" (Hopper) has no gradients.
+      implementation: None chooses; a name runs that or raises. "mosaic" (Hopper) has gradients up to head dim 128.
 
     Returns:
       The output `[B, T, N, Hv]`; if anything else was asked for, a tuple of output, log-sum-exp, statistics and

@@ -1,0 +1,191 @@
+"""Hopper kernels of `flash_attention`: warp-specialised TMA and wgmma over the live tiles of any structured mask.
+
+`forward.py` and `backward.py` have a kernel or two each; `operands.py` prepares what they read, `parts.py` is what they
+share inside. The tiles a CTA visits come from a table of runs (`tile_runs`): first the full ones, with no masking
+arithmetic, then the partial ones, where each query compares the key index with its one or two intervals of visible
+keys (`Mask.key_intervals`). Run-time limits (segments, positions, lengths) shorten the runs before the launch.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import compat, masks
+from pallas_kernels.attention.limits import Limits
+from pallas_kernels.attention.mosaic_sm90 import backward, forward
+from pallas_kernels.attention.mosaic_sm90.backward import BackwardConfig, heuristic_backward_config
+from pallas_kernels.attention.mosaic_sm90.forward import Config, heuristic_config
+from pallas_kernels.attention.skip import Skip
+from pallas_kernels.masks import Mask
+
+HEAD_DIMS = (64, 96, 128, 256)
+BACKWARD_HEAD_DIMS = (64, 96, 128)
+DTYPES = ("bfloat16", "float16")
+
+
+def unsupported(
+    q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool, skip: Skip | None
+) -> str | None:
+    """Why this call cannot run here, in words; None when it can. Masks, limits and lengths are all supported."""
+    if skip is not None:
+        return "the Hopper kernel skips no tiles yet; leave out skip_threshold and skip_scale_factor"
+    if str(q.dtype) not in DTYPES:
+        return f"needs bfloat16 or float16; got {q.dtype}"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"needs head_dim in {HEAD_DIMS}; got {q.shape[3]}"
+    if v.shape[3] != q.shape[3]:
+        return f"needs values of the head dim of the keys; got {v.shape[3]} and {k.shape[3]}"
+    return compat.missing_hopper()
+
+
+def run(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Mask,
+    limits: Limits,
+    scale: float,
+    config: Config | None = None,
+    backward_config: BackwardConfig | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Output and log-sum-exp; see `flash_attention`. `interpret` runs the kernels on the CPU, for tests.
+
+    Raises:
+      NotImplementedError: on a second differentiation, or a first where head_dim is not in BACKWARD_HEAD_DIMS.
+      ValueError: a configuration needs more shared memory than a CTA has.
+    """
+    batch, num_queries, num_heads, head_dim = q.shape
+    config = heuristic_config(head_dim) if config is None else config
+    backward_config = heuristic_backward_config(head_dim) if backward_config is None else backward_config
+    for tiles in (config, backward_config) if head_dim in BACKWARD_HEAD_DIMS else (config,):
+        if (needed := tiles.smem_bytes(head_dim, q.dtype)) > compat.SHARED_MEMORY_BYTES:
+            raise ValueError(
+                f"{tiles} needs {needed} bytes of shared memory at head_dim {head_dim}; "
+                f"a CTA has {compat.SHARED_MEMORY_BYTES}"
+            )
+    if batch == 0:
+        return jnp.zeros(q.shape, q.dtype), jnp.zeros((0, num_heads, num_queries), jnp.float32)
+    return _attention(q, k, v, limits, _Static(mask, scale, config, backward_config, interpret))
+
+
+class _Static(NamedTuple):
+    mask: Mask
+    scale: float
+    config: Config
+    backward_config: BackwardConfig
+    interpret: plgpu.InterpretGPUParams | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q: Array, k: Array, v: Array, limits: Limits, static: _Static) -> tuple[Array, Array]:
+    mask, scale, config, _, interpret = static
+    return forward.run(q, k, v, limits, mask=mask, scale=scale, config=config, interpret=interpret)
+
+
+def _attention_fwd(q, k, v, limits, static):
+    if q.shape[3] not in BACKWARD_HEAD_DIMS:
+        raise NotImplementedError(
+            f'flash_attention "mosaic" computes gradients for head_dim in {BACKWARD_HEAD_DIMS}; got {q.shape[3]}, '
+            'whose accumulators do not fit the registers; use implementation="xla" where a gradient is taken'
+        )
+    out, lse = _attention(q, k, v, limits, static)
+    # A rematerialisation policy that keeps "attention" then need not run the forward pass again.
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
+    return (out, lse), (q, k, v, limits, out, lse)
+
+
+def _attention_bwd(static, residuals, cotangents):
+    q, k, v, limits, out, lse = residuals
+    dq, dk, dv = _first_order(static, q, k, v, limits, out, lse, *cotangents)
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _first_order(static: _Static, q, k, v, limits, out, lse, d_out, d_lse):
+    mask, scale, _, config, interpret = static
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "config": config, "interpret": interpret}
+    return backward.run(q, k, v, limits, out, lse, d_out, d_lse, **options)
+
+
+@_first_order.defjvp
+def _second_order(static, primals, tangents):
+    raise NotImplementedError(
+        'flash_attention "mosaic" has no second derivative: differentiate implementation="reference" instead'
+    )
+
+
+def compile_cases() -> Iterator:
+    """What the compile gate compiles: each shipped configuration, and each form of masking at least once."""
+    from pallas_kernels.compile_gate import CompileCase
+
+    length = 8192
+    causal = masks.Causal()
+    forms: dict[str, tuple[Mask, tuple[str, ...]]] = {
+        "causal": (causal, ()),
+        "full": (masks.Full(), ()),
+        "doubled": (masks.BlockDiffusion(length // 2, 64), ()),
+        "window": (masks.SlidingWindow(1024, 4), ()),
+        "segments": (causal, ("q_segments", "k_segments")),
+        "positions": (causal, ("q_positions", "k_positions")),
+        "lengths": (masks.Full(), ("kv_lengths",)),
+    }
+    shipped = [(head_dim, jnp.bfloat16, "causal") for head_dim in HEAD_DIMS]
+    shipped += [(128, jnp.bfloat16, name) for name in forms if name != "causal"]
+    shipped += [(64, jnp.float16, "doubled")]
+    explored: list[tuple[int, str, Config | BackwardConfig]] = [
+        (64, "full", Config(block_q=128, block_k=128, stages=3)),
+        (64, "causal", Config(block_q=64, block_k=256, stages=3)),
+        (128, "causal", Config(block_q=64, block_k=64, stages=3)),
+        (128, "doubled", Config(block_q=64, block_k=64, stages=4)),
+        (64, "causal", BackwardConfig(block_q=64, block_k=64, q_stages=4, k_stages=4)),
+        (128, "causal", BackwardConfig(block_q=64, block_k=64, q_stages=2, k_stages=3)),
+    ]
+
+    def case(head_dim, dtype, form, tiles, *, is_shipped):
+        mask, limited = forms[form]
+        is_forward = isinstance(tiles, Config)
+        options = {"config" if is_forward else "backward_config": tiles, "mask": mask, "scale": head_dim**-0.5}
+
+        def call(q, k, v, *rest):
+            limits = Limits(**dict(zip(limited, rest, strict=False)))
+            attend = functools.partial(run, limits=limits, **options)
+            if is_forward:
+                return attend(q, k, v)
+            return backward.run(
+                q, k, v, limits, *rest[len(limited) :], config=tiles, interpret=None, mask=mask, scale=head_dim**-0.5
+            )
+
+        def array(*shape, dtype=dtype):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        per_row = [array(*((2,) if name == "kv_lengths" else (2, length)), dtype=jnp.int32) for name in limited]
+        q, k, lse = array(2, length, 16, head_dim), array(2, length, 4, head_dim), array(2, 16, length, dtype="float32")
+        results = () if is_forward else (q, lse, q, lse)  # and their cotangents
+        name = "forward" if is_forward else "backward"
+        sizes = " ".join(str(value) for value in vars(tiles).values())
+        return CompileCase(
+            name=f"attention {name} {form} {jnp.dtype(dtype).name} H={head_dim} tiles {sizes}",
+            function=call,
+            avals=(q, k, k, *per_row, *results),
+            shipped=is_shipped,
+            max_spill=0 if is_shipped else 256,
+            reason="" if is_shipped else "exploratory",
+        )
+
+    for head_dim, dtype, form in shipped:
+        yield case(head_dim, dtype, form, heuristic_config(head_dim), is_shipped=True)
+        if head_dim in BACKWARD_HEAD_DIMS:
+            yield case(head_dim, dtype, form, heuristic_backward_config(head_dim), is_shipped=True)
+    for head_dim, form, tiles in explored:
+        yield case(head_dim, jnp.bfloat16, form, tiles, is_shipped=False)
