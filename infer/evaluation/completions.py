@@ -45,6 +45,8 @@ class Completions:
     new_tokens: int = 128
     thresholds: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
     """Confidence thresholds; one token per step is always among the arms."""
+    factors: tuple[float, ...] = ()
+    """Factors of the rule that reveals n tokens while (n + 1) (1 - n-th confidence) stays below it."""
     temperature: float = 0.0
     batch: int | None = None
     """Rows generated together; None: 256 on a GPU, 16 on a CPU."""
@@ -60,6 +62,8 @@ class Completions:
             raise ValueError(f"batch must be positive; got {self.batch}")
         if any(not 0.0 <= t <= 1.0 for t in self.thresholds):
             raise ValueError(f"thresholds must lie in [0, 1]; got {self.thresholds}")
+        if any(not f > 0.0 for f in self.factors):
+            raise ValueError(f"factors must be positive; got {self.factors}")
 
 
 def main(config: Completions) -> int:
@@ -86,7 +90,7 @@ def main(config: Completions) -> int:
     ids = [prompt.ids for prompt in prompts]
     generated = {}
     models: dict[str, Any] = {}
-    for arm, (kind, threshold) in arms(config.thresholds).items():
+    for arm, (kind, rule) in arms(config.thresholds, config.factors).items():
         file = config.output / f"tokens-{arm}.jsonl"
         if not file.is_file():
             if kind not in models:
@@ -95,7 +99,7 @@ def main(config: Completions) -> int:
             if kind == "ar":
                 done = generate_ar(models[kind], ids, config)
             else:
-                done = generate_dlm(models[kind], ids, threshold, config)
+                done = generate_dlm(models[kind], ids, config, **rule)
             seconds = time.perf_counter() - before
             _write(file, done)
             tokens = sum(len(c.tokens) for c in done)
@@ -112,9 +116,11 @@ def main(config: Completions) -> int:
     return 0
 
 
-def arms(thresholds: Iterable[float]) -> dict[str, tuple[str, float | None]]:
-    """name -> (kind, threshold): the AR model, one token per step, then the thresholds."""
-    return {"ar": ("ar", None), "dlm-one": ("dlm", None)} | {f"dlm-{t:g}": ("dlm", t) for t in thresholds}
+def arms(thresholds: Iterable[float], factors: Iterable[float] = ()) -> dict[str, tuple[str, dict[str, float]]]:
+    """name -> (kind, rule of `RevealOptions`): the AR model, one token per step, thresholds, factors."""
+    rules: dict[str, tuple[str, dict[str, float]]] = {"ar": ("ar", {}), "dlm-one": ("dlm", {})}
+    rules |= {f"dlm-{t:g}": ("dlm", {"threshold": t}) for t in thresholds}
+    return rules | {f"dlm-factor-{f:g}": ("dlm", {"factor": f}) for f in factors}
 
 
 def generate_ar(model: Any, prompts: Sequence[Sequence[int]], config: Completions) -> "list[Completion]":
@@ -125,13 +131,13 @@ def generate_ar(model: Any, prompts: Sequence[Sequence[int]], config: Completion
 
 
 def generate_dlm(
-    model: Any, prompts: Sequence[Sequence[int]], threshold: float | None, config: Completions
+    model: Any, prompts: Sequence[Sequence[int]], config: Completions, **rule: Any
 ) -> "list[Completion]":
-    """Completions of the block-diffusion model at one threshold (None: one token per step)."""
+    """Completions of the block-diffusion model by a rule of `RevealOptions` (none: one token per step)."""
     from jaxmodels.decoding.block_diffusion import RevealOptions
     from jaxmodels.decoding.complete import complete_blocks
 
-    reveal = RevealOptions(threshold=threshold)
+    reveal = RevealOptions(**rule)
     return complete_blocks(model.lm, model.params, prompts, reveal=reveal, **_options(config, len(prompts)))
 
 

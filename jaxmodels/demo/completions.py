@@ -14,6 +14,7 @@ import dataclasses
 import io
 import re
 import tokenize
+import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -119,7 +120,9 @@ def parse_completion(context: str, completion: str, *, ended: bool) -> Parsed:
     code = text + "".join(f"{' ' * indent}finally:\n{' ' * indent} pass\n" for indent in closing)
     kept = text[len(context) :]
     try:
-        tree = ast.parse(code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # odd escapes in strings: valid, and not ours to report
+            tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return Parsed(kept, False, 0, 0.0)
     first, last = context.count("\n") + 2, text.count("\n")

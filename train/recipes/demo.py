@@ -88,6 +88,8 @@ class DistillConfig:
     """The training run of one round."""
     rounds: int = 1
     """How often the model completes the prompts and learns what was accepted; 0: the converted model is the last."""
+    threshold: float = 0.7
+    """Confidence at which the model decodes in the second and later rounds; in the first, one token per pass."""
     shortest_prompt: int = 64
     longest_prompt: int = 384
     """Tokens; lengths are drawn from multiples of the block size between the two."""
@@ -108,6 +110,8 @@ class DistillConfig:
             raise ValueError(
                 f"longest_prompt must be at least shortest_prompt = {self.shortest_prompt}; got {self.longest_prompt}"
             )
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold must lie in [0, 1]; got {self.threshold}")
         if not 0.0 < self.share < 1.0:
             raise ValueError(f"share must lie in (0, 1); got {self.share}")
         if not 0.0 <= self.min_distinct <= 1.0:
@@ -373,23 +377,22 @@ class _Chain:
         from jaxmodels import load_pretrained
         from train.data.pairs import Mixture
         from train.objectives.block_diffusion import make_block_diffusion_loss
-        from train.recipes.distill import accepted_completions
+        from train.recipes.distill import Teaching
 
         settings = self.config.distill
         # A row with a short completion counts as much per token as a row of text.
         loss = make_block_diffusion_loss(
             self.dlm, dataclasses.replace(self.config.objective, normalization="supervised")
         )
+        teaching = Teaching(self.rows["train"], self.tokenizer, settings, self.config.block_size, self.report)
         teacher = DLM
         for number in range(1, settings.rounds + 1):
             name = DISTILLED if number == settings.rounds else f"{DISTILLED}-{number}"
             if not self._trained(name):
                 params = load_pretrained(self.root / teacher, dtype="float32").params
-                pairs = accepted_completions(
-                    self.dlm, params, self.rows["train"], self.tokenizer, settings,
-                    path=self.root / f"{name}-run" / "pairs.npz", block_size=self.config.block_size,
-                    seed=self.config.seed + number, report=self.report,
-                )  # fmt: skip
+                path = self.root / f"{name}-run" / "pairs.npz"
+                threshold = settings.threshold if number > 1 else None
+                pairs = teaching.pairs(path, self.dlm, params, threshold=threshold, seed=self.config.seed + number)
                 data = Mixture([(self.rows["train"], 1 - settings.share), (pairs, settings.share)])
                 identity = {"pairs": pairs.fingerprint, "share": settings.share}
                 if not self._fit(

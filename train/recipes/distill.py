@@ -7,7 +7,8 @@ parallel translation work (Kim and Rush, arXiv 1606.07947; Gu et al., arXiv 1711
 dParallel, arXiv 2509.26488). Of the completions only those are learnt that parse, hold enough statements and do not
 repeat themselves, so the model also learns from a judge that the autoregressive model never met.
 
-Prompts end where a statement of a training file ends. One token per pass is decoded, greedily.
+Prompts end where a statement of a training file ends. In the first round one token per pass is decoded, greedily;
+in later ones several, so that what is learnt is what parallel decoding can reach.
 """
 
 import concurrent.futures
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.decoding.block_diffusion import RevealOptions
 from jaxmodels.decoding.complete import complete_blocks
 from jaxmodels.demo.completions import MIN_STATEMENTS, PromptCut, find_cuts, parse_completion
 from jaxmodels.demo.prompts import CodePrompt, prompt_at
@@ -29,92 +31,92 @@ from train.recipes.demo import DistillConfig
 CHUNK = 256  # files or completions that a worker process takes at once
 
 
-def accepted_completions(
-    lm: Any,
-    params: Any,
-    store: RowStore,
-    tokenizer: Any,
-    settings: DistillConfig,
-    *,
-    path: Path,
-    block_size: int,
-    seed: int,
-    report: Any,
-) -> PairRows:
-    """The accepted completions of a model, from `path` if they are there, else made and written there.
+class Teaching:
+    """Makes the pairs of prompt and accepted completion that a model learns from.
 
     Args:
-        lm: block-diffusion model.
-        params: its weights.
         store: training rows, whose documents are the files that prompts come from.
         tokenizer: a jaxmodels Tokenizer.
         settings: how many prompts, how long, and what is accepted.
-        path: an `.npz` file.
         block_size: prompt lengths are multiples of this.
-        seed: of the choice of prompts.
         report: a `train.metrics.Reporter`.
-
-    Raises:
-        ValueError: the files have fewer places for prompts than asked for, or nothing was accepted.
     """
-    import jax
 
-    if path.is_file():
-        return PairRows.load(path)
-    before = time.perf_counter()
-    with _workers() as workers:
-        prompts = draw_prompts(store, tokenizer, settings, block_size=block_size, seed=seed, workers=workers)
-        report.line(f"{len(prompts):,} prompts after {time.perf_counter() - before:.0f} s")
-        done = complete_blocks(
-            lm, params, [prompt.ids for prompt in prompts], max_new_tokens=settings.new_tokens,
-            batch=min(len(prompts), 16 if jax.default_backend() == "cpu" else 1024),
-            on_batch=lambda count: report.line(f"completed {count:,} of {len(prompts):,}"),
-        )  # fmt: skip
-        report.line(f"completions after {time.perf_counter() - before:.0f} s")
-        ends = tokenizer.special_ids
-        jobs = [
-            (prompt.cut.context, tokenizer.decode(completion.tokens), completion.tokens[-1] in ends)
-            for prompt, completion in zip(prompts, done, strict=True)
-        ]
-        distinct = np.asarray([*workers.map(_distinct, *zip(*jobs, strict=True), chunksize=CHUNK)])
-    good = np.flatnonzero(distinct >= settings.min_distinct)
-    report.line(
-        f"accepted {len(good):,} of {len(prompts):,} completions ({(distinct >= 0).mean():.1%} were valid) after "
-        f"{time.perf_counter() - before:.0f} s"
-    )
-    if not len(good):
-        raise ValueError(f"none of {len(prompts)} completions was accepted: the model cannot teach itself")
-    pairs = PairRows.from_pairs([(prompts[i].ids, done[i].tokens) for i in good], store.seq_len)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pairs.save(path)
-    return pairs
+    def __init__(self, store: RowStore, tokenizer: Any, settings: DistillConfig, block_size: int, report: Any):
+        self.store, self.tokenizer, self.settings = store, tokenizer, settings
+        self.block_size, self.report = block_size, report
+        self._cuts: list[PromptCut] = []
 
+    def pairs(self, path: Path, lm: Any, params: Any, *, threshold: float | None, seed: int) -> PairRows:
+        """The accepted completions of a model, from `path` if they are there, else made and written there.
 
-def draw_prompts(
-    store: RowStore,
-    tokenizer: Any,
-    settings: DistillConfig,
-    *,
-    block_size: int,
-    seed: int,
-    workers: concurrent.futures.Executor,
-) -> list[CodePrompt]:
-    """Prompts of random lengths from random places where a statement of a training file ends."""
-    texts = [tokenizer.decode(ids.tolist()) for ids in store.documents()]
-    found = workers.map(find_cuts, map(str, range(len(texts))), texts, chunksize=4)
-    cuts: list[PromptCut] = [cut for own in found for cut in own]
-    if len(cuts) < settings.prompts:
-        raise ValueError(f"distill.prompts must be at most the {len(cuts)} places there are; got {settings.prompts}")
-    rng = np.random.default_rng(seed)
-    chosen = rng.permutation(len(cuts))[: settings.prompts]
-    shortest = -(-settings.shortest_prompt // block_size)
-    longest = max(shortest, settings.longest_prompt // block_size)
-    lengths = rng.integers(shortest, longest + 1, settings.prompts) * block_size
-    prompts = (
-        prompt_at(tokenizer, cuts[i], "", max_tokens=int(length), multiple=block_size)
-        for i, length in zip(chosen, lengths, strict=True)
-    )
-    return [prompt for prompt in prompts if prompt.ids]
+        Args:
+            path: an `.npz` file.
+            lm: block-diffusion model.
+            params: its weights.
+            threshold: confidence at which it decodes; None: one token per pass.
+            seed: of the choice of prompts.
+
+        Raises:
+            ValueError: the files have fewer places for prompts than asked for, or nothing was accepted.
+        """
+        import jax
+
+        if path.is_file():
+            return PairRows.load(path)
+        before = time.perf_counter()
+
+        def say(what: str) -> None:
+            self.report.line(f"{what} after {time.perf_counter() - before:.0f} s")
+
+        with _workers() as workers:
+            prompts = self._prompts(seed, workers)
+            say(f"{len(prompts):,} prompts")
+            done = complete_blocks(
+                lm, params, [prompt.ids for prompt in prompts], max_new_tokens=self.settings.new_tokens,
+                batch=min(len(prompts), 16 if jax.default_backend() == "cpu" else 1024),
+                reveal=RevealOptions(threshold=threshold), on_batch=lambda count: say(f"{count:,} completions"),
+            )  # fmt: skip
+            ends = self.tokenizer.special_ids
+            jobs = [
+                (prompt.cut.context, self.tokenizer.decode(completion.tokens), completion.tokens[-1] in ends)
+                for prompt, completion in zip(prompts, done, strict=True)
+            ]
+            distinct = np.asarray([*workers.map(_distinct, *zip(*jobs, strict=True), chunksize=CHUNK)])
+        good = np.flatnonzero(distinct >= self.settings.min_distinct)
+        forwards = sum(completion.forwards for completion in done)
+        say(
+            f"accepted {len(good):,} of {len(prompts):,} completions ({(distinct >= 0).mean():.1%} were valid, "
+            f"{sum(len(completion.tokens) for completion in done) / forwards:.2f} tokens per forward)"
+        )
+        if not len(good):
+            raise ValueError(f"none of {len(prompts)} completions was accepted: the model cannot teach itself")
+        pairs = PairRows.from_pairs([(prompts[i].ids, done[i].tokens) for i in good], self.store.seq_len)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs.save(path)
+        return pairs
+
+    def _prompts(self, seed: int, workers: concurrent.futures.Executor) -> list[CodePrompt]:
+        """Prompts of random lengths from random places where a statement of a training file ends."""
+        settings, block = self.settings, self.block_size
+        if not self._cuts:
+            texts = [self.tokenizer.decode(ids.tolist()) for ids in self.store.documents()]
+            found = workers.map(find_cuts, map(str, range(len(texts))), texts, chunksize=4)
+            self._cuts = [cut for own in found for cut in own]
+        if len(self._cuts) < settings.prompts:
+            raise ValueError(
+                f"distill.prompts must be at most the {len(self._cuts)} places there are; got {settings.prompts}"
+            )
+        rng = np.random.default_rng(seed)
+        chosen = rng.permutation(len(self._cuts))[: settings.prompts]
+        shortest = -(-settings.shortest_prompt // block)
+        longest = max(shortest, settings.longest_prompt // block)
+        lengths = rng.integers(shortest, longest + 1, settings.prompts) * block
+        prompts = (
+            prompt_at(self.tokenizer, self._cuts[i], "", max_tokens=int(length), multiple=block)
+            for i, length in zip(chosen, lengths, strict=True)
+        )
+        return [prompt for prompt in prompts if prompt.ids]
 
 
 def _distinct(context: str, completion: str, ended: bool) -> float:

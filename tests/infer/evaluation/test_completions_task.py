@@ -51,9 +51,9 @@ def test_rows_do_not_depend_on_batches_and_forwards_are_counted(models, tmp_path
         assert done.forwards == len(done.tokens) <= NEW
         logits = ar.lm.apply(ar.params, jnp.asarray([[*prompt, *done.tokens[:-1]]], jnp.int32))[0, len(prompt) - 1 :]
         assert list(done.tokens) == jnp.argmax(logits, axis=-1).tolist()
-    at_once = generate_dlm(dlm, prompts, 0.0, config)
-    one = generate_dlm(dlm, prompts, None, config)
-    assert one == generate_dlm(dlm, prompts, None, alone)
+    at_once = generate_dlm(dlm, prompts, config, threshold=0.0)
+    one = generate_dlm(dlm, prompts, config)
+    assert one == generate_dlm(dlm, prompts, alone)
     for fast, slow in zip(at_once, one, strict=True):
         if len(fast.tokens) == NEW:
             assert fast.forwards == NEW // BLOCK, "a block in one pass, commits fused"
