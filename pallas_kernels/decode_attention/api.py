@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array, int_array_or_none
 from pallas_kernels.decode_attention import reference, xla
-from pallas_kernels.decode_attention.operands import Operands
+from pallas_kernels.decode_attention.operands import CODES, Operands
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
 
 # Fastest first. Each module has `unsupported(q, k_cache, v_cache, *, operands, own_mask, scale)`: None, or why not,
@@ -19,12 +19,14 @@ AUTOMATIC = ("xla",)  # tried in this order when implementation is None
 
 def decode_attention(
     q: Float[Array, "B T N H"],
-    k_cache: Float[Array, "L B S K H"],
-    v_cache: Float[Array, "L B S K H"],
+    k_cache: Num[Array, "L B S K H"],
+    v_cache: Num[Array, "L B S K H"],
     *,
     layer: int | Int[Array, ""],
     kv_lengths: Int[Array, "B"],
     k_positions: Int[Array, "B S"] | None = None,
+    k_scale: Float[Array, "..."] | None = None,
+    v_scale: Float[Array, "..."] | None = None,
     q_positions: Int[Array, "B T"] | None = None,
     own_k: Float[Array, "B T K H"] | None = None,
     own_v: Float[Array, "B T K H"] | None = None,
@@ -50,15 +52,21 @@ def decode_attention(
     A query that sees nothing gives output 0 and log-sum-exp -inf. What an empty slot holds (beyond `kv_lengths`, at a
     negative position, or an own key beyond `own_lengths`) never matters, be it NaN.
 
+    A cache may hold codes, int8 or float8_e4m3fn, whose real values are `codes * scale`. The scales are multiplied into
+    scores and probabilities, so that no dequantized cache is ever made.
+
     Args:
       q: queries of the new tokens; bfloat16, float16, float32 or float64.
-      k_cache: keys of all layers, dtype of `q`; N a multiple of K.
-      v_cache: values of all layers.
+      k_cache: keys of all layers, dtype of `q` or codes; N a multiple of K.
+      v_cache: values of all layers, like `k_cache`.
       layer: which of the L layers to read; may be traced (then it is clamped to 0..L-1).
       kv_lengths: leading slots in use. May exceed S (a ring that has wrapped), then all S are in use.
       k_positions: position held by each slot, negative is empty; None: slot j holds position j.
+      k_scale: with codes only: float32, bfloat16 or float16; `[L]` per layer, `[L, K]` per layer and key head, or
+        `[L, B, K, S]` per token and key head (slots last: a kernel reads a tile of them as one line).
+      v_scale: the same for values; its shape may be another of the three.
       q_positions: positions of the new tokens; None is `kv_lengths[b] + i`.
-      own_k: keys of the new tokens, not (yet) in the cache; None: only the cache is read.
+      own_k: keys of the new tokens, dtype of `q`, not (yet) in the cache; None: only the cache is read.
       own_v: values of the new tokens.
       own_mask: who among the new tokens sees whom. Not `BlockDiffusion`.
       own_lengths: leading new tokens that are real, per row.
@@ -77,12 +85,13 @@ def decode_attention(
             raise ValueError(f"{name} must be [layers, batch, slots, kv_heads, head_dim]; got shape {cache.shape}")
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"k_cache and v_cache must have one shape; got {k_cache.shape} and {v_cache.shape}")
+    if k_cache.dtype != v_cache.dtype:
+        raise ValueError(f"k_cache and v_cache must have one dtype; got {k_cache.dtype} and {v_cache.dtype}")
     num_layers, _, capacity = k_cache.shape[:3]
-    check_heads(
-        ("q", q),
-        ("k_cache", jax.ShapeDtypeStruct(k_cache.shape[1:], k_cache.dtype)),
-        ("v_cache", jax.ShapeDtypeStruct(v_cache.shape[1:], v_cache.dtype)),
-    )
+    has_codes = str(k_cache.dtype) in CODES
+    # Codes stand for values of q's dtype; everything else must have it.
+    one_layer = jax.ShapeDtypeStruct(k_cache.shape[1:], q.dtype if has_codes else k_cache.dtype)
+    check_heads(("q", q), ("k_cache", one_layer), ("v_cache", one_layer))
     batch, num_queries = q.shape[:2]
     if isinstance(layer, int) and not 0 <= layer < num_layers:
         raise ValueError(f"layer must lie in 0..{num_layers - 1}; got {layer}")
@@ -105,6 +114,10 @@ def decode_attention(
         raise ValueError(f"num_sinks={num_sinks} needs a window: without one every key is seen")
     lengths = int_array("kv_lengths", kv_lengths, (batch,))
     positions = int_array_or_none("q_positions", q_positions, (batch, num_queries))
+    k_scale, v_scale = (
+        _scales(name, scales, cache_name, k_cache)
+        for name, scales, cache_name in (("k_scale", k_scale, "k_cache"), ("v_scale", v_scale, "v_cache"))
+    )
     operands = Operands(
         layer=jnp.asarray(layer, jnp.int32),
         kv_lengths=lengths,
@@ -115,6 +128,8 @@ def decode_attention(
         own_lengths=int_array_or_none("own_lengths", own_lengths, (batch,)),
         window=window,
         num_sinks=num_sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     options = {"operands": operands, "own_mask": own_mask, "scale": check_scale(scale, q.shape[-1])}
     check_choice(implementation, IMPLEMENTATIONS)
@@ -125,3 +140,22 @@ def decode_attention(
             out, lse = IMPLEMENTATIONS[name].run(q, k_cache, v_cache, **options)
             return (out, lse) if return_lse else out
     raise NotImplementedError(f"decode_attention {implementation!r}: {reason}")
+
+
+def _scales(name: str, scales: Array | None, cache_name: str, cache: Array) -> Array | None:
+    """Checked scales of a cache of codes, `[L, K]` or `[L, B, K, S]`; None for any other cache."""
+    if str(cache.dtype) not in CODES:
+        if scales is not None:
+            raise ValueError(f"{name} needs a {cache_name} of {' or '.join(CODES)}; got {cache.dtype}")
+        return None
+    if scales is None:
+        raise ValueError(f"{cache_name} holds {cache.dtype} codes, which need {name}")
+    num_layers, batch, capacity, num_kv_heads, _ = cache.shape
+    shapes = ((num_layers,), (num_layers, num_kv_heads), (num_layers, batch, num_kv_heads, capacity))
+    if scales.shape not in shapes:
+        raise ValueError(f"{name} must have one of the shapes {', '.join(map(str, shapes))}; got {scales.shape}")
+    if str(scales.dtype) not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{name} must be float32, bfloat16 or float16; got {scales.dtype}")
+    if scales.ndim == 1:
+        return jnp.broadcast_to(scales[:, None], shapes[1])
+    return scales

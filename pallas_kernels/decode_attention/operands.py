@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from jax import Array
 
+CODES = ("int8", "float8_e4m3fn")  # dtypes of a quantized cache
+
 
 class Operands(NamedTuple):
     """B batch, T queries, S cache slots, K kv heads, H head dim; integers are int32."""
@@ -17,3 +19,5 @@ class Operands(NamedTuple):
     own_lengths: Array | None  # [B]; leading own keys that may be seen
     window: Array | int | None  # keys at a position distance of `window` or more are cut ...
     num_sinks: Array | int  # ... unless their position is below `num_sinks`
+    k_scale: Array | None = None  # [L, K] or [L, B, K, S]; a key is its codes times its scale; None: not codes
+    v_scale: Array | None = None  # the same for values

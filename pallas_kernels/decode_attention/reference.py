@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from pallas_kernels.attention.reference import attend
 from pallas_kernels.decode_attention.operands import Operands
@@ -39,20 +39,31 @@ def visible(operands: Operands, own_mask: Mask, capacity: int) -> Bool[Array, "B
     return seen
 
 
+def _values(cache: Array, scales: Array | None, layer: Array, dtype: jnp.dtype) -> Float[Array, "B S K H"]:
+    """Keys or values of one layer; codes are multiplied out in float32 (float64 for float64 queries)."""
+    here = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+    if scales is None:
+        return here
+    precise = jnp.promote_types(dtype, jnp.float32)
+    scales = jax.lax.dynamic_index_in_dim(scales, layer, keepdims=False).astype(precise)  # [K] or [B, K, S]
+    scales = scales[None, None] if scales.ndim == 1 else jnp.swapaxes(scales, 1, 2)
+    return here.astype(precise) * scales[..., None]
+
+
 def run(
     q: Float[Array, "B T N H"],
-    k_cache: Float[Array, "L B S K H"],
-    v_cache: Float[Array, "L B S K H"],
+    k_cache: Num[Array, "L B S K H"],
+    v_cache: Num[Array, "L B S K H"],
     *,
     operands: Operands,
     own_mask: Mask,
     scale: float,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Output and log-sum-exp; see `decode_attention`."""
-    k = jax.lax.dynamic_index_in_dim(k_cache, operands.layer, keepdims=False)
-    v = jax.lax.dynamic_index_in_dim(v_cache, operands.layer, keepdims=False)
+    k = _values(k_cache, operands.k_scale, operands.layer, q.dtype)
+    v = _values(v_cache, operands.v_scale, operands.layer, q.dtype)
     seen = visible(operands, own_mask, k.shape[1])
     if operands.own_k is not None and operands.own_v is not None:
-        k = jnp.concatenate([k, operands.own_k], axis=1)
-        v = jnp.concatenate([v, operands.own_v], axis=1)
+        k = jnp.concatenate([k, operands.own_k.astype(k.dtype)], axis=1)
+        v = jnp.concatenate([v, operands.own_v.astype(v.dtype)], axis=1)
     return attend(q, k, v, seen, scale)

@@ -3,7 +3,8 @@
 Each chunk is a `dynamic_slice` `[1, B, chunk, K, H]` of the stacked cache, so the only copy is one chunk (on a CPU it
 stays in the caches). The trip count is a run-time value, ceil(max(kv_lengths) / chunk); a window without sinks also
 raises the first chunk. A cache of one chunk takes no loop. Queries beyond `tile_t` are walked tile by tile, their own
-keys over the live tiles of `own_mask`. Arithmetic and numerics are those of `attention/xla.py`.
+keys over the live tiles of `own_mask`. Arithmetic and numerics are those of `attention/xla.py`; of a cache of codes
+one chunk at a time is converted to the dtype of `q`, which is exact, and its scales multiply scores and probabilities.
 """
 
 import dataclasses
@@ -152,6 +153,41 @@ def _partial(q_tile: Array, k: Array, v: Array, filled: Array, seen: Array, scal
     return Partial(*(x[0] for x in part))
 
 
+def _scaled_partial(
+    q_tile: Array,
+    k: Array,
+    v: Array,
+    k_scale: Array,
+    v_scale: Array,
+    filled: Array,
+    seen: Array,
+    scale: float,
+) -> Partial:
+    """`_partial` for codes k, v [B, S, K, H] with float32 scales [#B, K, #S]."""
+    precise = jnp.promote_types(q_tile.dtype, jnp.float32)
+    v = jnp.where(filled[:, :, None, None], v, 0)
+    v_scale = jnp.where(filled[:, None], v_scale, 0.0)  # an empty slot's scale may be NaN too
+    k, v = (x.astype(q_tile.dtype) for x in (k, v))
+    scores = jnp.einsum("BKMH,BSKH->BKMS", q_tile, k, preferred_element_type=precise) * scale * k_scale[:, :, None]
+    group = q_tile.shape[2] // seen.shape[1]
+    scores = jnp.where(jnp.tile(seen, (1, group, 1))[:, None], scores, -jnp.inf)
+    top = scores.max(axis=-1)
+    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top)[..., None])
+    scaled = (weights * v_scale[:, :, None]).astype(v.dtype)
+    out = jnp.einsum("BKMS,BSKH->BKMH", scaled, v, preferred_element_type=precise)
+    return Partial(top, weights.sum(axis=-1), out)
+
+
+def _scale_chunk(scales: Array, layer: Array, start: Array, chunk: int) -> Array:
+    """Scales of one chunk of a layer as float32 `[#B, K, #chunk]`."""
+    if scales.ndim == 2:
+        here = jax.lax.dynamic_index_in_dim(scales, layer, keepdims=False)[None, :, None]
+    else:
+        _, batch, num_kv_heads, _ = scales.shape
+        here = jax.lax.dynamic_slice(scales, (layer, 0, 0, start), (1, batch, num_kv_heads, chunk))[0]
+    return here.astype(jnp.float32)
+
+
 def _cache_chunk(
     q_tile: Array,
     position: Array,
@@ -182,7 +218,10 @@ def _cache_chunk(
     if operands.window is not None:
         seen &= _near(position, k_position, operands)
     seen = jnp.broadcast_to(seen, (batch, position.shape[1], chunk))
-    return _partial(q_tile, k, v, filled, seen, scale)
+    if operands.k_scale is None or operands.v_scale is None:
+        return _partial(q_tile, k, v, filled, seen, scale)
+    k_scale, v_scale = (_scale_chunk(x, operands.layer, start, chunk) for x in (operands.k_scale, operands.v_scale))
+    return _scaled_partial(q_tile, k, v, k_scale, v_scale, filled, seen, scale)
 
 
 def _own_tile(

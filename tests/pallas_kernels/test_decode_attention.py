@@ -158,6 +158,88 @@ def test_nan_in_empty_slots_never_leaks(oracle, monkeypatch, variant):
         np.testing.assert_allclose(got_lse, lse, rtol=2e-5, atol=2e-5)
 
 
+def quantized(rng, dtype, kind, scale_dtype, capacity, kv_heads):
+    """A random cache as codes, its scales as `decode_attention` takes them, and the real values in float64."""
+    shape = (LAYERS, BATCH, capacity, kv_heads, HEAD_DIM)
+    if dtype == "int8":
+        codes = jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)
+    else:
+        codes = jnp.asarray(rng.normal(size=shape) * 100, jnp.float8_e4m3fn)
+    scale_shape = {
+        "layer": (LAYERS,),
+        "head": (LAYERS, kv_heads),
+        "token": (LAYERS, BATCH, kv_heads, capacity),
+    }[kind]
+    scales = jnp.asarray(rng.uniform(0.005, 0.02, scale_shape), scale_dtype)
+    exact = np.asarray(scales.astype(jnp.float32), np.float64)
+    exact = {
+        "layer": lambda: exact[:, None, None, None, None],
+        "head": lambda: exact[:, None, None, :, None],
+        "token": lambda: np.swapaxes(exact, 2, 3)[..., None],
+    }[kind]()
+    return codes, scales, np.asarray(codes.astype(jnp.float32), np.float64) * exact
+
+
+QUANTIZED = {
+    "int8, per token": ("int8", "token", "token", "float32", "block of queries"),
+    "int8, bfloat16 scales, ring": ("int8", "token", "token", "bfloat16", "ring"),
+    "fp8, per head": ("float8_e4m3fn", "head", "head", "float32", "one token"),
+    "fp8, per layer": ("float8_e4m3fn", "layer", "layer", "float32", "window, long chunk"),
+    "int8, kinds differ": ("int8", "token", "head", "float32", "ragged own keys"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, variant",
+    [
+        *((name, variant) for name in QUANTIZED for variant in ("reference", "chunks")),
+        ("int8, kinds differ", "query tiles"),
+    ],
+)
+def test_codes_equal_dequantizing_first(oracle, monkeypatch, name, variant):
+    if variant != "reference":
+        monkeypatch.setattr(xla, "default_tiling", lambda *_: TILINGS[variant])
+    dtype, k_kind, v_kind, scale_dtype, case = QUANTIZED[name]
+    arrays, options, seen, _ = solved(case, oracle)
+    capacity, kv_heads = arrays["k_cache"].shape[2:4]
+    rng = np.random.default_rng(sum(map(ord, name)))
+    k_codes, k_scale, k = quantized(rng, dtype, k_kind, scale_dtype, capacity, kv_heads)
+    v_codes, v_scale, v = quantized(rng, dtype, v_kind, scale_dtype, capacity, kv_heads)
+    k, v = k[1], v[1]
+    if "own_k" in arrays:
+        k, v = np.concatenate([k, arrays["own_k"]], axis=1), np.concatenate([v, arrays["own_v"]], axis=1)
+    out, lse = oracle(arrays["q"], k, v, seen, SCALE)
+    # What an empty slot holds, codes and scales, must not matter.
+    empty = jnp.arange(capacity) >= jnp.asarray(options["kv_lengths"])[:, None]
+    if "k_positions" in options:
+        empty |= jnp.asarray(options["k_positions"]) < 0
+    if k_kind == "token":
+        k_scale = jnp.where(empty[:, None], jnp.nan, k_scale)
+    if v_kind == "token":
+        v_scale = jnp.where(empty[:, None], jnp.nan, v_scale)
+    if dtype != "int8":
+        k_codes, v_codes = (jnp.where(empty[:, :, None, None], jnp.nan, x).astype(dtype) for x in (k_codes, v_codes))
+    given = arrays | dict(k_cache=k_codes, v_cache=v_codes, k_scale=k_scale, v_scale=v_scale)
+    got, got_lse = compute(given, options, "reference" if variant == "reference" else "xla")
+    np.testing.assert_allclose(got, out, rtol=3e-5, atol=3e-5)
+    np.testing.assert_allclose(got_lse, lse, rtol=3e-5, atol=3e-5)
+
+
+def test_codes_are_never_dequantized_whole():
+    """Temporary memory stays below a quarter of one layer's codes."""
+    layers, batch, capacity, kv_heads, head_dim = 4, 2, 16384, 2, 64
+    codes = jax.ShapeDtypeStruct((layers, batch, capacity, kv_heads, head_dim), jnp.int8)
+    scales = jax.ShapeDtypeStruct((layers, batch, kv_heads, capacity), jnp.float32)
+    q = jax.ShapeDtypeStruct((batch, 1, 4, head_dim), jnp.float32)
+
+    def call(q, k, v, k_scale, v_scale, layer, lengths):
+        return decode_attention(q, k, v, layer=layer, kv_lengths=lengths, k_scale=k_scale, v_scale=v_scale)
+
+    index, lengths = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    compiled = jax.jit(call).lower(q, codes, codes, scales, scales, index, lengths).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < batch * capacity * kv_heads * head_dim / 4
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("window", [None, 9])
 def test_decoding_token_by_token_equals_the_full_forward(window):
@@ -389,6 +471,7 @@ def zeros(*shape, dtype=jnp.float32):
     return jnp.zeros(shape, dtype)
 
 
+CODES = dict(k_cache=zeros(3, 2, 8, 2, 16, dtype=jnp.int8), v_cache=zeros(3, 2, 8, 2, 16, dtype=jnp.int8))
 BAD_CALLS = {
     "rank": (dict(k_cache=zeros(2, 8, 2, 16)), r"k_cache must be \[layers, batch, slots, kv_heads, head_dim\]"),
     "values": (dict(v_cache=zeros(3, 2, 9, 2, 16)), "k_cache and v_cache must have one shape"),
@@ -409,6 +492,31 @@ BAD_CALLS = {
     "lengths": (dict(kv_lengths=zeros(2)), "kv_lengths must be integers; got float32"),
     "positions": (dict(k_positions=zeros(2, 7, dtype=jnp.int32)), r"k_positions must have shape \(2, 8\)"),
     "scale": (dict(scale=0.0), "scale must be a positive finite Python number or None; got 0.0"),
+    "cache dtypes": (dict(v_cache=zeros(3, 2, 8, 2, 16, dtype=jnp.int8)), "must have one dtype; got float32 and int8"),
+    "integers": (
+        dict(k_cache=zeros(3, 2, 8, 2, 16, dtype=jnp.int32), v_cache=zeros(3, 2, 8, 2, 16, dtype=jnp.int32)),
+        "k_cache must be one of .*; got int32",
+    ),
+    "scale of no codes": (dict(v_scale=zeros(3)), "v_scale needs a v_cache of int8 or float8_e4m3fn; got float32"),
+    "codes alone": (dict(**CODES, v_scale=zeros(3)), "k_cache holds int8 codes, which need k_scale"),
+    "scale shape": (
+        dict(**CODES, k_scale=zeros(3, 2, 8, 2), v_scale=zeros(3)),
+        r"k_scale must have one of the shapes \(3,\), \(3, 2\), \(3, 2, 2, 8\); got \(3, 2, 8, 2\)",
+    ),
+    "scale dtype": (
+        dict(**CODES, k_scale=zeros(3), v_scale=zeros(3, dtype=jnp.int32)),
+        "v_scale must be float32, bfloat16 or float16; got int32",
+    ),
+    "own codes": (
+        dict(
+            **CODES,
+            k_scale=zeros(3),
+            v_scale=zeros(3),
+            own_k=zeros(2, 1, 2, 16, dtype=jnp.int8),
+            own_v=zeros(2, 1, 2, 16),
+        ),
+        r"own_k must be float32\[2, 1, 2, 16\]; got int8",
+    ),
     "implementation": (
         dict(implementation="paged"),
         r"implementation must be None or one of \['xla', 'reference'\]; got 'paged'",
