@@ -1,0 +1,797 @@
+"""Hopper kernel of `decode_attention`: few queries, a long cache read once, its length split over the CTAs.
+
+The T queries of the G heads that share one key head are packed into rows, `row = t * G + g`, so that every key is
+loaded once for all of them. Two compute warpgroups hold 64 rows each. With more than 64 rows both work on the same
+keys (and more than 128 rows take more CTAs, which find the keys in the L2 cache); with up to 64 rows they hold the
+same rows and take turns on the tiles of keys. A third warpgroup fills the ring of K and V tiles by TMA. Of a cache of
+codes the TMA brings the bytes and this warpgroup converts them to the dtype of the queries between two rings; the
+scales go into scores and probabilities.
+
+The stacked cache is read where it lies: the layer index is a number in global memory. Which tiles a CTA reads is a work
+list made at run time from the lengths (`_plan`): the rows of the batch share the multiprocessors in proportion to their
+live tiles. The first item of a row also attends to the row's own keys. Each warpgroup leaves a normalised
+partial output, rounded to the output dtype, and its log-sum-exp; a second kernel merges them (`_merge`).
+
+Tiles whose keys are all visible need no masking. With positions or a window (`listed`) only tiles that some query may
+see are listed, and each compares positions. V of tiles with empty slots is cleaned in shared memory before it is used:
+a weight of 0 does not stop a NaN.
+
+Scores live in the base-2 domain and are float32, as are sums and accumulators; P is rounded to the input dtype before
+P @ V, for codes after it was multiplied by the scales of V.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import compat
+from pallas_kernels.decode_attention.operands import CODES, Operands
+from pallas_kernels.masks import Causal, Full, Mask
+
+LOG2E = math.log2(math.e)
+COMPUTE_WARPGROUPS = 2
+ROWS = 64  # of one compute warpgroup
+MAX_QUERIES = 64
+HEAD_DIMS = (64, 96, 128, 256)
+CODE_HEAD_DIMS = (64, 128)
+DTYPES = ("bfloat16", "float16")
+MERGED_AT_ONCE = 8  # partial results that the merge kernel has in flight
+FAR = 2**30  # beyond every index and position
+
+WGMMA = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile sizes and split. They change speed and, by the order of summation, rounding; never which keys are seen.
+
+    Attributes:
+      block_k: keys of one tile; it also holds all own keys.
+      stages: slots of the K and V rings; even, since two warpgroups may take turns on them.
+      code_stages: slots of the rings of codes before their conversion.
+      num_sms: multiprocessors that the work is split for.
+    """
+
+    block_k: int = 64
+    stages: int = 4
+    code_stages: int = 6
+    num_sms: int = 132
+
+    def __post_init__(self):
+        if self.block_k not in (64, 128):
+            raise ValueError(f"block_k must be 64 or 128; got {self.block_k}")
+        if self.stages < 2 or self.stages % 2:
+            raise ValueError(f"stages must be even and at least 2; got {self.stages}")
+        if self.code_stages < 2 or self.code_stages % 2:
+            raise ValueError(f"code_stages must be even and at least 2; got {self.code_stages}")
+        if self.num_sms < 1:
+            raise ValueError(f"num_sms must be at least 1; got {self.num_sms}")
+
+    def buffers(self, form: "_Form") -> dict[str, Any]:
+        """What the kernel allocates per CTA, by name."""
+        readers = 1 if form.alternate else COMPUTE_WARPGROUPS
+        tile = (self.stages, self.block_k, form.head_dim)
+        ring = plgpu.SMEM(tile, form.dtype, transforms=compat.swizzled(form.dtype, form.head_dim))
+        free = plgpu.Barrier(num_arrivals=readers, num_barriers=self.stages)
+        buffers = {
+            # Q, and after the last tile the output.
+            "qo": plgpu.SMEM(
+                (COMPUTE_WARPGROUPS, ROWS, form.head_dim),
+                form.dtype,
+                transforms=compat.swizzled(form.dtype, form.head_dim),
+            ),
+            "lse": plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32),
+            "k": ring,
+            "v": ring,
+            "q_ready": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+            "k_ready": plgpu.Barrier(num_barriers=self.stages),
+            "v_ready": plgpu.Barrier(num_barriers=self.stages),
+            "k_free": free,
+            "v_free": free,
+        }
+        if form.code_dtype is None:
+            buffers["unclean"] = plgpu.Barrier()  # V has arrived but must be cleaned
+        else:
+            codes = plgpu.SMEM(
+                (self.code_stages, self.block_k, form.head_dim),
+                form.code_dtype,
+                transforms=compat.swizzled(form.code_dtype, form.head_dim),
+            )
+            arrived = plgpu.Barrier(num_barriers=self.code_stages)
+            buffers |= {"k_codes": codes, "v_codes": codes, "k_codes_ready": arrived, "v_codes_ready": arrived}
+        if lines := form.lines:
+            slots = self.line_slots(form)
+            buffers |= {name: plgpu.SMEM((slots, self.block_k), dtype) for name, dtype in lines.items()}
+            buffers["lines_ready"] = plgpu.Barrier(num_arrivals=len(lines), num_barriers=slots)
+        return buffers
+
+    def line_slots(self, form: "_Form") -> int:
+        """Slots of the rings of positions and scales, which travel with the tile as it leaves global memory."""
+        return self.stages + (0 if form.code_dtype is None else self.code_stages)
+
+    def smem_bytes(self, form: "_Form") -> int:
+        return compat.shared_memory_bytes(list(self.buffers(form).values()))
+
+
+def heuristic_config(head_dim: int, *, codes: bool) -> Config:
+    """Tiles that compile without spills."""
+    if codes:
+        return Config(stages=2 if head_dim > 64 else 4)
+    if head_dim <= 64:
+        return Config(stages=8)
+    if head_dim <= 128:
+        return Config(stages=4)
+    return Config(stages=2)
+
+
+class _Form(NamedTuple):
+    """What is static about a call."""
+
+    batch: int
+    num_queries: int
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    capacity: int
+    dtype: Any
+    code_dtype: Any  # None: the cache has the dtype of the queries
+    has_own: bool
+    listed: bool  # positions decide: tiles come from a list and all compare positions
+    k_scale: Any  # None, "head", or the dtype of scales per token
+    v_scale: Any
+
+    @property
+    def rows(self) -> int:
+        return self.num_queries * self.group
+
+    @property
+    def alternate(self) -> bool:
+        """Both warpgroups hold all rows and take turns on the tiles."""
+        return self.rows <= ROWS
+
+    @property
+    def lanes(self) -> int:
+        return COMPUTE_WARPGROUPS if self.alternate else 1
+
+    @property
+    def row_parts(self) -> int:
+        """CTAs that share the rows of one key head."""
+        return 1 if self.alternate else -(-self.rows // (COMPUTE_WARPGROUPS * ROWS))
+
+    @property
+    def padded_rows(self) -> int:
+        return -(-self.rows // 8) * 8 if self.alternate else self.row_parts * COMPUTE_WARPGROUPS * ROWS
+
+    @property
+    def whole_rows(self) -> int:
+        """Rows in whole warpgroups."""
+        return -(-self.padded_rows // ROWS) * ROWS
+
+    @property
+    def lines(self) -> dict[str, Any]:
+        """What comes with each tile of keys beside K and V: one value per key, by name, with its dtype."""
+        lines = {"positions": jnp.int32} if self.listed else {}
+        for name, kind in (("k_scales", self.k_scale), ("v_scales", self.v_scale)):
+            if kind not in (None, "head"):
+                lines[name] = kind
+        return lines
+
+
+def _form(q: Array, k_cache: Array, operands: Operands) -> _Form:
+    batch, num_queries, num_heads, head_dim = q.shape
+    capacity, num_kv_heads = k_cache.shape[2:4]
+
+    def kind(scales):
+        if scales is None:
+            return None
+        return "head" if scales.ndim == 2 else jnp.dtype(scales.dtype)
+
+    return _Form(
+        batch=batch,
+        num_queries=num_queries,
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        head_dim=head_dim,
+        capacity=capacity,
+        dtype=jnp.dtype(q.dtype),
+        code_dtype=jnp.dtype(k_cache.dtype) if str(k_cache.dtype) in CODES else None,
+        has_own=operands.own_k is not None,
+        listed=operands.k_positions is not None or operands.window is not None,
+        k_scale=kind(operands.k_scale),
+        v_scale=kind(operands.v_scale),
+    )
+
+
+def unsupported(
+    q: Array, k_cache: Array, v_cache: Array, *, operands: Operands, own_mask: Mask, scale: float
+) -> str | None:
+    """Why this call cannot run here, in words; None when it can."""
+    head_dim, capacity = q.shape[3], k_cache.shape[2]
+    if str(q.dtype) not in DTYPES:
+        return f"needs bfloat16 or float16 queries; got {q.dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"needs head_dim in {HEAD_DIMS}; got {head_dim}"
+    if q.shape[1] > MAX_QUERIES:
+        return f"takes at most {MAX_QUERIES} queries per row; got {q.shape[1]}"
+    if capacity % 8:
+        return f"needs a cache whose slots are a multiple of 8; got {capacity}"
+    if str(k_cache.dtype) in CODES:
+        if str(q.dtype) != "bfloat16":
+            return f"needs bfloat16 queries with a cache of codes; got {q.dtype}"
+        if head_dim not in CODE_HEAD_DIMS:
+            return f"needs head_dim in {CODE_HEAD_DIMS} with a cache of codes; got {head_dim}"
+    return compat.missing_hopper()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The work list
+
+
+class _Plan(NamedTuple):
+    """Who reads what. Row b owns the work items `first[b] .. first[b] + count[b] - 1`."""
+
+    items: Array  # int32 [W, 4]: row of the batch (-1: nothing to do), first and last + 1 of its tiles, own keys (0 / 1)
+    first: Array  # int32 [B]
+    count: Array  # int32 [B]
+    tiles: Array | None  # int32 [B, tiles]: live tiles first, 2 * tile + (1 if some slot is empty)
+    positions: Array | None  # int32 [B, S in whole tiles]: position of each slot, -1 where it is empty
+
+
+def _num_items(form: _Form, config: Config) -> int:
+    """Work items per key head: one per row, and enough more to fill the multiprocessors once."""
+    return form.batch + config.num_sms // (form.num_kv_heads * form.row_parts)
+
+
+def _plan(operands: Operands, form: _Form, config: Config) -> _Plan:
+    """Splits the live tiles of all rows over the CTAs. Depends on lengths and positions, not on the layer."""
+    num_tiles = -(-form.capacity // config.block_k)
+    used = jnp.clip(operands.kv_lengths, 0, form.capacity)
+    tiles = positions = None
+    if form.listed:
+        slots = jnp.arange(num_tiles * config.block_k, dtype=jnp.int32)
+        if operands.k_positions is None:
+            positions = jnp.broadcast_to(slots, (form.batch, len(slots)))
+        else:
+            missing = len(slots) - form.capacity
+            positions = jnp.pad(operands.k_positions, ((0, 0), (0, missing)), constant_values=-1)
+        positions = jnp.where(slots < used[:, None], positions, -1)
+        by_tile = positions.reshape(form.batch, num_tiles, config.block_k)
+        visible = by_tile >= 0
+        if operands.window is not None:
+            oldest = operands.q_positions.min(axis=1)[:, None, None]
+            visible &= (oldest - by_tile < operands.window) | (by_tile < operands.num_sinks)
+        live = visible.any(axis=2)
+        code = 2 * jnp.arange(num_tiles, dtype=jnp.int32) + (by_tile < 0).any(axis=2)
+        # Live tiles first, in order.
+        tiles = jnp.sort(jnp.where(live, code, FAR + code), axis=1) % FAR
+        length = live.sum(axis=1, dtype=jnp.int32)
+    else:
+        length = (used + config.block_k - 1) // config.block_k
+
+    # The quota of tiles per item that finishes first, if a wave of CTAs takes as long as its quota and a start.
+    num_items = _num_items(form, config)
+    quotas = jnp.arange(1, num_tiles + 1, dtype=jnp.int32)
+    counts = jnp.maximum(-(-length // quotas[:, None]), 1)  # [quotas, B]
+    total = counts.sum(axis=1)
+    waves = -(-total * (form.num_kv_heads * form.row_parts) // config.num_sms)
+    time = waves * (quotas + 2.0) + total / num_items
+    best = jnp.argmin(jnp.where(total <= num_items, time, jnp.inf))
+    count = counts[best]
+    stop = jnp.cumsum(count)
+    first = stop - count
+    item = jnp.arange(num_items, dtype=jnp.int32)
+    row = (item[:, None] >= stop).sum(axis=1, dtype=jnp.int32)
+    idle = row >= form.batch
+    row = jnp.minimum(row, form.batch - 1)
+    at, n, of = item - first[row], count[row], length[row]
+    items = jnp.stack(
+        [
+            jnp.where(idle, -1, row),
+            at * of // n,
+            (at + 1) * of // n,
+            (at == 0).astype(jnp.int32),
+        ],
+        axis=1,
+    ).astype(jnp.int32)
+    return _Plan(items, first.astype(jnp.int32), count.astype(jnp.int32), tiles, positions)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The attention kernel
+
+
+def _pad_axis(x: Array, axis: int, size: int, value: int = 0) -> Array:
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _pack(q: Array, form: _Form) -> Float[Array, "B K rows H"]:
+    """Queries as rows of their key head."""
+    q = q.reshape(form.batch, form.num_queries, form.num_kv_heads, form.group, form.head_dim)
+    q = jnp.swapaxes(q, 1, 2).reshape(form.batch, form.num_kv_heads, form.rows, form.head_dim)
+    return _pad_axis(q, 2, form.padded_rows)
+
+
+def _accumulate(acc: Array, p: Array, v_smem: Any, *, interpreted: bool) -> Array:
+    """`acc + p @ v` with p in registers.
+
+    The interpreter knows neither a left operand in registers nor an accumulator that does not start at zero; this
+    is the one operation that it runs as something else.
+    """
+    if interpreted:
+        acc = acc + jnp.dot(p.astype(jnp.float32), v_smem[...].astype(jnp.float32))
+        plgpu.commit_smem()  # an ordinary read, unlike that of wgmma, must be fenced against the refill
+        return acc
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, v_smem))(plgpu.ACC.init(acc))
+
+
+def run(
+    q: Float[Array, "B T N H"],
+    k_cache: Array,
+    v_cache: Array,
+    *,
+    operands: Operands,
+    own_mask: Mask,
+    scale: float,
+    config: Config | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Output and log-sum-exp; see `decode_attention`. `interpret` runs the kernel on the CPU, for tests.
+
+    Raises:
+      ValueError: `config` needs more shared memory than a CTA has.
+    """
+    form = _form(q, k_cache, operands)
+    if config is None:
+        config = heuristic_config(form.head_dim, codes=form.code_dtype is not None)
+    if (needed := config.smem_bytes(form)) > compat.SHARED_MEMORY_BYTES:
+        raise ValueError(
+            f"{config} needs {needed} bytes of shared memory at head_dim {form.head_dim}; "
+            f"a CTA has {compat.SHARED_MEMORY_BYTES}"
+        )
+    if form.batch == 0:
+        return jnp.zeros_like(q), jnp.zeros((0, q.shape[2], q.shape[1]), jnp.float32)
+    plan = _plan(operands, form, config)
+    parts, part_lse = _attend(
+        q, k_cache, v_cache, operands, plan, form, own_mask=own_mask, scale=scale, config=config, interpret=interpret
+    )
+    out = _merge(parts, part_lse, plan, form, interpret=interpret)
+    return out, _merged_lse(part_lse, plan, form)
+
+
+def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale, config: Config, interpret):
+    """Partial outputs `[W * lanes, K, padded rows, H or 128]` and base-2 log-sum-exps `[W * lanes, K, whole rows]`."""
+    block_k, stages, lanes = config.block_k, config.stages, form.lanes
+    head_dim, dtype, lines = form.head_dim, form.dtype, form.lines
+    code_stages, line_slots = config.code_stages, config.line_slots(form)
+    has_codes = form.code_dtype is not None
+    tile = (ROWS, block_k)
+    log2_scale = scale * LOG2E
+    num_items = plan.items.shape[0]
+    code_columns = min(head_dim, 128)
+    clean_columns = compat.swizzled(dtype, head_dim)[0].tiling[1]
+    i32 = jnp.int32
+
+    def kernel(refs, out_ref, lse_ref, smem):
+        warpgroup = lax.axis_index("warpgroup")
+        item, head, part = (lax.axis_index(name) for name in ("item", "head", "part"))
+        row = refs["items"][item, 0]
+        start, stop = refs["items"][item, 1], refs["items"][item, 2]
+        num_own = refs["items"][item, 3] if form.has_own else i32(0)
+        num_cached = stop - start
+        num_steps = num_own + num_cached
+        layer = refs["layer"][0]
+        used = jnp.clip(refs["kv_lengths"][row], 0, form.capacity)
+
+        def cached_tile(step):
+            """Index of the tile of a step and whether it holds empty slots."""
+            at = start + step - num_own
+            if not form.listed:
+                return at, (at + 1) * block_k > used
+            code = refs["tiles"][row, at]
+            return lax.div(code, i32(2)), lax.rem(code, i32(2)) == 1
+
+        @pl.when((warpgroup < COMPUTE_WARPGROUPS) & (row >= 0))
+        def compute():
+            plgpu.set_max_registers(208 if has_codes else 224, action="increase")
+            lane = warpgroup if form.alternate else i32(0)
+            row0 = 0 if form.alternate else (part * COMPUTE_WARPGROUPS + warpgroup) * ROWS
+            rows = pl.ds(row0, ROWS)
+            qo = smem["qo"].at[warpgroup]
+            plgpu.copy_gmem_to_smem(refs["q"].at[row, head, rows], qo, smem["q_ready"].at[warpgroup])
+            if form.k_scale == "head":
+                k_scale = refs["k_scales"][layer, head].astype(jnp.float32)
+            if form.v_scale == "head":
+                v_scale = refs["v_scales"][layer, head].astype(jnp.float32)
+
+            def over_rows(x, shape=tile):
+                return lax.broadcast_in_dim(x, shape, [0])
+
+            def over_columns(x):
+                return lax.broadcast_in_dim(x, tile, [1])
+
+            def near(k_positions):
+                """Inside the window, or a sink."""
+                q_positions = over_rows(plgpu.load(refs["q_rows"].at[row, rows], layout=ROW, optimized=False))
+                window, num_sinks = refs["window"][0], refs["window"][1]
+                return (q_positions - k_positions < window) | (k_positions < num_sinks)
+
+            def visible(kind, step, k_positions):
+                """Which pairs of a tile may attend."""
+                columns = plgpu.broadcasted_iota(i32, tile, 1, layout=WGMMA)
+                if kind == "cached":
+                    if not form.listed:
+                        return columns < used - cached_tile(step)[0] * block_k
+                    keep = k_positions >= 0
+                else:
+                    query = plgpu.broadcasted_iota(i32, (ROWS,), 0, layout=ROW) + row0
+                    if form.group > 1:
+                        query = lax.div(query, i32(form.group))
+                    keep = None
+                    for first, last in own_mask.key_intervals(query, form.num_queries):
+                        # Ends that are the same for all rows would leave the compiler without a layout to infer; the
+                        # bounds FAR away change nothing and tie them to the rows.
+                        first = jnp.maximum(jnp.maximum(first, 0), query - FAR)
+                        last = jnp.minimum(jnp.minimum(last, refs["own_lengths"][row]), query + FAR)
+                        inside = (columns >= over_rows(first)) & (columns < over_rows(last))
+                        keep = inside if keep is None else keep | inside
+                return keep & near(k_positions) if operands.window is not None else keep
+
+            def load_line(name, slot):
+                return plgpu.load(smem[name].at[slot], layout=COLUMN, optimized=False)
+
+            def step(turn, carry, *, kind):
+                """`kind`: the row's "own" keys, a tile without masking ("full"), or "cached" with it."""
+                acc, m, total = carry
+                index = lane + lanes * turn
+                slot = lax.rem(index, i32(stages))
+                plgpu.barrier_wait(smem["k_ready"].at[slot])
+
+                def multiply_qk(acc_ref):
+                    plgpu.wgmma(acc_ref, qo, smem["k"].at[slot].transpose((1, 0)))
+                    return acc_ref[...]
+
+                s = pl.run_scoped(multiply_qk, plgpu.ACC(tile, jnp.float32))
+                values = {}
+                if lines:
+                    line_slot = lax.rem(index, i32(line_slots))
+                    plgpu.barrier_wait(smem["lines_ready"].at[line_slot])
+                    values = {name: load_line(name, line_slot) for name in lines}
+                plgpu.barrier_arrive(smem["k_free"].at[slot])
+                if kind == "own" or form.k_scale is None:
+                    s = s * log2_scale
+                elif form.k_scale == "head":
+                    s = s * (k_scale * log2_scale)
+                else:
+                    s = s * over_columns(values["k_scales"].astype(jnp.float32) * log2_scale)
+                masked = kind != "full"
+                if masked:
+                    k_positions = over_columns(values["positions"]) if form.listed else None
+                    keep = visible(kind, index, k_positions)
+                    s = jnp.where(keep, s, -jnp.inf)
+                m_new = jnp.maximum(m, s.max(axis=1))
+                # A row that has seen no key yet would compute -inf + inf.
+                m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
+                alpha = jnp.exp2(m - m_safe)
+                p = jnp.exp2(s - over_rows(m_safe))
+                acc = acc * over_rows(alpha, acc.shape)
+                total = total * alpha + p.sum(axis=1)
+                if kind != "own" and form.v_scale is not None:
+                    if form.v_scale == "head":
+                        p = p * v_scale
+                    else:
+                        p = p * over_columns(values["v_scales"].astype(jnp.float32))
+                        if masked:  # the scale of an empty slot may be NaN
+                            p = jnp.where(keep, p, 0.0)
+                p = p.astype(dtype)
+                plgpu.barrier_wait(smem["v_ready"].at[slot])
+                acc = _accumulate(acc, p, smem["v"].at[slot], interpreted=interpret is not None)
+                plgpu.barrier_arrive(smem["v_free"].at[slot])
+                return acc, m_new, total
+
+            def turns_before(step):
+                """How many of the first `step` steps are this warpgroup's."""
+                return step if lanes == 1 else lax.div(jnp.maximum(step - lane + lanes - 1, 0), i32(lanes))
+
+            plgpu.barrier_wait(smem["q_ready"].at[warpgroup])
+            carry = (
+                plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA),
+                plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW),
+                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
+            )
+            begin = turns_before(num_own)
+            if form.has_own:
+                carry = lax.fori_loop(0, begin, functools.partial(step, kind="own"), carry)
+            if not form.listed:
+                num_full = jnp.maximum(jnp.minimum(stop, lax.div(used, i32(block_k))) - start, 0)
+                middle = turns_before(num_own + num_full)
+                carry = lax.fori_loop(begin, middle, functools.partial(step, kind="full"), carry)
+                begin = middle
+            carry = lax.fori_loop(begin, turns_before(num_steps), functools.partial(step, kind="cached"), carry)
+
+            acc, m, total = carry
+            empty = total == 0.0
+            inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
+            qo[...] = (acc * over_rows(inverse, acc.shape)).astype(dtype)
+            smem["lse"][warpgroup] = jnp.where(empty, -jnp.inf, m + jnp.log2(total))
+            plgpu.commit_smem()
+            where = item * lanes + lane
+            kept = min(ROWS, form.padded_rows)
+            plgpu.copy_smem_to_gmem(
+                qo.at[pl.ds(0, kept)], out_ref.at[where, head, pl.ds(row0, kept), pl.ds(0, head_dim)]
+            )
+            plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], lse_ref.at[where, head, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when((warpgroup == COMPUTE_WARPGROUPS) & (row >= 0))
+        def load():
+            plgpu.set_max_registers(88 if has_codes else 56, action="decrease")
+            first_slot = (layer * form.batch + row) * form.capacity
+            columns = pl.ds(head * head_dim, head_dim)
+
+            def wait_until_free(name, step):
+                @pl.when(step >= stages)
+                def _():
+                    plgpu.barrier_wait(smem[f"{name}_free"].at[lax.rem(step, i32(stages))])
+                    if lines or not has_codes:
+                        plgpu.commit_smem()  # ordinary reads and writes of the slot before the next TMA
+
+            def load_lines(step):
+                """Positions and scales of a cached tile."""
+                slot = lax.rem(step, i32(line_slots))
+                keys = pl.ds(cached_tile(step)[0] * block_k, block_k)
+                for name in lines:
+                    where = (row, keys) if name == "positions" else (layer, row, head, keys)
+                    plgpu.copy_gmem_to_smem(refs[name].at[where], smem[name].at[slot], smem["lines_ready"].at[slot])
+
+            def load_own():
+                for name in ("k", "v"):
+                    plgpu.copy_gmem_to_smem(
+                        refs[f"own_{name}"].at[row, pl.ds(0, block_k), head],
+                        smem[name].at[0],
+                        smem[f"{name}_ready"].at[0],
+                    )
+                for name in lines:
+                    if name == "positions":
+                        plgpu.copy_gmem_to_smem(
+                            refs["own_positions"].at[row], smem[name].at[0], smem["lines_ready"].at[0]
+                        )
+                    else:
+                        plgpu.barrier_arrive(smem["lines_ready"].at[0])  # own keys have no scales
+
+            def cached(name, step):
+                return refs[name].at[pl.ds(first_slot + cached_tile(step)[0] * block_k, block_k), columns]
+
+            def is_empty(step, slot, first_row):
+                """Rows of V `[64]` whose slots are empty, before they can spoil an output."""
+                index = plgpu.broadcasted_iota(i32, (ROWS,), 0, layout=ROW) + first_row
+                if not form.listed:
+                    return index + cached_tile(step)[0] * block_k >= used
+                keys = pl.ds(cached_tile(step)[0] * block_k + first_row, ROWS)
+                return plgpu.load(refs["positions"].at[row, keys], layout=ROW, optimized=False) < 0
+
+            def load_cached(step):
+                slot = lax.rem(step, i32(stages))
+                wait_until_free("k", step)
+                if lines:
+                    load_lines(step)
+                plgpu.copy_gmem_to_smem(cached("k", step), smem["k"].at[slot], smem["k_ready"].at[slot])
+                wait_until_free("v", step)
+                _, unclean = cached_tile(step)
+
+                @pl.when(jnp.logical_not(unclean))
+                def _():
+                    plgpu.copy_gmem_to_smem(cached("v", step), smem["v"].at[slot], smem["v_ready"].at[slot])
+
+                @pl.when(unclean)
+                def _():
+                    plgpu.copy_gmem_to_smem(cached("v", step), smem["v"].at[slot], smem["unclean"])
+                    plgpu.barrier_wait(smem["unclean"])
+                    for first_row in range(0, block_k, ROWS):
+                        empty = is_empty(step, slot, first_row)
+                        for column in range(0, head_dim, clean_columns):
+                            here = smem["v"].at[slot, pl.ds(first_row, ROWS), pl.ds(column, clean_columns)]
+                            x = plgpu.load(here, layout=WGMMA)
+                            here[...] = jnp.where(lax.broadcast_in_dim(empty, x.shape, [0]), jnp.zeros_like(x), x)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(smem["v_ready"].at[slot])
+
+            def load_codes(name, step):
+                slot = lax.rem(step - num_own, i32(code_stages))
+                plgpu.copy_gmem_to_smem(cached(name, step), smem[f"{name}_codes"].at[slot], smem[f"{name}_codes_ready"].at[slot])
+
+            def convert(name, step):
+                """Codes of one tile to the ring that the tensor core reads."""
+                slot, code_slot = lax.rem(step, i32(stages)), lax.rem(step - num_own, i32(code_stages))
+                plgpu.barrier_wait(smem[f"{name}_codes_ready"].at[code_slot])
+                wait_until_free(name, step)
+                for first_row in range(0, block_k, ROWS):
+                    if name == "v":
+                        empty = is_empty(step, slot, first_row)
+                    for column in range(0, head_dim, code_columns):
+                        where = (pl.ds(first_row, ROWS), pl.ds(column, code_columns))
+                        codes = plgpu.load(
+                            smem[f"{name}_codes"].at[code_slot, *where], layout=plgpu.Layout.WGMMA_UPCAST_2X
+                        )
+                        if codes.dtype != jnp.int8:
+                            codes = codes.astype(jnp.float16)
+                        x = plgpu.layout_cast(codes.astype(dtype), WGMMA)
+                        if name == "v":
+                            x = jnp.where(lax.broadcast_in_dim(empty, x.shape, [0]), jnp.zeros_like(x), x)
+                        smem[name].at[slot, *where][...] = x
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(smem[f"{name}_ready"].at[slot])
+
+            if form.has_own:
+                pl.when(num_own > 0)(load_own)
+            if not has_codes:
+
+                @pl.loop(num_own, num_steps)
+                def _(step):
+                    load_cached(step)
+
+            else:
+
+                @pl.loop(num_own, jnp.minimum(num_steps, num_own + code_stages))
+                def _(step):
+                    load_codes("k", step)
+                    load_codes("v", step)
+                    if lines:
+                        load_lines(step)
+
+                @pl.loop(num_own, num_steps)
+                def _(step):
+                    for name in ("k", "v"):
+                        convert(name, step)
+
+                        @pl.when(step + code_stages < num_steps)
+                        def _(name=name):
+                            load_codes(name, step + code_stages)
+                            if name == "k" and lines:
+                                load_lines(step + code_stages)
+
+            # Every completion of a barrier must be observed before the kernel ends.
+            @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
+            def _(step):
+                slot = lax.rem(step, i32(stages))
+                plgpu.barrier_wait(smem["k_free"].at[slot])
+                plgpu.barrier_wait(smem["v_free"].at[slot])
+
+    layers = k_cache.shape[0]
+    flat = (layers * form.batch * form.capacity, form.num_kv_heads * head_dim)
+    inputs: dict[str, Any] = {
+        "q": _pack(q, form),
+        "k": k_cache.reshape(flat),
+        "v": v_cache.reshape(flat),
+        "items": plan.items,
+        "layer": jnp.clip(operands.layer, 0, layers - 1).reshape(1),
+        "kv_lengths": operands.kv_lengths,
+    }
+    if form.has_own:
+        own_v = operands.own_v
+        own_lengths = operands.own_lengths
+        if own_lengths is None:
+            own_lengths = jnp.full((form.batch,), form.num_queries, jnp.int32)
+        else:
+            index = jnp.arange(form.num_queries)
+            own_v = jnp.where((index < own_lengths[:, None])[:, :, None, None], own_v, 0)
+        # The rows of one swizzle atom; TMA fills the rest of the tile with zeros.
+        length = -(-form.num_queries // 8) * 8
+        inputs |= {
+            "own_k": _pad_axis(operands.own_k, 1, length),
+            "own_v": _pad_axis(own_v, 1, length),
+            "own_lengths": own_lengths,
+        }
+    if form.listed:
+        inputs |= {"tiles": plan.tiles, "positions": plan.positions}
+        if form.has_own:
+            inputs["own_positions"] = _pad_axis(operands.q_positions, 1, block_k)
+    if operands.window is not None:
+        by_row = jnp.repeat(operands.q_positions, form.group, axis=1)
+        inputs["q_rows"] = _pad_axis(by_row, 1, form.whole_rows)
+        inputs["window"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (operands.window, operands.num_sinks)])
+    if form.k_scale is not None:
+        inputs |= {"k_scales": operands.k_scale, "v_scales": operands.v_scale}
+    buffers = config.buffers(form)
+    return compat.kernel(
+        lambda refs, out_ref, lse_ref, *scratch: kernel(
+            refs, out_ref, lse_ref, dict(zip(buffers, scratch, strict=True))
+        ),
+        out_type=(
+            jax.ShapeDtypeStruct(
+                (num_items * lanes, form.num_kv_heads, form.padded_rows, max(head_dim, 128)), dtype
+            ),
+            jax.ShapeDtypeStruct((num_items * lanes, form.num_kv_heads, form.whole_rows), jnp.float32),
+        ),
+        # The last axis varies fastest: CTAs that run at the same time read neighbouring memory.
+        grid=(num_items, form.num_kv_heads, form.row_parts),
+        grid_names=("item", "head", "part"),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=list(buffers.values()),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The merge
+
+
+def _merged_lse(part_lse: Array, plan: _Plan, form: _Form) -> Float[Array, "B N T"]:
+    """Natural log-sum-exp of each query, from the base-2 ones of the partial results."""
+    part = jnp.arange(part_lse.shape[0])
+    mine = (part >= form.lanes * plan.first[:, None]) & (part < form.lanes * (plan.first + plan.count)[:, None])
+    scores = jnp.where(mine[:, :, None, None], part_lse[None, :, :, : form.rows], -jnp.inf)  # [B, W, K, rows]
+    lse = jax.nn.logsumexp(scores * math.log(2.0), axis=1)
+    lse = lse.reshape(form.batch, form.num_kv_heads, form.num_queries, form.group)
+    return jnp.swapaxes(lse, 2, 3).reshape(form.batch, -1, form.num_queries)
+
+
+def _merge(parts: Array, part_lse: Array, plan: _Plan, form: _Form, *, interpret) -> Float[Array, "B T N H"]:
+    """Outputs from the normalised partial ones: one warpgroup per query and head."""
+    width = parts.shape[3]
+    i32 = jnp.int32
+
+    def kernel(parts_ref, lse_ref, first_ref, count_ref, out_ref):
+        row, head, line = (lax.axis_index(name) for name in ("row", "head", "line"))
+        first, count = first_ref[row] * form.lanes, count_ref[row] * form.lanes
+
+        def merge_some(turn, carry):
+            acc, m, total = carry
+            scores, values = [], []
+            for i in range(MERGED_AT_ONCE):
+                at = turn * MERGED_AT_ONCE + i
+                where = first + jnp.minimum(at, count - 1)
+                scores.append(jnp.where(at < count, lse_ref[where, head, line], -jnp.inf))
+                values.append(plgpu.load(parts_ref.at[where, head, line], layout=STRIDED(width)))
+            m_new = functools.reduce(jnp.maximum, scores, m)
+            m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+            alpha = jnp.exp2(m - m_safe)
+            acc, total = acc * alpha, total * alpha
+            for score, value in zip(scores, values, strict=True):
+                weight = jnp.exp2(score - m_safe)
+                acc, total = acc + value.astype(jnp.float32) * weight, total + weight
+            return acc, m_new, total
+
+        start = (
+            plgpu.layout_cast(jnp.zeros((width,), jnp.float32), STRIDED(width)),
+            jnp.float32(-jnp.inf),
+            jnp.float32(0.0),
+        )
+        turns = lax.div(count + MERGED_AT_ONCE - 1, i32(MERGED_AT_ONCE))
+        acc, _, total = lax.fori_loop(0, turns, merge_some, start)
+        inverse = jnp.where(total == 0.0, 0.0, 1.0 / jnp.where(total == 0.0, 1.0, total))
+        query, member = lax.div(line, i32(form.group)), lax.rem(line, i32(form.group))
+        out_ref[row, query, head * form.group + member] = (acc * inverse).astype(form.dtype)
+
+    out = compat.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(
+            (form.batch, form.num_queries, form.num_kv_heads * form.group, width), form.dtype
+        ),
+        grid=(form.batch, form.num_kv_heads, form.rows),
+        grid_names=("row", "head", "line"),
+        num_threads=1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(parts, part_lse, plan.first, plan.count)
+    return out[..., : form.head_dim]
+
+
+def STRIDED(width: int) -> Any:
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=width // 128)
