@@ -5,7 +5,8 @@
 One forward reads every weight and the live cache once, so its floor is those bytes over the measured copy
 bandwidth. An autoregressive step is forward + append + argmax; a denoising step is a forward over `block` tokens
 that only reads the cache, plus the argmax and the log-sum-exp of every position. Both run as users run them: one
-jitted call per step, cache donated. The profile lists every device operation above 2 %.
+jitted call per step, cache donated. The profile lists every device operation above 2 %. `--attention` forces an
+implementation of the attention to the cache; without it the automatic choice runs.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import numpy as np
 from benchmarks import report
 from jaxmodels import qwen
 from jaxmodels.cache import KVCache
+from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.masks import Full
 
 # The layers scanned, written out over slices of the stacked arrays, and written out over arrays of their own.
@@ -112,6 +114,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS)
+    parser.add_argument(
+        "--attention", nargs="+", choices=[*decode_api.IMPLEMENTATIONS], help="implementations to compare, in turn"
+    )
     arguments = parser.parse_args()
 
     on_gpu = jax.devices()[0].platform == "gpu"
@@ -123,11 +128,17 @@ def main() -> None:
     rows = []
     for path in arguments.paths:
         weights = lm.unstack(params) if path == "unstacked" else params
-        for batch, length in itertools.product(arguments.batches, arguments.lengths):
-            rows += measure(
-                lm, weights, batch=batch, length=length, block=arguments.block, path=path,
-                profile=on_gpu, bandwidth=bandwidth,
-            )  # fmt: skip
+        choices = [(name,) for name in arguments.attention] if arguments.attention else [decode_api.AUTOMATIC]
+        for batch, length, choice in itertools.product(arguments.batches, arguments.lengths, choices):
+            decode_api.AUTOMATIC = choice
+            print(f"attention: {', '.join(choice)}")
+            rows += [
+                row | {"attention": choice}
+                for row in measure(
+                    lm, weights, batch=batch, length=length, block=arguments.block, path=path,
+                    profile=on_gpu, bandwidth=bandwidth,
+                )
+            ]  # fmt: skip
     report.write("decode_forward", {"preset": arguments.preset, "copy_bytes_per_second": bandwidth, "rows": rows})
 
 

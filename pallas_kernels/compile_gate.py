@@ -33,7 +33,7 @@ import jax
 from pallas_kernels import compat
 
 # Each of these has `compile_cases()`, an iterator of CompileCase.
-MODULES = ("pallas_kernels.attention.mosaic_sm90",)
+MODULES = ("pallas_kernels.attention.mosaic_sm90", "pallas_kernels.decode_attention.mosaic_sm90")
 
 GPUS = {  # name, memory bandwidth in bytes/s, memory in bytes
     "h100": ("NVIDIA H100 80GB HBM3", 3352320000000, 84929347584),

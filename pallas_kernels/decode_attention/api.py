@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array, int_array_or_none
-from pallas_kernels.decode_attention import reference, xla
+from pallas_kernels.decode_attention import mosaic_sm90, reference, xla
 from pallas_kernels.decode_attention.operands import CODES, Operands
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
 
 # Fastest first. Each module has `unsupported(q, k_cache, v_cache, *, operands, own_mask, scale)`: None, or why not,
 # in words; and `run(...)` of the same arguments, returning (output, log-sum-exp).
-IMPLEMENTATIONS: dict[str, Any] = {"xla": xla, "reference": reference}
-AUTOMATIC = ("xla",)  # tried in this order when implementation is None
+IMPLEMENTATIONS: dict[str, Any] = {"mosaic": mosaic_sm90, "xla": xla, "reference": reference}
+# Tried in this order when implementation is None. A kernel belongs here once a committed GPU result covers it.
+AUTOMATIC = ("xla",)
 
 
 def decode_attention(
@@ -74,7 +75,7 @@ def decode_attention(
       num_sinks: with a window, positions below this stay visible; static or traced.
       scale: of the scores; None is H ** -0.5. Static.
       return_lse: also return the natural log-sum-exp of the scaled visible scores, float32 `[B, N, T]`.
-      implementation: None chooses; a name runs that or raises.
+      implementation: None chooses; a name runs that or raises. "mosaic" (Hopper) is chosen by name only.
 
     Raises:
       ValueError: arguments that do not fit together.

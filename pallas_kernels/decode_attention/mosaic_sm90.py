@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.decode_attention.operands import CODES, Operands
-from pallas_kernels.masks import Causal, Full, Mask
+from pallas_kernels.masks import Causal, Mask
 
 LOG2E = math.log2(math.e)
 COMPUTE_WARPGROUPS = 2
@@ -238,11 +238,13 @@ def unsupported(
 
 
 class _Plan(NamedTuple):
-    """Who reads what. Row b owns the work items `first[b] .. first[b] + count[b] - 1`."""
+    """Who reads what. Row b owns the work items `first[b] .. first[b] + num[b] - 1`."""
 
-    items: Array  # int32 [W, 4]: row of the batch (-1: nothing to do), first and last + 1 of its tiles, own keys (0 / 1)
+    items: (
+        Array  # int32 [W, 4]: row of the batch (-1: nothing to do), first and last + 1 of its tiles, own keys (0 / 1)
+    )
     first: Array  # int32 [B]
-    count: Array  # int32 [B]
+    num: Array  # int32 [B]
     tiles: Array | None  # int32 [B, tiles]: live tiles first, 2 * tile + (1 if some slot is empty)
     positions: Array | None  # int32 [B, S in whole tiles]: position of each slot, -1 where it is empty
 
@@ -364,6 +366,14 @@ def run(
         )
     if form.batch == 0:
         return jnp.zeros_like(q), jnp.zeros((0, q.shape[2], q.shape[1]), jnp.float32)
+    return _run(
+        q, k_cache, v_cache, operands, form=form, own_mask=own_mask, scale=scale, config=config, interpret=interpret
+    )
+
+
+# Jitted so that the layers of a model share one trace and one lowering.
+@functools.partial(jax.jit, static_argnames=("form", "own_mask", "scale", "config", "interpret"))
+def _run(q, k_cache, v_cache, operands: Operands, *, form: _Form, own_mask, scale, config: Config, interpret):
     plan = _plan(operands, form, config)
     parts, part_lse = _attend(
         q, k_cache, v_cache, operands, plan, form, own_mask=own_mask, scale=scale, config=config, interpret=interpret
@@ -421,11 +431,12 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
                 return lax.broadcast_in_dim(x, shape, [0])
 
             def over_columns(x):
-                return lax.broadcast_in_dim(x, tile, [1])
+                return plgpu.layout_cast(lax.broadcast_in_dim(x, tile, [1]), WGMMA)
 
             def near(k_positions):
                 """Inside the window, or a sink."""
-                q_positions = over_rows(plgpu.load(refs["q_rows"].at[row, rows], layout=ROW, optimized=False))
+                q_positions = plgpu.load(refs["q_rows"].at[row, rows], layout=ROW, optimized=False)
+                q_positions = plgpu.layout_cast(over_rows(q_positions), WGMMA)
                 window, num_sinks = refs["window"][0], refs["window"][1]
                 return (q_positions - k_positions < window) | (k_positions < num_sinks)
 
@@ -581,7 +592,9 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
                 if not form.listed:
                     return index + cached_tile(step)[0] * block_k >= used
                 keys = pl.ds(cached_tile(step)[0] * block_k + first_row, ROWS)
-                return plgpu.load(refs["positions"].at[row, keys], layout=ROW, optimized=False) < 0
+                positions = plgpu.load(refs["positions"].at[row, keys], layout=ROW, optimized=False)
+                # Changes nothing but ties the layout to that of the index; without it layout inference fails.
+                return jnp.minimum(positions, index + FAR) < 0
 
             def load_cached(step):
                 slot = lax.rem(step, i32(stages))
@@ -611,7 +624,9 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
 
             def load_codes(name, step):
                 slot = lax.rem(step - num_own, i32(code_stages))
-                plgpu.copy_gmem_to_smem(cached(name, step), smem[f"{name}_codes"].at[slot], smem[f"{name}_codes_ready"].at[slot])
+                plgpu.copy_gmem_to_smem(
+                    cached(name, step), smem[f"{name}_codes"].at[slot], smem[f"{name}_codes_ready"].at[slot]
+                )
 
             def convert(name, step):
                 """Codes of one tile to the ring that the tensor core reads."""
@@ -638,22 +653,19 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
             if form.has_own:
                 pl.when(num_own > 0)(load_own)
             if not has_codes:
-
-                @pl.loop(num_own, num_steps)
-                def _(step):
-                    load_cached(step)
+                pl.loop(num_own, num_steps)(load_cached)
 
             else:
 
                 @pl.loop(num_own, jnp.minimum(num_steps, num_own + code_stages))
-                def _(step):
+                def first_codes(step):
                     load_codes("k", step)
                     load_codes("v", step)
                     if lines:
                         load_lines(step)
 
                 @pl.loop(num_own, num_steps)
-                def _(step):
+                def convert_and_refill(step):
                     for name in ("k", "v"):
                         convert(name, step)
 
@@ -711,9 +723,7 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
             refs, out_ref, lse_ref, dict(zip(buffers, scratch, strict=True))
         ),
         out_type=(
-            jax.ShapeDtypeStruct(
-                (num_items * lanes, form.num_kv_heads, form.padded_rows, max(head_dim, 128)), dtype
-            ),
+            jax.ShapeDtypeStruct((num_items * lanes, form.num_kv_heads, form.padded_rows, max(head_dim, 128)), dtype),
             jax.ShapeDtypeStruct((num_items * lanes, form.num_kv_heads, form.whole_rows), jnp.float32),
         ),
         # The last axis varies fastest: CTAs that run at the same time read neighbouring memory.
@@ -734,7 +744,7 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
 def _merged_lse(part_lse: Array, plan: _Plan, form: _Form) -> Float[Array, "B N T"]:
     """Natural log-sum-exp of each query, from the base-2 ones of the partial results."""
     part = jnp.arange(part_lse.shape[0])
-    mine = (part >= form.lanes * plan.first[:, None]) & (part < form.lanes * (plan.first + plan.count)[:, None])
+    mine = (part >= form.lanes * plan.first[:, None]) & (part < form.lanes * (plan.first + plan.num)[:, None])
     scores = jnp.where(mine[:, :, None, None], part_lse[None, :, :, : form.rows], -jnp.inf)  # [B, W, K, rows]
     lse = jax.nn.logsumexp(scores * math.log(2.0), axis=1)
     lse = lse.reshape(form.batch, form.num_kv_heads, form.num_queries, form.group)
@@ -789,9 +799,82 @@ def _merge(parts: Array, part_lse: Array, plan: _Plan, form: _Form, *, interpret
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(parts, part_lse, plan.first, plan.count)
+    )(parts, part_lse, plan.first, plan.num)
     return out[..., : form.head_dim]
 
 
 def STRIDED(width: int) -> Any:
     return plgpu.Layout.WG_STRIDED((width,), vec_size=width // 128)
+
+
+def compile_cases():
+    """What the compile gate compiles: each head dim and kind of cache, few and many rows, each form of masking."""
+    from pallas_kernels.compile_gate import CompileCase
+
+    bf16, f16, int8, fp8 = (jnp.dtype(name) for name in ("bfloat16", "float16", "int8", "float8_e4m3fn"))
+    # name, T, H, dtype of queries, dtype of the cache, kind of scales, window
+    forms = [
+        *((f"H={h} T={t}", t, h, bf16, bf16, "", None) for h in HEAD_DIMS for t in (1, 32)),
+        ("H=64 T=32 float16", 32, 64, f16, f16, "", None),
+        ("H=128 T=1 window", 1, 128, bf16, bf16, "", 4096),
+        ("H=128 T=32 window", 32, 128, bf16, bf16, "", 4096),
+        ("H=64 T=1 int8 per head", 1, 64, bf16, int8, "head", None),
+        *((f"H=128 T={t} {c} per {kind}", t, 128, bf16, c, kind, None)
+          for t, c, kind in ((1, int8, "head"), (32, int8, "token"), (1, fp8, "token"), (32, fp8, "head"))),
+        ("H=128 T=32 int8 per token, window", 32, 128, bf16, int8, "token", 4096),
+    ]  # fmt: skip
+    layers, batch, capacity, kv_heads, group = 4, 2, 8192, 8, 4
+    for name, num_queries, head_dim, dtype, cache_dtype, kind, window in forms:
+
+        def call(q, k, v, layer, lengths, own_k, own_v, *scales, window=window):
+            k_scale, v_scale = scales or (None, None)
+            operands = Operands(
+                layer=layer,
+                kv_lengths=lengths,
+                k_positions=None,
+                q_positions=lengths[:, None] + jnp.arange(q.shape[1]),
+                own_k=own_k,
+                own_v=own_v,
+                own_lengths=None,
+                window=window,
+                num_sinks=4,
+                k_scale=k_scale,
+                v_scale=v_scale,
+            )
+            form = _form(q, k, operands)
+            config = heuristic_config(form.head_dim, codes=form.code_dtype is not None)
+            options = {"own_mask": Causal(), "scale": form.head_dim**-0.5, "config": config, "interpret": None}
+            return _attend(q, k, v, operands, _plan(operands, form, config), form, **options)
+
+        array = jax.ShapeDtypeStruct
+        cache = array((layers, batch, capacity, kv_heads, head_dim), cache_dtype)
+        own = array((batch, num_queries, kv_heads, head_dim), dtype)
+        shape = {"": None, "head": (layers, kv_heads), "token": (layers, batch, kv_heads, capacity)}[kind]
+        yield CompileCase(
+            name=f"decode attention {name}",
+            function=call,
+            avals=(
+                array((batch, num_queries, kv_heads * group, head_dim), dtype),
+                *[cache] * 2,
+                array((), jnp.int32),
+                array((batch,), jnp.int32),
+                *[own] * 2,
+                *([] if shape is None else [array(shape, jnp.float32)] * 2),
+            ),
+        )
+    for head_dim in (64, 128, 256):
+
+        def merge(parts, lse, first, count, head_dim=head_dim):
+            form = _Form(batch, 32, kv_heads, group, head_dim, capacity, bf16, None, True, False, None, None)
+            return _merge(parts, lse, _Plan(first, first, count, None, None), form, interpret=None)
+
+        yield CompileCase(
+            name=f"decode attention merge H={head_dim}",
+            function=merge,
+            avals=(
+                array((16, kv_heads, 128, max(head_dim, 128)), bf16),
+                array((16, kv_heads, 128), jnp.float32),
+                *[array((batch,), jnp.int32)] * 2,
+            ),
+            required=(),
+        )
