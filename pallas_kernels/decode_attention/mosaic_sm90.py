@@ -606,11 +606,11 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
                 _, unclean = cached_tile(step)
 
                 @pl.when(jnp.logical_not(unclean))
-                def _():
+                def load_as_it_is():
                     plgpu.copy_gmem_to_smem(cached("v", step), smem["v"].at[slot], smem["v_ready"].at[slot])
 
                 @pl.when(unclean)
-                def _():
+                def load_and_clean():
                     plgpu.copy_gmem_to_smem(cached("v", step), smem["v"].at[slot], smem["unclean"])
                     plgpu.barrier_wait(smem["unclean"])
                     for first_row in range(0, block_k, ROWS):
@@ -767,7 +767,7 @@ def _merge(parts: Array, part_lse: Array, plan: _Plan, form: _Form, *, interpret
                 at = turn * MERGED_AT_ONCE + i
                 where = first + jnp.minimum(at, count - 1)
                 scores.append(jnp.where(at < count, lse_ref[where, head, line], -jnp.inf))
-                values.append(plgpu.load(parts_ref.at[where, head, line], layout=STRIDED(width)))
+                values.append(plgpu.load(parts_ref.at[where, head, line], layout=_strided(width)))
             m_new = functools.reduce(jnp.maximum, scores, m)
             m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
             alpha = jnp.exp2(m - m_safe)
@@ -778,7 +778,7 @@ def _merge(parts: Array, part_lse: Array, plan: _Plan, form: _Form, *, interpret
             return acc, m_new, total
 
         start = (
-            plgpu.layout_cast(jnp.zeros((width,), jnp.float32), STRIDED(width)),
+            plgpu.layout_cast(jnp.zeros((width,), jnp.float32), _strided(width)),
             jnp.float32(-jnp.inf),
             jnp.float32(0.0),
         )
@@ -803,7 +803,7 @@ def _merge(parts: Array, part_lse: Array, plan: _Plan, form: _Form, *, interpret
     return out[..., : form.head_dim]
 
 
-def STRIDED(width: int) -> Any:
+def _strided(width: int) -> Any:
     return plgpu.Layout.WG_STRIDED((width,), vec_size=width // 128)
 
 

@@ -519,7 +519,7 @@ BAD_CALLS = {
     ),
     "implementation": (
         dict(implementation="paged"),
-        r"implementation must be None or one of \['xla', 'reference'\]; got 'paged'",
+        r"implementation must be None or one of \['mosaic', 'xla', 'reference'\]; got 'paged'",
     ),
 }
 
