@@ -2,7 +2,7 @@
 
 A command is a frozen dataclass whose fields are its flags, and a function that runs it. Its settings come from, last
 wins: the dataclass's defaults, the keys of `--config FILE.toml`, the flags. Nothing here imports JAX or NumPy, so that
-help is quick.
+help is quick; the parser is imported where flags are read, so that a loop called from Python does without it.
 """
 
 import dataclasses
@@ -17,8 +17,6 @@ import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import tyro
 
 CACHE = "~/.cache/jaxstream/xla"
 EXPECTED = (ValueError, NotImplementedError, OSError, RuntimeError, MemoryError, ArithmeticError)
@@ -131,6 +129,8 @@ class CommandLine:
 
     def parse(self, command: Command, args: Sequence[str]) -> tuple[bool, Any]:
         """(whether the configuration is only to be shown, the command's configuration)."""
+        import tyro
+
         cls = getattr(importlib.import_module(command.module), command.config)
         file, show, flags = _own_flags(args)
         first = [] if file is None else list(_file_flags(file, cls, flags))
@@ -178,6 +178,8 @@ def _flags(
     table: dict[str, Any], cls: type, file: Path, given: Sequence[str], path: tuple[str, ...], prefix: tuple[str, ...]
 ) -> Iterator[str]:
     """Flags of a table; `path` names it in the file, `prefix` in flags, where some tables have none."""
+    import tyro
+
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     for key, value in table.items():

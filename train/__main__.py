@@ -11,6 +11,7 @@ LINE = CommandLine(
         Command("lm", "train.recipes.lm", "LM", "train or fine-tune an autoregressive language model on text"),
         Command("dlm", "train.recipes.dlm", "DLM", "turn an autoregressive language model into a block-diffusion one"),
         Command("quickstart", "train.recipes.quickstart", "Quickstart", "the whole chain, small, on a CPU in minutes"),
+        Command("ablation", "train.recipes.ablation", "Ablation", "which choices of the conversion matter, over seeds"),
         Command("shipped", "train.recipes.shipped", "Shipped", "train the models that the project ships"),
     ),
     notes=("The same command continues an interrupted run.",),

@@ -21,8 +21,8 @@ MESHES = {
 
 
 @pytest.fixture
-def run_meshes(clean_env, tmp_path):
-    """`run_meshes(model, one, two, timeout)`: losses per mesh of one process, and of two, run side by side."""
+def start(clean_env):
+    """Starts mesh_run.py with options in a process of its own."""
 
     def start(options):
         script = Path(__file__).parent / "mesh_run.py"
@@ -33,6 +33,13 @@ def run_meshes(clean_env, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+
+    return start
+
+
+@pytest.fixture
+def run_meshes(start, tmp_path):
+    """`run_meshes(model, one, two, timeout)`: losses per mesh of one process, and of two, run side by side."""
 
     def run(model, one, two, timeout, more=None):
         with socket.socket() as s:
@@ -50,9 +57,13 @@ def run_meshes(clean_env, tmp_path):
             for p in processes:
                 p.kill()
         assert all(p.returncode == 0 for p in processes), "\n".join(outputs)
-        return [json.loads(output.split("LOSSES ")[1].splitlines()[0]) for output in outputs[:2]]
+        return [losses_in(output) for output in outputs[:2]]
 
     return run
+
+
+def losses_in(output):
+    return json.loads(output.split("LOSSES ")[1].splitlines()[0])
 
 
 def assert_equal_losses(one, two, steps=20):
@@ -76,6 +87,23 @@ def test_two_processes_have_the_losses_of_one(run_meshes, toy, tmp_path):
     continued = [r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r]
     assert continued[:10] == first
     np.testing.assert_allclose(continued, one["mixed"], rtol=1e-5)
+
+
+@pytest.mark.timeout(400)
+def test_parts_of_a_batch_add_up_on_a_mesh(start, tmp_path):
+    """Every device has its share of every part; targets are spread unevenly, so a mean of means would differ."""
+    common = {"noise": 0.0, "steps": 8}
+    more = {"whole": common, "parts": common | {"accumulate": 4}}
+    meshes = dict.fromkeys(more, MESHES["mixed"])
+    process = start({"model": "toy", "devices": 8, "directory": str(tmp_path), "meshes": meshes, "more": more})
+    try:
+        output = process.communicate(timeout=380)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    found = losses_in(output)
+    assert len(found["whole"]) == 8 and found["whole"][-1] < found["whole"][0]
+    np.testing.assert_allclose(found["parts"], found["whole"], rtol=1e-5)
 
 
 def test_slurm_is_detected_and_flags_win(monkeypatch):

@@ -5,6 +5,7 @@
 prints the final loss records as JSON. The task: next token = (3 * token + 1) mod V, from an embedding and an MLP.
 """
 
+import functools
 import json
 import os
 import signal
@@ -71,12 +72,12 @@ SPECS = {
 }
 
 
-def loss_fn(params, batch, key):
+def loss_fn(params, batch, key, *, noise=0.01):
     """Cross-entropy of all but the last position; noise on the states, so the key matters."""
     tokens = batch["tokens"]
     h = params["embed"][tokens]
     h = h + jnp.tanh(h @ params["up"]) @ params["down"]
-    h = h * params["final_norm"] + 0.01 * jax.random.normal(key, h.shape, h.dtype)
+    h = h * params["final_norm"] + noise * jax.random.normal(key, h.shape, h.dtype)
     targets, weights = jnp.roll(tokens, -1, 1), batch["weights"].at[:, -1].set(0.0)
     head = lambda x: jnp.einsum("md,vd->mv", x, params["embed"], preferred_element_type=jnp.float32)  # noqa: E731
     nll, _ = token_nll(head, h.reshape(-1, D), targets.reshape(-1), chunk_size=64)
@@ -103,6 +104,7 @@ def run(options, hook=None):
         hook = lambda index: os.kill(os.getpid(), signal.SIGTERM) if index == stop_at else None  # noqa: E731
     poison, delay = options.pop("poison", ()), options.pop("delay", 0.0)
     defaults = {"batch_size": 16, "log_every": 1, "checkpoint_every": 5, "steps": 20}
+    loss = functools.partial(loss_fn, noise=options.pop("noise", 0.01))
     config = RunConfig(**(defaults | options | {"directory": Path(options["directory"])}))
     part = meshes.data_shard(mesh)
     data = Rows(config.batch_size, part, poison=poison, delay=delay, hook=hook)
@@ -111,7 +113,7 @@ def run(options, hook=None):
         rows = Rows(config.batch_size, part, seed=99)
         return (next(rows) for _ in range(3))
 
-    return fit(config, optim, mesh, weights_for(mesh), loss_fn, data, identity=identity, eval_data=held_out)
+    return fit(config, optim, mesh, weights_for(mesh), loss, data, identity=identity, eval_data=held_out)
 
 
 if __name__ == "__main__":

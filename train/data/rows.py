@@ -24,11 +24,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tokenizers
 
 from train.data.sources import Document, Source, find_sources, read_documents
+
+if TYPE_CHECKING:  # rows are read without it
+    import tokenizers
 
 logger = logging.getLogger("jaxstream")
 
@@ -180,7 +183,7 @@ def read_manifest(directory: str | Path) -> dict:
 def build_store(
     directory: str | Path,
     documents: Iterable[Document],
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: "tokenizers.Tokenizer",
     config: StoreConfig,
     *,
     fingerprint: str,
@@ -254,7 +257,7 @@ def build_store(
 def open_or_build(
     directory: str | Path,
     paths: Sequence[str | Path],
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: "tokenizers.Tokenizer",
     config: StoreConfig,
     *,
     text_column: str = "text",
@@ -309,7 +312,7 @@ def open_or_build(
 
 
 def store_fingerprint(
-    sources: Iterable[Source], tokenizer: tokenizers.Tokenizer, config: StoreConfig, settings: dict
+    sources: Iterable[Source], tokenizer: "tokenizers.Tokenizer", config: StoreConfig, settings: dict
 ) -> str:
     """SHA-256 over all that decides a store: names, sizes and times of the files, tokeniser,
     configuration."""
@@ -320,7 +323,7 @@ def store_fingerprint(
     return fingerprint_of(files, tokenizer, config, settings)
 
 
-def fingerprint_of(files: list, tokenizer: tokenizers.Tokenizer, config: StoreConfig, settings: dict) -> str:
+def fingerprint_of(files: list, tokenizer: "tokenizers.Tokenizer", config: StoreConfig, settings: dict) -> str:
     """SHA-256 over a JSON-able description of the documents, the tokeniser and the configuration."""
     content = {
         "format": FORMAT,
@@ -368,7 +371,7 @@ def cut_rows(table: np.ndarray, seq_len: int, *, align: int = 1, cuts: int = 1) 
 def _write_tokens(
     root: Path,
     documents: Iterable[Document],
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: "tokenizers.Tokenizer",
     eos_id: int,
     dtype: np.dtype,
     split: Callable[[str], str],
