@@ -15,6 +15,12 @@ LINE = CommandLine(
             "watch the shipped models complete real code, and what block diffusion gains and costs",
         ),
         Command("text", "infer.text.cli", "Text", "complete prompts with a language model, one or many"),
+        Command(
+            "calibrate-sparsity",
+            "infer.calibrate_sparsity",
+            "CalibrateSparsity",
+            "measure skip-softmax thresholds for a model and store them in its config.json",
+        ),
         Command("env", "infer.env", "Env", "show versions, devices, and which kernels are active"),
         Command(
             "completions",

@@ -34,6 +34,8 @@ from jaxmodels.checkpoints.mapping import (
 from jaxmodels.qwen import load as qwen_load
 from jaxmodels.qwen.model import CausalLM, build
 from jaxmodels.sharding import param_shardings
+from jaxmodels.sparse_attention import SkipAttention, SkipSoftmaxConfig
+from jaxmodels.sparse_attention.config import KEY as SPARSE_ATTENTION
 from jaxmodels.tokenizer import Tokenizer
 
 log = logging.getLogger("jaxstream")
@@ -139,6 +141,7 @@ class Pretrained:
         the tokenizer.
       directory: where it was loaded from.
       hf_config: config.json as it is, for fields that do not change the model (how it was trained).
+      sparse_attention: calibrated thresholds of config.json, or None; nothing skips unless it is asked to.
     """
 
     lm: CausalLM
@@ -147,6 +150,44 @@ class Pretrained:
     generation: GenerationDefaults
     directory: Path
     hf_config: Mapping[str, Any]
+    sparse_attention: SkipSoftmaxConfig | None = None
+
+    def skip(
+        self, *, target_sparsity: float | None = None, threshold: float | None = None, scale_factor: float | None = None
+    ) -> SkipAttention:
+        """Skip-softmax settings for `apply` and for prefills.
+
+        A threshold or scale factor is used as it is. A target sparsity goes through the calibration in config.json;
+        without any of the three, config.json's own target does. Tile and dense layers come from config.json too.
+
+        Raises:
+          ValueError: more than one was given, a value out of range, or config.json was not calibrated.
+        """
+        given = {"target_sparsity": target_sparsity, "threshold": threshold, "scale_factor": scale_factor}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"give one of target_sparsity, threshold and scale_factor; got {given}")
+        block = self.sparse_attention
+        if block is None and not {"threshold", "scale_factor"} & given.keys():
+            raise ValueError(
+                f"target_sparsity needs a calibrated {SPARSE_ATTENTION} in {self.directory / 'config.json'}, which has "
+                f"none: python -m infer calibrate-sparsity --model {self.directory}"
+            )
+        if block is None:
+            return SkipAttention.create(threshold=threshold, scale_factor=scale_factor)
+        if block.disabled_until_timestep is not None:
+            raise ValueError(
+                f"{SPARSE_ATTENTION}: disabled_until_timestep={block.disabled_until_timestep} is for diffusion models"
+            )
+        if threshold is None and scale_factor is None:
+            scale_factor = block.scale_factor("prefill", target_sparsity)
+        names = [f"model.layers.{i}.self_attn" for i in range(self.config.layers)]
+        return SkipAttention.create(
+            threshold=threshold,
+            scale_factor=scale_factor,
+            tile=None if block.prefill is None else block.prefill.tile,
+            dense_layers=block.dense_layers(names),
+        )
 
     @property
     def config(self) -> Any:
@@ -196,6 +237,8 @@ def load_pretrained(
         config = qwen_load.config_from_hf(
             hf_config, checkpoint.names(), mask_id=mask_id, block_size=block_size, ignore=ignore_config
         )
+        block = hf_config.get(SPARSE_ATTENTION)
+        sparse_attention = None if block is None else SkipSoftmaxConfig.from_hf(block)
     except ValueError as error:
         if str(error).startswith(str(directory)):
             raise
@@ -208,7 +251,7 @@ def load_pretrained(
         raise ValueError(f"{directory}: was replaced by another save while it was being opened; load it again")
     lm = build(config)
     params = load_params(checkpoint, lm, layout, dtype=dtype, mesh=mesh, ignored=ignored)
-    return Pretrained(lm, params, tokenizer, generation, directory, hf_config)
+    return Pretrained(lm, params, tokenizer, generation, directory, hf_config, sparse_attention)
 
 
 def _settle_head(checkpoint: Checkpoint, config: Any, layout: qwen_load.Layout) -> tuple[Any, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from infer.text.events import Chunk, Completion, Event, FinishReason, Job, Usage
 from infer.text.requests import SAMPLING_FIELDS, Request
 from infer.text.stops import StopScanner
 from jaxmodels.decoding.sampling import SamplingOptions
+from jaxmodels.sparse_attention import SkipAttention
 from jaxmodels.tokenizer import StreamDecoder
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -162,14 +163,17 @@ class TextEngine:
         max_new_tokens: int | None = None,
         on_compile: OnCompile | None = None,
         diffusion: Mapping[str, Any] | None = None,
+        skip: SkipAttention | None = None,
     ) -> "TextEngine":
         """The engine of a loaded model (`jaxmodels.load_pretrained`).
 
         Without a `capacity` the slots are as large as the `requests` need (rounded up so that similar ones share
         compiled programs), or 4096 tokens where there are none, and never larger than the model's `max_positions`.
         With `diffusion`, the further arguments of a `DiffusionDecoder`, tokens are decoded in blocks. The other
-        arguments are those of `ARDecoder` and of the engine.
+        arguments are those of `ARDecoder` and of the engine; `skip` is for the autoregressive decoder only.
         """
+        if skip is not None and diffusion is not None:
+            raise NotImplementedError("skip-softmax prefills exist for the autoregressive decoder only; leave out skip")
         limit = pretrained.config.max_positions
         if capacity is None:
             capacity = min(DEFAULT_CAPACITY, limit)
@@ -178,7 +182,7 @@ class TextEngine:
         options: dict[str, Any] = {"batch": batch, "capacity": capacity, "prefill_rows": prefill_rows}
         if diffusion is None:
             decoder: Decoder = ARDecoder(
-                pretrained.lm, pretrained.params, chunk=chunk, on_compile=on_compile, **options
+                pretrained.lm, pretrained.params, chunk=chunk, skip=skip, on_compile=on_compile, **options
             )
         else:
             from infer.text.diffusion import DiffusionDecoder

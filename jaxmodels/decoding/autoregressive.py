@@ -30,6 +30,7 @@ from jaxmodels.decoding.sampling import (
     mark_seen,
     sample,
 )
+from jaxmodels.sparse_attention import SkipAttention
 
 
 class ARState(flax.struct.PyTreeNode):
@@ -102,16 +103,17 @@ def fill_rows(cache: KVCache, kv: KV, rows: Int[Array, "P"], lengths: Int[Array,
     return cache.replace(k=put(cache.k, kv.k), v=put(cache.v, kv.v), lengths=lengths)
 
 
-def make_prefill(lm: Any) -> Callable:
+def make_prefill(lm: Any, skip: SkipAttention | None = None) -> Callable:
     """`prefill(params, state, prompt) -> (state, Sampled [P])`: (re)starts rows and samples their first token.
 
     The prompts run as one right-padded batch of their own, then their keys and values are written to their
-    rows of the cache; the other rows are not touched. `lm` is a jaxmodels CausalLM.
+    rows of the cache; the other rows are not touched. `lm` is a jaxmodels CausalLM. With `skip` the prompts are read
+    with skip-softmax attention; each prompt's own length counts.
     """
 
     def prefill(params, state: ARState, prompt: Prompt) -> tuple[ARState, Sampled]:
         P, T = prompt.tokens.shape
-        hidden = lm.hidden(params, prompt.tokens, lengths=prompt.lengths, return_kv=True)
+        hidden = lm.hidden(params, prompt.tokens, lengths=prompt.lengths, return_kv=True, skip=skip)
         last = hidden.states[jnp.arange(P), prompt.lengths - 1]
         real = jnp.arange(T) < prompt.lengths[:, None]
         seen = jnp.zeros((P, state.seen.shape[1]), jnp.uint8)

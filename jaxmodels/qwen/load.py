@@ -147,7 +147,7 @@ READ = {
     *SIZES, "model_type", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "bos_token_id",
     "eos_token_id", "pad_token_id", "mask_token_id", "block_size", "bd_size", "token_shift", "prompt_attention",
-    "dlm_type", "dlm_paradigm",
+    "dlm_type", "dlm_paradigm", "sparse_attention_config",
 }  # fmt: skip
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),

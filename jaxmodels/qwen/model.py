@@ -28,7 +28,11 @@ from jaxmodels.functional import Params, Structure, constant, init_params, weigh
 from jaxmodels.layers import apply_rope, embed, linear, rms_norm, rope_tables
 from jaxmodels.qwen.config import QwenConfig
 from jaxmodels.sharding import constrain
+from jaxmodels.sparse_attention import SkipAttention, SkipCounts, SkipMeasure
+from jaxmodels.sparse_attention.calibration import measure_decode_sparsity, measure_sparsity
 from pallas_kernels.attention import flash_attention
+from pallas_kernels.attention.limits import Limits
+from pallas_kernels.attention.skip import SkipStats
 from pallas_kernels.masks import Causal, Mask, SlidingWindow
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
@@ -50,6 +54,16 @@ class Hidden(NamedTuple):
     states: Float[Array, "B T D"]  # after the final norm
     kv: KV | None  # keys and values of these tokens, [L, B, T, K, H]
     layers: Float[Array, "states B T D"] | None  # embeddings, then the output of each block (before the final norm)
+    skip_stats: SkipStats | None = None  # per layer: [L, B, N], dense_guarded [L]; zeros for layers with a window
+    skip_counts: SkipCounts | None = None  # per layer; zeros for layers with a window
+
+
+class SkipRequest(NamedTuple):
+    """What attention is to skip, and what to count; see `CausalLM.hidden`."""
+
+    skip: SkipAttention | None = None
+    stats: bool = False
+    measure: SkipMeasure | None = None
 
 
 class Attend(NamedTuple):
@@ -62,11 +76,17 @@ class Attend(NamedTuple):
     segment_ids: Int[Array, "B T"] | None
     lengths: Int[Array, " B"] | None
     cache: Cache | None
+    request: SkipRequest = SkipRequest()
 
-    def __call__(self, q: Array, k: Array, v: Array, *, layer: int | Array, window: int | None) -> Array:
-        """Attention output `[B, T, N, H]` of rotated queries and keys; `window` is that of this layer."""
+    def __call__(
+        self, q: Array, k: Array, v: Array, *, layer: int | Array, window: int | None
+    ) -> tuple[Array, SkipStats | None, SkipCounts | None]:
+        """Attention output `[B, T, N, H]` of rotated queries and keys, and what was asked for about skipped tiles.
+
+        `window` is that of this layer. A layer with one skips nothing.
+        """
         if self.cache is not None:
-            return self.cache.attend(
+            y = self.cache.attend(
                 q,
                 k,
                 v,
@@ -76,14 +96,53 @@ class Attend(NamedTuple):
                 window=window,
                 q_positions=self.positions,
             )
+            return y, None, None
         mask = self.mask
         if window is not None:
             if mask != Causal():
                 raise ValueError(f"a layer with a window ({window}) needs the mask Causal(); got {mask}")
             mask = SlidingWindow(window)
-        return flash_attention(  # type: ignore[return-value]  # no log-sum-exp was asked for
-            q, k, v, mask=mask, segment_ids=self.segment_ids, kv_lengths=self.lengths
+        options: dict[str, Any] = {"mask": mask, "segment_ids": self.segment_ids, "kv_lengths": self.lengths}
+        skip, stats, measure = self.request
+        if (skip is not None or measure is not None) and self.lengths is not None:
+            options["segment_ids"] = self._real_segments(q.shape[1])
+        counts = None if measure is None else self._measure(q, k, measure, window, options)
+        if skip is None or window is not None:
+            nothing = jnp.zeros((q.shape[0], q.shape[2]), jnp.int32)
+            found = SkipStats(nothing, nothing, jnp.int32(0)) if stats else None
+            return flash_attention(q, k, v, **options), found, counts  # type: ignore[return-value]
+        options |= skip.for_layer(layer, self.lengths)
+        if not stats:
+            return flash_attention(q, k, v, **options), None, counts  # type: ignore[return-value]
+        return *flash_attention(q, k, v, **options, return_stats=True), counts
+
+    def _real_segments(self, time: int) -> tuple[Array, Array]:
+        """Segments of queries and keys in which padding sees nothing: it must neither vote on tiles nor be counted."""
+        assert self.lengths is not None
+        keys = jnp.zeros((len(self.lengths), time), jnp.int32) if self.segment_ids is None else self.segment_ids
+        return jnp.where(jnp.arange(time) < self.lengths[:, None], keys, -1), keys
+
+    def _measure(
+        self, q: Array, k: Array, measure: SkipMeasure, window: int | None, options: dict[str, Any]
+    ) -> SkipCounts:
+        batch, time = q.shape[:2]
+        if window is not None:
+            visited = jnp.zeros((batch,), jnp.int32)
+            skipped = jnp.zeros((batch, measure.thresholds.shape[0]), jnp.int32)
+            return SkipCounts(visited, skipped, *((None, None) if measure.decode is None else (visited, skipped)))
+        segments = options["segment_ids"]
+        q_segments, k_segments = segments if isinstance(segments, tuple) else (segments, segments)
+        limits = Limits(q_segments=q_segments, k_segments=k_segments, kv_lengths=self.lengths)
+        visited, skipped = measure_sparsity(
+            q, k, measure.thresholds, measure.prefill, mask=options["mask"], limits=limits
         )
+        if measure.decode is None:
+            return SkipCounts(visited, skipped, None, None)
+        lengths = jnp.full((batch,), time) if self.lengths is None else self.lengths
+        decoded = measure_decode_sparsity(
+            q, k, measure.thresholds, measure.decode, lengths=lengths, num_tokens=measure.decode_tokens
+        )
+        return SkipCounts(visited, skipped, *decoded)
 
 
 class Attention(nnx.Module):
@@ -106,7 +165,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, window: int | None
-    ) -> tuple[Float[Array, "B T D"], KV]:
+    ) -> tuple[Float[Array, "B T D"], KV, tuple]:
         q = linear(x, self.q[...], "BTD,NHD->BTNH")
         k = linear(x, self.k[...], "BTD,KHD->BTKH")
         v = linear(x, self.v[...], "BTD,KHD->BTKH")
@@ -116,8 +175,8 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
         q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
-        y = attend(q, k, v, layer=layer, window=window)
-        return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v)
+        y, *about = attend(q, k, v, layer=layer, window=window)
+        return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v), tuple(about)
 
 
 class Mlp(nnx.Module):
@@ -147,15 +206,15 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, window: int | None
-    ) -> tuple[Float[Array, "B T D"], KV]:
+    ) -> tuple[Float[Array, "B T D"], KV, tuple]:
         with jax.named_scope("attention"):
-            y, kv = self.attention(
+            y, kv, about = self.attention(
                 rms_norm(x, self.attention_norm[...], self.norm_eps), attend, layer=layer, window=window
             )
             x = x + y
         with jax.named_scope("mlp"):
             x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.norm_eps))
-        return constrain(x, ("batch", None, None)), kv
+        return constrain(x, ("batch", None, None)), kv, about
 
 
 class Ends(nnx.Module):
@@ -250,10 +309,11 @@ class CausalLM:
         mask: Mask = Causal(),
         segment_ids: Int[Array, "B T"] | None = None,
         lengths: Int[Array, " B"] | None = None,
+        skip: SkipAttention | None = None,
     ) -> Float[Array, "B T V"]:
-        """The ordinary full forward: float32 logits."""
+        """The ordinary full forward: float32 logits. With `skip` the attention leaves out tiles, see `hidden`."""
         states = self.hidden(
-            params, tokens, positions=positions, mask=mask, segment_ids=segment_ids, lengths=lengths
+            params, tokens, positions=positions, mask=mask, segment_ids=segment_ids, lengths=lengths, skip=skip
         ).states
         return self.head(params, states)
 
@@ -275,6 +335,9 @@ class CausalLM:
         own_mask: Mask | None = None,
         return_kv: bool = False,
         layer_states: bool = False,
+        skip: SkipAttention | None = None,
+        skip_stats: bool = False,
+        skip_measure: SkipMeasure | None = None,
         remat: str | None = None,
         unroll: bool | None = None,
     ) -> Hidden:
@@ -296,6 +359,10 @@ class CausalLM:
             `Causal()`.
           return_kv: return keys and values also without a cache (for a prefill).
           layer_states: return the embeddings and every block's output.
+          skip: leave out tiles of attention without weight (skip-softmax), forward and backward alike; without a
+            cache only. Layers with a window stay dense.
+          skip_stats: return the exact counts of visited and skipped tiles; needs `skip`.
+          skip_measure: count what each of many thresholds would skip in this pass; without a cache only.
           remat: name of an entry of REMAT_POLICIES; None means "none".
           unroll: True writes the layers out one after the other, False scans them. None chooses by measurement
             (README): it scans, except with a cache on a GPU. Unstacked parameters are always unrolled.
@@ -305,6 +372,10 @@ class CausalLM:
         if remat is not None and remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be None or one of {[*REMAT_POLICIES]}; got {remat!r}")
         batch, time = tokens.shape
+        if skip_stats and skip is None:
+            raise ValueError("skip_stats counts skipped tiles: give skip")
+        if cache is not None and (skip is not None or skip_measure is not None):
+            raise NotImplementedError("skip and skip_measure: attention to a cache skips no tiles yet")
         if cache is None:
             if own_mask is not None:
                 raise ValueError(f"own_mask={own_mask} needs a cache; use mask without one")
@@ -323,11 +394,12 @@ class CausalLM:
             raise ValueError(f"positions must have the shape of tokens {tokens.shape}; got {positions.shape}")
 
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions, lengths)
-        attend = Attend(cos, sin, mask, positions, segment_ids, lengths, cache)
+        request = SkipRequest(skip, skip_stats, skip_measure)
+        attend = Attend(cos, sin, mask, positions, segment_ids, lengths, cache, request)
         with jax.named_scope("embed"):
             x = embedded = constrain(embed(params["embed"], tokens), ("batch", None, None))
         keep_kv = return_kv or cache is not None
-        x, kv, states = self._layers(
+        x, kv, states, about = self._layers(
             params["layers"], x, attend, keep_kv=keep_kv, keep_states=layer_states, remat=remat, unroll=unroll
         )
         if cache is not None:
@@ -336,7 +408,7 @@ class CausalLM:
         if states is not None:
             states = jnp.concatenate([embedded[None], states])
         with jax.named_scope("final_norm"):
-            return Hidden(rms_norm(x, params["final_norm"], self.config.norm_eps), kv, states)
+            return Hidden(rms_norm(x, params["final_norm"], self.config.norm_eps), kv, states, *about)
 
     def _layers(
         self,
@@ -348,12 +420,12 @@ class CausalLM:
         keep_states: bool,
         remat: str | None,
         unroll: bool | None,
-    ) -> tuple[Float[Array, "B T D"], KV | None, Float[Array, "L B T D"] | None]:
+    ) -> tuple[Float[Array, "B T D"], KV | None, Float[Array, "L B T D"] | None, tuple]:
         block = _structure(Block, self.config)
 
         def run_block(params: Params, x: Array, layer: int | Array, window: int | None) -> tuple[Array, tuple]:
-            x, kv = block.module(params)(x, attend, layer=layer, window=window)
-            return x, (kv if keep_kv else None, x if keep_states else None)
+            x, kv, about = block.module(params)(x, attend, layer=layer, window=window)
+            return x, (kv if keep_kv else None, x if keep_states else None, about)
 
         scanned = isinstance(layers, dict) and not unroll
         policy = REMAT_POLICIES[remat or "none"]

@@ -87,6 +87,10 @@ class SkipTile:
                 raise ValueError(f"SkipTile.{field.name} must be a positive integer; got {value!r}")
 
 
+DECODE_TILE = SkipTile(width=128, chains=8)
+"""What decoding takes by default: enough chains for a split cache, and long ones."""
+
+
 class Skip(NamedTuple):
     """The resolved options of a call, as implementations get them."""
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmodels.decoding.cross_entropy import token_nll
+from jaxmodels.sparse_attention import SkipAttention
 from train.step import LossFn
 
 __all__ = ["make_next_token_loss", "next_token_targets"]
@@ -29,7 +30,12 @@ def next_token_targets(
 
 
 def make_next_token_loss(
-    lm: Any, *, z_loss: float = 0.0, chunk_size: int | None = None, remat: str | None = None
+    lm: Any,
+    *,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
+    remat: str | None = None,
+    skip: SkipAttention | None = None,
 ) -> LossFn:
     """Loss of a `CausalLM`: sum of -log p(next token) + z term (nats), over batches of packed rows.
 
@@ -38,20 +44,29 @@ def make_next_token_loss(
         z_loss: coefficient of logsumexp(logits)**2, see `token_nll`.
         chunk_size: rows of hidden states whose logits are in memory at once, see `token_nll`.
         remat: what the blocks recompute in the backward pass, see `CausalLM.hidden`.
+        skip: train with skip-softmax attention: forward and backward pass leave out the same tiles.
 
-    The metric "nll" is the loss without the z term.
+    Metrics: "nll", the loss without the z term; with `skip` "sparsity", the share of visited tile pairs that were
+    skipped, all layers, heads and rows together.
     """
 
     def loss_fn(params: Any, batch: dict[str, Array], key: Array):
         del key  # nothing is drawn
         targets, weights = next_token_targets(batch["tokens"], batch["segment_ids"], batch["loss_mask"])
-        states = lm.hidden(
+        hidden = lm.hidden(
             params,
             batch["tokens"],
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
+            skip=skip,
+            skip_stats=skip is not None,
             remat=remat,
-        ).states
+        )
+        states = hidden.states
+        metrics: dict[str, Any] = {}
+        if skip is not None:
+            counts = hidden.skip_stats.skipped, hidden.skip_stats.visited
+            metrics["sparsity"] = tuple(jnp.sum(count.astype(jnp.float32)) for count in counts)
         with jax.named_scope("cross_entropy"):
             nll, z = token_nll(
                 lambda rows: lm.head(params, rows),
@@ -62,6 +77,6 @@ def make_next_token_loss(
             )
             weights = weights.reshape(-1)
             nll_sum = jnp.sum(weights * nll)
-            return nll_sum + jnp.sum(weights * z), jnp.sum(weights), {"nll": nll_sum}
+            return nll_sum + jnp.sum(weights * z), jnp.sum(weights), metrics | {"nll": nll_sum}
 
     return loss_fn

@@ -37,6 +37,13 @@ class LM:
     """Weight of logsumexp(logits)**2, which keeps logits from drifting (1e-4 is usual)."""
     loss_chunk: int | None = None
     """Positions whose logits are in memory at once; None: chosen by the vocabulary."""
+    skip_threshold: float | None = None
+    """Train with skip-softmax attention: leave out tiles whose every weight is below this share of the largest so far,
+    in (0, 1); forward and backward alike. None: dense. Evaluation is dense."""
+    skip_rows: int = 64
+    """Consecutive tokens of a head that vote together on a tile."""
+    skip_width: int = 128
+    """Keys of a tile."""
     export: Path | None = None
     """Where the trained model goes; None: model/ in the run directory."""
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -47,11 +54,21 @@ class LM:
             raise ValueError(f"z_loss must not be negative; got {self.z_loss}")
         if self.loss_chunk is not None and self.loss_chunk < 1:
             raise ValueError(f"loss_chunk must be at least 1 or None; got {self.loss_chunk}")
+        if self.skip_threshold is not None and not 0.0 < self.skip_threshold < 1.0:
+            raise ValueError(f"skip_threshold must lie in (0, 1) or be None; got {self.skip_threshold}")
+        for name in ("skip_rows", "skip_width"):
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+            if self.skip_threshold is None and getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)} does nothing without skip_threshold")
 
 
 def main(config: LM) -> int:
     """Runs the recipe; 0 when the model is exported, 1 when the run was interrupted."""
     from jaxmodels import save_pretrained
+    from jaxmodels.sparse_attention import SkipAttention
+    from pallas_kernels.attention.skip import SkipTile
     from train import distributed
     from train.loop import fit, weights_of
     from train.mesh import check_batch, make_mesh
@@ -62,7 +79,13 @@ def main(config: LM) -> int:
     check_batch(mesh, config.run.batch_size, config.run.accumulate)
     model = open_model(config.init, mesh, random_weights=config.random_weights)
     rows = open_rows(config.data, config.rows, model, config.run.directory)
-    loss_fn = make_next_token_loss(model.lm, z_loss=config.z_loss, chunk_size=config.loss_chunk, remat=config.remat)
+    skip = None
+    if config.skip_threshold is not None:
+        tile = SkipTile(config.skip_rows, config.skip_width)
+        skip = SkipAttention.create(threshold=config.skip_threshold, tile=tile)
+    loss_fn = make_next_token_loss(
+        model.lm, z_loss=config.z_loss, chunk_size=config.loss_chunk, remat=config.remat, skip=skip
+    )
     result = fit(
         config.run,
         config.optim,
@@ -77,6 +100,7 @@ def main(config: LM) -> int:
             "model": to_json(model.lm.config),
             "data": rows.identity,
             "z_loss": config.z_loss,
+            **({} if skip is None else {"skip": to_json(dataclasses.asdict(skip))}),
         },
         config=config,
         eval_data=rows.held_out(config.run, mesh),

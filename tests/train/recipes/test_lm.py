@@ -112,3 +112,18 @@ def test_bad_input_is_one_line(lm, flags, message, capsys):
     assert lm(*flags) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
+
+
+def test_trains_with_skipped_tiles(lm, tmp_path, capsys):
+    """Forward and backward leave out the same tiles, the share is logged, and another threshold is another run."""
+    flags = ["--skip-rows", "4", "--skip-width", "4"]
+    assert lm(*flags, "--skip-threshold", "0.9", "--rows.validation-fraction", "0") == 0
+    shares = [r["train/sparsity"] for r in records(tmp_path / "run") if "train/sparsity" in r]
+    assert len(shares) == 3 and all(0.0 < share < 1.0 for share in shares)
+    capsys.readouterr()
+    assert lm(*flags, "--skip-threshold", "0.5", "--rows.validation-fraction", "0") == 1
+    assert "skip.threshold was 0.9 and is now 0.5" in capsys.readouterr().err
+    assert lm(*flags) == 2 and lm("--skip-threshold", "1.0") == 2
+    error = capsys.readouterr().err
+    assert "skip_rows=4 does nothing without skip_threshold" in error
+    assert "skip_threshold must lie in (0, 1) or be None; got 1.0" in error
