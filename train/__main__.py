@@ -12,6 +12,12 @@ LINE = CommandLine(
         Command("dlm", "train.recipes.dlm", "DLM", "turn an autoregressive language model into a block-diffusion one"),
         Command("quickstart", "train.recipes.quickstart", "Quickstart", "the whole chain, small, on a CPU in minutes"),
         Command("ablation", "train.recipes.ablation", "Ablation", "which choices of the conversion matter, over seeds"),
+        Command(
+            "retrieval",
+            "train.recipes.retrieval",
+            "Retrieval",
+            "does a small model that skips tiles of attention still find what it is asked for",
+        ),
         Command("shipped", "train.recipes.shipped", "Shipped", "train the models that the project ships"),
     ),
     notes=("The same command continues an interrupted run.",),

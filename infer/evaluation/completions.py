@@ -130,9 +130,7 @@ def generate_ar(model: Any, prompts: Sequence[Sequence[int]], config: Completion
     return complete_autoregressive(model.lm, model.params, prompts, **_options(config, len(prompts)))
 
 
-def generate_dlm(
-    model: Any, prompts: Sequence[Sequence[int]], config: Completions, **rule: Any
-) -> "list[Completion]":
+def generate_dlm(model: Any, prompts: Sequence[Sequence[int]], config: Completions, **rule: Any) -> "list[Completion]":
     """Completions of the block-diffusion model by a rule of `RevealOptions` (none: one token per step)."""
     from jaxmodels.decoding.block_diffusion import RevealOptions
     from jaxmodels.decoding.complete import complete_blocks
