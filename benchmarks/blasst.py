@@ -1,6 +1,6 @@
 """Skip-softmax attention on a GPU: decisions and outputs of the XLA path, then the retrieval recipe.
 
-    python -m benchmarks.blasst --out DIR [--lengths 32 128 512 2048 ...]
+    python -m benchmarks.blasst --out DIR [--lengths 64 512 2048 ...]
 
 Needs neither grain nor tyro. Writes check.json, results.json and the metrics of each stage to DIR as they come, so
 that a run that is cut off still tells something. Checkpoints go to a scratch directory.

@@ -66,17 +66,20 @@ def test_calibrates_checks_and_is_used(model, capsys, tmp_path):
     code, _, err = run(capsys, *text, "--decoder", "diffusion", "--target-sparsity", "0.2")
     assert code == 1 and "autoregressive decoder only" in err
 
-    # Into a file of its own, the model untouched; prefill alone.
-    options = ["--output", tmp_path / "block.json", "--decode-tokens", "0", "--quiet"]
+
+def test_writes_nothing_when_told_or_when_it_fails(model, capsys, tmp_path):
+    """Prefill alone, from one length."""
     content = (model / "config.json").read_bytes()
-    code, out, err = run(capsys, *command, *options)
-    assert code == 0 and err == "" and (model / "config.json").read_bytes() == content
-    assert SkipSoftmaxConfig.from_hf(read_json(tmp_path / "block.json")["sparse_attention_config"]).decode is None
-    # A wish that cannot be granted says what was measured, and writes nothing.
-    options = ["--target-sparsity", "0.95", "--decode-tokens", "0"]
-    code, out, err = run(capsys, *command, *options)
+    command = ["calibrate-sparsity", "--model", model, "--data", TEXT, *SMALL, "--length-bins", "1", "--samples", "1"]
+    command += ["--max-length", "128", "--decode-tokens", "0"]
+    code, out, err = run(capsys, *command, "--target-sparsity", "0.1", "--output", tmp_path / "block.json", "--quiet")
+    assert code == 0 and err == "" and "check at" not in out
+    block = SkipSoftmaxConfig.from_hf(read_json(tmp_path / "block.json")["sparse_attention_config"])
+    assert block.decode is None and block.prefill.target_sparsity == 0.1
+    # A wish that cannot be granted says what was measured.
+    code, out, err = run(capsys, *command, "--target-sparsity", "0.95")
     assert code == 1 and "target_sparsity 0.95 was not reached in prefill: the largest threshold, 0.7, skipped" in err
-    assert (model / "config.json").read_bytes() == content
+    assert "share of skipped tiles" in out and (model / "config.json").read_bytes() == content
 
 
 BAD_FLAGS = {

@@ -19,6 +19,7 @@ SMALL = ["--lengths", "32", "64", "--steps", "3", "3", "--batch-sizes", "8", "4"
 SMALL += ["--rows", "4", "--width", "4", "--dim", "64", "--layers", "1", "--test-rows", "8"]
 
 
+@pytest.mark.slow
 def test_trains_both_copies_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     command = ["retrieval", "--directory", str(tmp_path), *SMALL]
@@ -33,7 +34,7 @@ def test_trains_both_copies_and_reports(tmp_path, monkeypatch, capsys):
         sparsities = [record["sparsity"] for record in skips]
         assert sparsities == sorted(sparsities) and records[0]["sparsity"] == 0.0
         windows = [record["sparsity"] for record in records if record["kind"] == "window"]
-        assert len(windows) == 3 and windows == sorted(windows)
+        assert len(windows) == 1 and 0.3 < windows[0] < 0.6
     weights = {name: tmp_path / name / "checkpoints" for name in ("grow-32", "grow-64", "dense", "aware")}
     assert all(directory.is_dir() for directory in weights.values())
     logged = [json.loads(line) for line in (tmp_path / "aware" / "metrics.jsonl").read_text().splitlines()]
