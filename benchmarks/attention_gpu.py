@@ -79,6 +79,11 @@ class Shape:
     num_keys: int | None = None  # None: as many as queries
     dtype: str = "bfloat16"
     limits: str = ""
+    value_dim: int | None = None  # None: head_dim
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
 
     @property
     def keys(self) -> int:
@@ -88,13 +93,14 @@ class Shape:
     def name(self) -> str:
         return (
             f"{self.mask} {self.limits} B={self.batch} T={self.num_queries} S={self.keys} N={self.num_heads} "
-            f"K={self.num_kv_heads} H={self.head_dim} {self.dtype}"
+            f"K={self.num_kv_heads} H={self.head_dim} {self.dtype}" + f" Hv={self.value_dim}" * bool(self.value_dim)
         ).replace("  ", " ")
 
     def arrays(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
         keys = jax.random.split(jax.random.key(seed), 3)
-        kv_shape = (self.batch, self.keys, self.num_kv_heads, self.head_dim)
-        shapes = ((self.batch, self.num_queries, self.num_heads, self.head_dim), kv_shape, kv_shape)
+        kv_shape = (self.batch, self.keys, self.num_kv_heads)
+        q_shape = (self.batch, self.num_queries, self.num_heads, self.head_dim)
+        shapes = (q_shape, *((*kv_shape, size) for size in self.head_dims))
         q, k, v = (jax.random.normal(a, s, self.dtype) for a, s in zip(keys, shapes, strict=True))
         return q, k, v
 
@@ -123,7 +129,7 @@ class Shape:
         )
 
     def flops(self) -> float:
-        return 4.0 * self.batch * self.num_heads * self.head_dim * self.pairs()
+        return 2.0 * self.batch * self.num_heads * sum(self.head_dims) * self.pairs()
 
 
 def mosaic(
@@ -169,11 +175,12 @@ def check_shapes() -> Iterator[Shape]:
     yield shape(mask=masks.Causal(), num_queries=3000, num_keys=500)  # the first 2500 rows see nothing
     for heads, kv_heads in ((4, 4), (8, 1)):
         yield shape(mask=masks.Causal(), num_queries=1025, num_heads=heads, num_kv_heads=kv_heads)
-    for head_dim in mosaic_sm90.HEAD_DIMS:
+    for head_dim, value_dim in mosaic_sm90.HEAD_DIMS:
         for dtype in mosaic_sm90.DTYPES:
             for mask in (masks.Causal(), masks.Full(), doubled):
                 if (head_dim, dtype) != (128, "bfloat16"):
-                    yield shape(mask=mask, num_queries=4096, head_dim=head_dim, dtype=dtype)
+                    wide = None if value_dim == head_dim else value_dim
+                    yield shape(mask=mask, num_queries=4096, head_dim=head_dim, value_dim=wide, dtype=dtype)
     for mask in (
         masks.SlidingWindow(1000, 4),
         masks.SlidingWindow(64),
@@ -235,7 +242,7 @@ def check_shape(shape: Shape) -> dict[str, Any]:
         visible = seen(shape, limits)
         # What takes part in no pair must not matter, whatever it holds.
         blind, empty = ~visible.any(2)[:, :, None, None], ~visible.any(1)[:, :, None, None]
-        d_out = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
+        d_out = jax.random.normal(jax.random.key(1), (*q.shape[:3], v.shape[3]), q.dtype)
         d_lse = jax.random.normal(jax.random.key(2), (q.shape[0], q.shape[2], q.shape[1]))
         q, d_out = (jnp.where(blind, jnp.nan, x) for x in (q, d_out))
         k, v = (jnp.where(empty, jnp.nan, x) for x in (k, v))
@@ -244,7 +251,7 @@ def check_shape(shape: Shape) -> dict[str, Any]:
         (out, lse), gradients = define(*clean, scale=scale)
         expected = {"out": out, "lse": lse}
         row["seconds_of_definition"] = time.perf_counter() - start
-        if shape.head_dim in mosaic_sm90.BACKWARD_HEAD_DIMS:
+        if shape.head_dims in mosaic_sm90.BACKWARD_HEAD_DIMS:
             names = ("out", "lse", "dq", "dk", "dv")
             expected |= dict(zip(names[2:], gradients, strict=True))
             compiled = jax.jit(with_gradients(mosaic(shape)))

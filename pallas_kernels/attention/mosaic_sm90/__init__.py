@@ -24,8 +24,9 @@ from pallas_kernels.attention.mosaic_sm90.forward import Config, heuristic_confi
 from pallas_kernels.attention.skip import Skip
 from pallas_kernels.masks import Mask
 
-HEAD_DIMS = (64, 96, 128, 256)
-BACKWARD_HEAD_DIMS = (64, 96, 128)
+# Of queries and keys, and of values.
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+BACKWARD_HEAD_DIMS = ((64, 64), (96, 96), (128, 128))
 DTYPES = ("bfloat16", "float16")
 
 
@@ -37,17 +38,16 @@ def unsupported(
         return "the Hopper kernel skips no tiles yet; leave out skip_threshold and skip_scale_factor"
     if str(q.dtype) not in DTYPES:
         return f"needs bfloat16 or float16; got {q.dtype}"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"needs head_dim in {HEAD_DIMS}; got {q.shape[3]}"
-    if v.shape[3] != q.shape[3]:
-        return f"needs values of the head dim of the keys; got {v.shape[3]} and {k.shape[3]}"
+    if (q.shape[3], v.shape[3]) not in HEAD_DIMS:
+        listed = ", ".join(f"{a}" if a == b else f"{a} with values of {b}" for a, b in HEAD_DIMS)
+        return f"needs one of the head dims {listed}; got {q.shape[3]} with values of {v.shape[3]}"
     return compat.missing_hopper()
 
 
 def run(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     *,
     mask: Mask,
     limits: Limits,
@@ -55,7 +55,7 @@ def run(
     config: Config | None = None,
     backward_config: BackwardConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Output and log-sum-exp; see `flash_attention`. `interpret` runs the kernels on the CPU, for tests.
 
     Raises:
@@ -63,16 +63,20 @@ def run(
       ValueError: a configuration needs more shared memory than a CTA has.
     """
     batch, num_queries, num_heads, head_dim = q.shape
+    value_dim = v.shape[3]
     config = heuristic_config(head_dim) if config is None else config
     backward_config = heuristic_backward_config(head_dim) if backward_config is None else backward_config
-    for tiles in (config, backward_config) if head_dim in BACKWARD_HEAD_DIMS else (config,):
-        if (needed := tiles.smem_bytes(head_dim, q.dtype)) > compat.SHARED_MEMORY_BYTES:
+    needed: dict[Any, int] = {config: config.smem_bytes(head_dim, q.dtype, value_dim)}
+    if (head_dim, value_dim) in BACKWARD_HEAD_DIMS:
+        needed[backward_config] = backward_config.smem_bytes(head_dim, q.dtype)
+    for tiles, size in needed.items():
+        if size > compat.SHARED_MEMORY_BYTES:
             raise ValueError(
-                f"{tiles} needs {needed} bytes of shared memory at head_dim {head_dim}; "
+                f"{tiles} needs {size} bytes of shared memory at head_dim {head_dim}; "
                 f"a CTA has {compat.SHARED_MEMORY_BYTES}"
             )
     if batch == 0:
-        return jnp.zeros(q.shape, q.dtype), jnp.zeros((0, num_heads, num_queries), jnp.float32)
+        return jnp.zeros((*q.shape[:3], value_dim), q.dtype), jnp.zeros((0, num_heads, num_queries), jnp.float32)
     return _attention(q, k, v, limits, _Static(mask, scale, config, backward_config, interpret))
 
 
@@ -91,10 +95,10 @@ def _attention(q: Array, k: Array, v: Array, limits: Limits, static: _Static) ->
 
 
 def _attention_fwd(q, k, v, limits, static):
-    if q.shape[3] not in BACKWARD_HEAD_DIMS:
+    if (q.shape[3], v.shape[3]) not in BACKWARD_HEAD_DIMS:
         raise NotImplementedError(
-            f'flash_attention "mosaic" computes gradients for head_dim in {BACKWARD_HEAD_DIMS}; got {q.shape[3]}, '
-            'whose accumulators do not fit the registers; use implementation="xla" where a gradient is taken'
+            f'flash_attention "mosaic" computes no gradients at head dim {q.shape[3]} with values of {v.shape[3]}: '
+            'their accumulators do not fit the registers; use implementation="xla" where a gradient is taken'
         )
     out, lse = _attention(q, k, v, limits, static)
     # A rematerialisation policy that keeps "attention" then need not run the forward pass again.
@@ -140,9 +144,9 @@ def compile_cases() -> Iterator:
         "positions": (causal, ("q_positions", "k_positions")),
         "lengths": (masks.Full(), ("kv_lengths",)),
     }
-    shipped = [(head_dim, jnp.bfloat16, "causal") for head_dim in HEAD_DIMS]
-    shipped += [(128, jnp.bfloat16, name) for name in forms if name != "causal"]
-    shipped += [(64, jnp.float16, "doubled")]
+    shipped = [(head_dims, jnp.bfloat16, "causal") for head_dims in HEAD_DIMS]
+    shipped += [((128, 128), jnp.bfloat16, name) for name in forms if name != "causal"]
+    shipped += [((64, 64), jnp.float16, "doubled")]
     explored: list[tuple[int, str, Config | BackwardConfig]] = [
         (64, "full", Config(block_q=128, block_k=128, stages=3)),
         (64, "causal", Config(block_q=64, block_k=256, stages=3)),
@@ -152,7 +156,8 @@ def compile_cases() -> Iterator:
         (128, "causal", BackwardConfig(block_q=64, block_k=64, q_stages=2, k_stages=3)),
     ]
 
-    def case(head_dim, dtype, form, tiles, *, is_shipped):
+    def case(head_dims, dtype, form, tiles, *, is_shipped):
+        head_dim, value_dim = head_dims
         mask, limited = forms[form]
         is_forward = isinstance(tiles, Config)
         options = {"config" if is_forward else "backward_config": tiles, "mask": mask, "scale": head_dim**-0.5}
@@ -170,22 +175,23 @@ def compile_cases() -> Iterator:
             return jax.ShapeDtypeStruct(shape, dtype)
 
         per_row = [array(*((2,) if name == "kv_lengths" else (2, length)), dtype=jnp.int32) for name in limited]
-        q, k, lse = array(2, length, 16, head_dim), array(2, length, 4, head_dim), array(2, 16, length, dtype="float32")
+        q, k, v = array(2, length, 16, head_dim), array(2, length, 4, head_dim), array(2, length, 4, value_dim)
+        lse = array(2, 16, length, dtype="float32")
         results = () if is_forward else (q, lse, q, lse)  # and their cotangents
         name = "forward" if is_forward else "backward"
         sizes = " ".join(str(value) for value in vars(tiles).values())
         return CompileCase(
             name=f"attention {name} {form} {jnp.dtype(dtype).name} H={head_dim} tiles {sizes}",
             function=call,
-            avals=(q, k, k, *per_row, *results),
+            avals=(q, k, v, *per_row, *results),
             shipped=is_shipped,
             max_spill=0 if is_shipped else 256,
             reason="" if is_shipped else "exploratory",
         )
 
-    for head_dim, dtype, form in shipped:
-        yield case(head_dim, dtype, form, heuristic_config(head_dim), is_shipped=True)
-        if head_dim in BACKWARD_HEAD_DIMS:
-            yield case(head_dim, dtype, form, heuristic_backward_config(head_dim), is_shipped=True)
+    for head_dims, dtype, form in shipped:
+        yield case(head_dims, dtype, form, heuristic_config(head_dims[0]), is_shipped=True)
+        if head_dims in BACKWARD_HEAD_DIMS:
+            yield case(head_dims, dtype, form, heuristic_backward_config(head_dims[0]), is_shipped=True)
     for head_dim, form, tiles in explored:
-        yield case(head_dim, jnp.bfloat16, form, tiles, is_shipped=False)
+        yield case((head_dim, head_dim), jnp.bfloat16, form, tiles, is_shipped=False)

@@ -65,18 +65,26 @@ class Config:
     def tile_q(self) -> int:
         return COMPUTE_WARPGROUPS * self.block_q
 
-    def buffers(self, head_dim: int, dtype: Any) -> dict[str, Any]:
+    def buffers(self, head_dim: int, value_dim: int, dtype: Any) -> dict[str, Any]:
         """What the kernel allocates per CTA, by name."""
-        wide = compat.swizzled(dtype, head_dim)
-        ring = plgpu.SMEM((self.stages, self.block_k, head_dim), dtype, transforms=wide)
+
+        def matrices(*shape):
+            return plgpu.SMEM(shape, dtype, transforms=compat.swizzled(dtype, shape[-1]))
+
+        q = matrices(COMPUTE_WARPGROUPS, self.block_q, head_dim)
+        if value_dim == head_dim:
+            q_and_out = q  # Q, and after the last tile the output
+        else:
+            # The same memory twice. A warpgroup finishes while the other still reads its Q, so the output has as many
+            # bytes per warpgroup: more rows than are used.
+            q_and_out = plgpu.RefUnion(q, matrices(COMPUTE_WARPGROUPS, self.block_q * head_dim // value_dim, value_dim))
         ready = plgpu.Barrier(num_barriers=self.stages)
         free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.stages)
         return {
-            # Q, and after the last tile the output.
-            "qo": plgpu.SMEM((COMPUTE_WARPGROUPS, self.block_q, head_dim), dtype, transforms=wide),
+            "q_and_out": q_and_out,
             "lse": plgpu.SMEM((COMPUTE_WARPGROUPS, self.block_q), jnp.float32),
-            "k": ring,
-            "v": ring,
+            "k": matrices(self.stages, self.block_k, head_dim),
+            "v": matrices(self.stages, self.block_k, value_dim),
             "q_ready": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
             "k_ready": ready,
             "v_ready": ready,
@@ -85,15 +93,16 @@ class Config:
             "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         }
 
-    def smem_bytes(self, head_dim: int, dtype: Any) -> int:
-        return compat.shared_memory_bytes(list(self.buffers(head_dim, dtype).values()))
+    def smem_bytes(self, head_dim: int, dtype: Any, value_dim: int | None = None) -> int:
+        value_dim = head_dim if value_dim is None else value_dim
+        return compat.shared_memory_bytes(list(self.buffers(head_dim, value_dim, dtype).values()))
 
 
 def heuristic_config(head_dim: int) -> Config:
     """Tiles that compile without spills."""
     if head_dim <= 64:
         return Config(block_q=64, block_k=128, stages=4)
-    if head_dim <= 128:
+    if head_dim <= 192:
         return Config(block_q=64, block_k=128, stages=2)
     return Config(block_q=64, block_k=64, stages=2)
 
@@ -101,24 +110,25 @@ def heuristic_config(head_dim: int) -> Config:
 def run(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     limits: Limits,
     *,
     mask: Mask,
     scale: float,
     config: Config,
     interpret: plgpu.InterpretGPUParams | None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Output and natural log-sum-exp."""
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
+    value_dim = v.shape[3]
     group = num_heads // num_kv_heads
     dtype = q.dtype
     block_q, block_k, stages = config.block_q, config.block_k, config.stages
     v = clean_slots(v, mask, limits, num_queries, num_keys)  # K needs nothing, its scores are selected away
     operands, runs = prepare(mask, limits, num_queries, num_keys, tile_q=config.tile_q, tile_k=block_k)
     num_q_tiles = runs.table.shape[1]
-    buffers = config.buffers(head_dim, dtype)
+    buffers = config.buffers(head_dim, value_dim, dtype)
     tile = (block_q, block_k)
     log2_scale = scale * LOG2E
     i32 = jnp.int32
@@ -136,8 +146,12 @@ def run(
             plgpu.set_max_registers(232, action="increase")
             row0 = q_tile * config.tile_q + warpgroup * block_q
             rows = pl.ds(row0, block_q)
-            qo, turn = smem["qo"].at[warpgroup], smem["turn"]
-            plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, head], qo, smem["q_ready"].at[warpgroup])
+            q_smem, out_smem = smem["q_and_out"] if value_dim != head_dim else (smem["q_and_out"],) * 2
+            q_smem, out_smem = q_smem.at[warpgroup], out_smem.at[warpgroup]
+            if value_dim != head_dim:
+                out_smem = out_smem.at[pl.ds(0, block_q)]
+            turn = smem["turn"]
+            plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, head], q_smem, smem["q_ready"].at[warpgroup])
             sight = Sight(mask, num_queries, num_keys, refs, b, tile)
 
             def broadcast_rows(x, shape=tile):
@@ -152,7 +166,7 @@ def run(
                 slot = lax.rem(i, i32(stages))
 
                 def multiply_qk(acc_ref):
-                    plgpu.wgmma(acc_ref, qo, smem["k"].at[slot].transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, q_smem, smem["k"].at[slot].transpose((1, 0)))
                     take_turns()
                     return acc_ref[...]
 
@@ -198,7 +212,7 @@ def run(
 
             pl.when(warpgroup == 1)(take_turns)  # half a step behind warpgroup 0
             carry = (
-                plgpu.layout_cast(jnp.zeros((block_q, head_dim), jnp.float32), WGMMA),
+                plgpu.layout_cast(jnp.zeros((block_q, value_dim), jnp.float32), WGMMA),
                 plgpu.layout_cast(jnp.full((block_q,), -jnp.inf, jnp.float32), ROW),
                 plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), ROW),
             )
@@ -211,10 +225,10 @@ def run(
             acc, m, total = carry
             empty = total == 0.0
             inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
-            qo[...] = (acc * broadcast_rows(inverse, acc.shape)).astype(dtype)
+            out_smem[...] = (acc * broadcast_rows(inverse, acc.shape)).astype(dtype)
             smem["lse"][warpgroup] = jnp.where(empty, -jnp.inf, (m + jnp.log2(total)) * (1.0 / LOG2E))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(qo, out_ref.at[b, rows, head])
+            plgpu.copy_smem_to_gmem(out_smem, out_ref.at[b, rows, head])
             plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], lse_ref.at[b, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
@@ -256,7 +270,7 @@ def run(
     out, lse = compat.kernel(
         attention_forward,
         out_type=(
-            jax.ShapeDtypeStruct(q_padded.shape, dtype),
+            jax.ShapeDtypeStruct((*q_padded.shape[:3], value_dim), dtype),
             jax.ShapeDtypeStruct((batch, num_heads, lse_length), jnp.float32),
         ),
         # The last axis varies fastest: CTAs that run at the same time share one head's K and V in the L2 cache.
