@@ -3,6 +3,7 @@
     python -m benchmarks.attention_gpu check                 # every configuration against the float32 definition
     python -m benchmarks.attention_gpu time                  # the forward tables, peers in the same process
     python -m benchmarks.attention_gpu time --gradients      # forward, and forward with backward
+    python -m benchmarks.attention_gpu time --skip           # the forward with skipped tiles
     python -m benchmarks.attention_gpu time --sweep --filter "H=128 causal"   # other tile sizes too
 
 Needs JAX with CUDA and NumPy; PyTorch and tokamax are peers where they are installed. `--seconds` ends a run early,
@@ -40,11 +41,16 @@ from jax import Array
 
 from benchmarks import report
 from pallas_kernels import masks
-from pallas_kernels.attention import mosaic_sm90, reference
+from pallas_kernels.attention import mosaic_sm90, reference, xla
+from pallas_kernels.attention import skip as rule
 from pallas_kernels.attention.limits import Limits
+from pallas_kernels.attention.skip import Skip, SkipTile
 
 Config = mosaic_sm90.Config
 BackwardConfig = mosaic_sm90.BackwardConfig
+
+SKIP_TILE = SkipTile()
+LOG_THRESHOLD = -1.0  # far from the margins of small tiles (about -8) and of the others (about 0)
 
 # Tile sizes of the sweep, by head dim; the heuristic's choice is always timed.
 SWEEP = {
@@ -80,6 +86,7 @@ class Shape:
     dtype: str = "bfloat16"
     limits: str = ""
     value_dim: int | None = None  # None: head_dim
+    small: float | None = None  # with skipped tiles: the share of key tiles whose scores are small, hence skipped
 
     @property
     def head_dims(self) -> tuple[int, int]:
@@ -93,7 +100,9 @@ class Shape:
     def name(self) -> str:
         return (
             f"{self.mask} {self.limits} B={self.batch} T={self.num_queries} S={self.keys} N={self.num_heads} "
-            f"K={self.num_kv_heads} H={self.head_dim} {self.dtype}" + f" Hv={self.value_dim}" * bool(self.value_dim)
+            f"K={self.num_kv_heads} H={self.head_dim} {self.dtype}"
+            + f" Hv={self.value_dim}" * bool(self.value_dim)
+            + f" skipping, {self.small} small" * (self.small is not None)
         ).replace("  ", " ")
 
     def arrays(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -102,7 +111,15 @@ class Shape:
         q_shape = (self.batch, self.num_queries, self.num_heads, self.head_dim)
         shapes = (q_shape, *((*kv_shape, size) for size in self.head_dims))
         q, k, v = (jax.random.normal(a, s, self.dtype) for a, s in zip(keys, shapes, strict=True))
+        if self.small is not None:
+            small = np.random.default_rng(1).random(-(-self.keys // SKIP_TILE.width)) < self.small
+            small[0] = False  # the first tile sets the maximum that the others are measured by
+            size = np.repeat(np.where(small, 0.2, 3.0), SKIP_TILE.width)[: self.keys, None, None]
+            k = (k * size).astype(self.dtype)
         return q, k, v
+
+    def make_skip(self) -> Skip | None:
+        return None if self.small is None else Skip(jnp.full((self.batch,), LOG_THRESHOLD), SKIP_TILE)
 
     def make_limits(self) -> Limits:
         rng = np.random.default_rng(0)
@@ -135,10 +152,11 @@ class Shape:
 def mosaic(
     shape: Shape, config: Config | None = None, backward_config: BackwardConfig | None = None
 ) -> Callable[..., Any]:
-    """(q, k, v, limits) -> (output, log-sum-exp)."""
+    """(q, k, v, limits) -> (output, log-sum-exp), with skipped tiles also which were kept."""
 
     def call(q, k, v, limits):
-        options = {"scale": shape.head_dim**-0.5, "config": config, "backward_config": backward_config}
+        options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "skip": shape.make_skip()}
+        options |= {"config": config, "backward_config": backward_config}
         return mosaic_sm90.run(q, k, v, mask=shape.mask, limits=limits, **options)
 
     return call
@@ -171,6 +189,12 @@ def check_shapes() -> Iterator[Shape]:
     for limits in ("lengths", "segments", "positions", "lengths segments", "lengths positions"):
         for mask in (masks.Causal(), masks.SlidingWindow(300, 4), masks.Full()):
             yield shape(mask=mask, batch=3, num_queries=2000, limits=limits)
+    for small in (0.0, 0.5, 0.9):
+        yield shape(mask=masks.Causal(), num_queries=4096, small=small)
+    yield shape(mask=doubled, num_queries=4096, small=0.5)
+    for limits in ("lengths", "segments", "positions"):
+        yield shape(mask=masks.Full(), batch=3, num_queries=2000, limits=limits, small=0.5)
+    yield shape(mask=masks.Causal(), num_queries=1000, head_dim=64, small=0.5)
     yield shape(mask=masks.Causal(), num_queries=500, num_keys=3000)
     yield shape(mask=masks.Causal(), num_queries=3000, num_keys=500)  # the first 2500 rows see nothing
     for heads, kv_heads in ((4, 4), (8, 1)):
@@ -203,11 +227,23 @@ def seen(shape: Shape, limits: Limits) -> np.ndarray:
         return np.asarray(reference.visible(shape.mask, given, shape.num_queries, shape.keys))
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "rows"))
 def define(
-    q: Array, k: Array, v: Array, visible: Array, d_out: Array, d_lse: Array, *, scale: float, rows: int = 256
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Array,
+    kept: Array | None,
+    d_out: Array,
+    d_lse: Array,
+    *,
+    scale: float,
+    rows: int = 256,
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    """The definition and its gradients in float32, some rows of queries at a time to bound the memory."""
+    """The definition and its gradients in float32, some rows of queries at a time to bound the memory.
+
+    `kept` are decisions about skip tiles, bool `[B, N, query tiles, key tiles]`, or None.
+    """
     batch, length = q.shape[:2]
     steps = -(-length // rows)
 
@@ -221,13 +257,20 @@ def define(
         return x.reshape(*x.shape[:axis], steps * rows, *x.shape[axis + 2 :])[(slice(None),) * axis + (slice(length),)]
 
     def step(carry, here):
-        q_here, visible_here, *cotangents = here
-        (out, lse), pull = jax.vjp(lambda q, k, v: reference.attend(q, k, v, visible_here, scale), q_here, k, v)
+        q_here, visible_here, kept_here, *cotangents = here
+        if kept_here is not None:
+            kept_here = rule.per_pair(kept_here, SKIP_TILE, rows, k.shape[1])
+        attend = functools.partial(reference.attend, seen=visible_here, scale=scale, kept=kept_here)
+        (out, lse), pull = jax.vjp(attend, q_here, k, v)
         dq, dk, dv = pull(tuple(cotangents))
         return (carry[0] + dk, carry[1] + dv), (out, lse, dq)
 
     q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
-    cuts = (cut(q), cut(jnp.broadcast_to(visible, (batch, *visible.shape[1:]))), cut(d_out), cut(d_lse, 2))
+    if kept is not None:
+        tiles = rows // SKIP_TILE.rows
+        kept = jnp.pad(kept, ((0, 0), (0, 0), (0, steps * tiles - kept.shape[2]), (0, 0)))
+        kept = jnp.moveaxis(kept.reshape(*kept.shape[:2], steps, tiles, -1), 2, 0)
+    cuts = (cut(q), cut(jnp.broadcast_to(visible, (batch, *visible.shape[1:]))), kept, cut(d_out), cut(d_lse, 2))
     (dk, dv), (out, lse, dq) = jax.lax.scan(step, (jnp.zeros_like(k), jnp.zeros_like(v)), cuts)
     return (join(out), join(lse, 2)), (join(dq), dk, dv)
 
@@ -246,33 +289,31 @@ def check_shape(shape: Shape) -> dict[str, Any]:
         d_lse = jax.random.normal(jax.random.key(2), (q.shape[0], q.shape[2], q.shape[1]))
         q, d_out = (jnp.where(blind, jnp.nan, x) for x in (q, d_out))
         k, v = (jnp.where(empty, jnp.nan, x) for x in (k, v))
-        scale = shape.head_dim**-0.5
-        clean = (jnp.where(blind, 0, q), k, v, visible, jnp.where(blind, 0, d_out), d_lse)
-        (out, lse), gradients = define(*clean, scale=scale)
-        expected = {"out": out, "lse": lse}
-        row["seconds_of_definition"] = time.perf_counter() - start
-        if shape.head_dims in mosaic_sm90.BACKWARD_HEAD_DIMS:
-            names = ("out", "lse", "dq", "dk", "dv")
-            expected |= dict(zip(names[2:], gradients, strict=True))
-            compiled = jax.jit(with_gradients(mosaic(shape)))
-            call = functools.partial(compiled, q, k, v, limits, (d_out, d_lse))
+        scale, with_grads, kept = shape.head_dim**-0.5, shape.head_dims in mosaic_sm90.BACKWARD_HEAD_DIMS, None
+        if with_grads and shape.small is None:
+            call = functools.partial(jax.jit(with_gradients(mosaic(shape))), q, k, v, limits, (d_out, d_lse))
         else:
-            names = ("out", "lse")
             call = functools.partial(jax.jit(mosaic(shape)), q, k, v, limits)
         first = jax.tree.leaves(call())
+        if shape.small is not None:
+            kept = first.pop()
+            row |= check_decisions(shape, jnp.where(blind, 0, q), k, limits, kept)
         row["seconds_to_first_result"] = time.perf_counter() - start
         row["bitwise_repeatable"] = all(
             bool((again == before).all())
             for _ in range(10)
-            for before, again in zip(first, jax.tree.leaves(call()), strict=True)
+            for before, again in zip(first, jax.tree.leaves(call()), strict=False)
+        )
+        clean = (jnp.where(blind, 0, q), k, v, visible, kept, jnp.where(blind, 0, d_out), d_lse)
+        expected = dict(
+            zip(("out", "lse", "dq", "dk", "dv"), jax.tree.leaves(define(*clean, scale=scale)), strict=True)
         )
     except Exception as error:  # one shape that cannot run must not hide the others
         return row | {"passes": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-    row["passes"] = row["bitwise_repeatable"]
+    row["passes"] = row["bitwise_repeatable"] and not row.get("wrong_decisions")
     # Sums of products rounded to 8 (bfloat16) or 11 bits: relative to the norm, a few rounding errors of one product.
     relative = 1e-2 if shape.dtype == "bfloat16" else 2e-3
-    for name, got in zip(names, first, strict=True):
-        want = expected[name]
+    for (name, want), got in zip(expected.items(), first, strict=False):  # without gradients the first two
         both_empty = (got == -jnp.inf) & (want == -jnp.inf)
         error = jnp.where(both_empty, 0.0, got.astype(jnp.float32) - want)
         row[f"{name}_max_error"] = float(jnp.abs(error).max())
@@ -283,6 +324,15 @@ def check_shape(shape: Shape) -> dict[str, Any]:
             row["passes"] &= row[f"{name}_error"] <= relative  # NaN fails too
     row["seconds"] = time.perf_counter() - start
     return row
+
+
+def check_decisions(shape: Shape, q: Array, k: Array, limits: Limits, kept: Array) -> dict[str, Any]:
+    """Compares decisions with those of the XLA path where rounding cannot decide otherwise."""
+    options = {"mask": shape.mask, "scale": shape.head_dim**-0.5, "tile": SKIP_TILE}
+    margins = jax.jit(functools.partial(xla.skip_margins, **options))(q, k, limits=limits)
+    wrong = (kept != rule.keeps(margins, LOG_THRESHOLD)) & (jnp.abs(margins - LOG_THRESHOLD) > 1e-2)
+    visited = margins != -jnp.inf
+    return {"wrong_decisions": int(wrong.sum()), "skipped": 1.0 - float(kept.sum() / visited.sum())}
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -336,6 +386,22 @@ def time_shapes() -> Iterator[Shape]:
     yield grouped(mask=masks.BlockDiffusion(4096, 16), batch=2, num_queries=8192)
     yield grouped(mask=masks.SlidingWindow(1024, 4), batch=2, num_queries=8192)
     yield grouped(mask=masks.Causal(), batch=2, num_queries=8192, limits="segments")
+    yield grouped(mask=masks.Causal(), batch=2, num_queries=8192, head_dim=192, value_dim=128)
+
+
+def skip_shapes() -> Iterator[Shape]:
+    """A long prompt at several shares of skipped tiles."""
+    for length, batch in ((8192, 2), (32768, 1)):
+        for small in (None, 0.0, 0.5, 0.7, 0.9):
+            yield Shape(
+                mask=masks.Causal(),
+                batch=batch,
+                num_queries=length,
+                num_heads=32,
+                num_kv_heads=8,
+                head_dim=128,
+                small=small,
+            )
 
 
 def gradient_shapes() -> Iterator[Shape]:
@@ -470,7 +536,8 @@ def matmul_flops_per_second() -> float:
 
 def measure(
     shape: Shape, prepared: dict[str, concurrent.futures.Future], arguments: argparse.Namespace, ceiling: float
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    """A row of the record, and PyTorch's calls, which remain to be profiled."""
     calls, failures = {}, {}
     for name, future in prepared.items():
         try:
@@ -495,38 +562,38 @@ def measure(
         flops = shape.flops()
         if name.startswith("cudnn, causal"):
             flops = dataclasses.replace(shape, mask=masks.Causal(), limits="").flops()
-        if name.endswith(WITH_GRADIENTS):
-            flops *= 3.5
-        if name.startswith("torch"):
-            try:
-                row["device_ms"] = torch_device_ms(call)
-            except Exception as error:  # only one profiler at a time may listen to the driver
-                failures[f"profile of {name}"] = f"{type(error).__name__}: {str(error)[:300]}"
-        else:
+        row["flops"] = flops * (3.5 if name.endswith(WITH_GRADIENTS) else 1.0)
+        row["percent_of_matmul_by_wall"] = 1e5 * row["flops"] / row["median_ms"] / ceiling
+        if not name.startswith("torch"):  # see run_timing
             profile = report.device_profile(call)
-            row["device_ms"] = profile["device_ms"]
             row["operations"] = profile["operations"]
-        row["tflops"] = flops / row.get("device_ms", row["median_ms"]) / 1e9
-        row["percent_of_matmul"] = 100 * row["tflops"] * 1e12 / ceiling
+            add_device_time(row, profile["device_ms"], ceiling)
         results[name] = row
-        print(
-            f"  {name:32s} {row['median_ms']:8.4f} ms [{row['min_ms']:.4f}, {row['max_ms']:.4f}]  "
-            f"device {row.get('device_ms', float('nan')):8.4f} ms  {row['tflops']:6.1f} TFLOP/s "
-            f"{row['percent_of_matmul']:5.1f} %",
-            flush=True,
-        )
+        device = f"device {row['device_ms']:8.4f} ms  {row['tflops']:6.1f} TFLOP/s" if "device_ms" in row else ""
+        spread = f"[{row['min_ms']:.4f}, {row['max_ms']:.4f}]"
+        print(f"  {name:32s} {row['median_ms']:8.4f} ms {spread}  {device}", flush=True)
         if name.startswith("mosaic") and len(row["operations"]) > 1:
             print("    " + ", ".join(f"{op['name'][:40]} {op['ms']:.4f}" for op in row["operations"]), flush=True)
-    return {"shape": shape.name, "pairs": shape.pairs(), "results": results, "failures": failures}
+    torch_calls = {name: call for name, call in calls.items() if name.startswith("torch")}
+    return {"shape": shape.name, "pairs": shape.pairs(), "results": results, "failures": failures}, torch_calls
+
+
+def add_device_time(row: dict[str, Any], device_ms: float, ceiling: float) -> None:
+    row["device_ms"] = device_ms
+    row["tflops"] = row["flops"] / device_ms / 1e9
+    row["percent_of_matmul"] = 100 * row["tflops"] * 1e12 / ceiling
 
 
 def run_timing(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + arguments.seconds
     ceiling = matmul_flops_per_second()
     print(f"bf16 matrix product {ceiling / 1e12:.0f} TFLOP/s")
-    record = report.Record("attention_gpu" + ("-gradients" * arguments.gradients), matmul_flops_per_second=ceiling)
-    shapes = chosen(gradient_shapes() if arguments.gradients else time_shapes(), arguments)
+    kind = "-skip" * arguments.skip + "-gradients" * arguments.gradients
+    record = report.Record(f"attention_gpu{kind}", matmul_flops_per_second=ceiling)
+    every = skip_shapes() if arguments.skip else gradient_shapes() if arguments.gradients else time_shapes()
+    shapes = chosen(every, arguments)
     pool = concurrent.futures.ThreadPoolExecutor(arguments.workers)
+    torch_calls = []
     try:
         prepared = [
             {name: pool.submit(prepare) for name, prepare in contestants(shape, arguments).items()} for shape in shapes
@@ -536,22 +603,36 @@ def run_timing(arguments: argparse.Namespace) -> int:
                 print(f"{len(shapes) - len(record.rows)} shapes not reached in {arguments.seconds:.0f} s")
                 break
             print(shape.name, flush=True)
-            record.add(measure(shape, futures, arguments, ceiling))
+            row, calls = measure(shape, futures, arguments, ceiling)
+            record.add(row)
+            torch_calls.append((row, calls))
             futures.clear()  # frees the arrays
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    # PyTorch's profiler keeps JAX's from the driver ever after, so it comes last.
+    for row, calls in torch_calls:
+        for name, call in calls.items():
+            try:
+                add_device_time(row["results"][name], torch_device_ms(call), ceiling)
+            except Exception as error:
+                row["failures"][f"profile of {name}"] = f"{type(error).__name__}: {str(error)[:300]}"
+    record.save()
     summarise(record.rows)
     return 0 if record.rows else 1
 
 
 def summarise(rows: Iterable[dict[str, Any]]) -> None:
-    """Device time of the kernel beside cuDNN's, a line per shape."""
+    """Device time of the kernels beside the peers', a line per shape."""
     for ending in ("", WITH_GRADIENTS):
         for row in rows:
-            times = {name: result.get("device_ms", float("nan")) for name, result in row["results"].items()}
-            ours, peer = times.get("mosaic" + ending), times.get("cudnn" + ending, times.get("cudnn, causal" + ending))
-            if ours and peer:
-                print(f"{row['shape']}{ending}: mosaic {ours:.3f} ms, cudnn {peer:.3f} ms, ratio {ours / peer:.3f}")
+            ms = {name: result["device_ms"] for name, result in row["results"].items() if "device_ms" in result}
+            ours = ms.get("mosaic" + ending)
+            peers = [
+                name for name in ms if not name.startswith("mosaic") and name.endswith(WITH_GRADIENTS) == bool(ending)
+            ]
+            if ours:
+                beside = ", ".join(f"{name} {ms[name]:.3f} (ratio {ours / ms[name]:.3f})" for name in peers)
+                print(f"{row['shape']}: mosaic{ending} {ours:.3f} ms, {beside}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -559,6 +640,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--filter", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument("--gradients", action="store_true", help="time forward with backward too")
+    parser.add_argument("--skip", action="store_true", help="time skipped tiles")
     parser.add_argument("--sweep", action="store_true", help="time other tile sizes too")
     parser.add_argument("--workers", type=int, default=12, help="processes of `check`, compiling threads of `time`")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")

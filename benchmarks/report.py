@@ -151,14 +151,15 @@ class Record:
         candidates = (first.with_stem(f"{first.stem}-{i}") if i > 1 else first for i in itertools.count(1))
         self.path = next(path for path in candidates if not path.exists())
         self.rows: list[dict[str, Any]] = self._content["rows"]
-        self._write()
+        self.save()
         print(f"raw numbers: {self.path}", flush=True)
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self._write()
+        self.save()
 
-    def _write(self) -> None:
+    def save(self) -> None:
+        """Writes the file anew; for rows that changed after they were added."""
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self._content, indent=1) + "\n")
         unfinished.replace(self.path)

@@ -63,9 +63,19 @@ def _table(full: list[list[tuple[int, int]]], partial: list[list[tuple[int, int]
 
 @functools.lru_cache(maxsize=256)
 def mask_runs(
-    mask: Mask, num_queries: int, num_keys: int, tile_q: int, tile_k: int, *, by_key: bool = False
+    mask: Mask,
+    num_queries: int,
+    num_keys: int,
+    tile_q: int,
+    tile_k: int,
+    *,
+    by_key: bool = False,
+    all_partial: bool = False,
 ) -> TileRuns:
-    """The runs of a mask's schedule: key tiles of each query tile, or with `by_key` query tiles of each key tile."""
+    """The runs of a mask's schedule: key tiles of each query tile, or with `by_key` query tiles of each key tile.
+
+    With `all_partial` full tiles count as partial too, so that each row lists its tiles in ascending order.
+    """
     schedule = mask.schedule(num_queries, num_keys, tile_q, tile_k)
     partial = schedule.is_partial
     live = np.zeros_like(partial)
@@ -73,6 +83,8 @@ def mask_runs(
         live[row, tiles] = True
     if by_key:
         live, partial = live.T, partial.T
+    if all_partial:
+        partial = live
     return _table([_runs_of(row) for row in live & ~partial], [_runs_of(row) for row in partial])
 
 

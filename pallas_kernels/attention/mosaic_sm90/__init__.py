@@ -20,7 +20,7 @@ from pallas_kernels import compat, masks
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.mosaic_sm90 import backward, forward
 from pallas_kernels.attention.mosaic_sm90.backward import BackwardConfig, heuristic_backward_config
-from pallas_kernels.attention.mosaic_sm90.forward import Config, heuristic_config
+from pallas_kernels.attention.mosaic_sm90.forward import Config, heuristic_config, skip_config
 from pallas_kernels.attention.skip import Skip
 from pallas_kernels.masks import Mask
 
@@ -34,13 +34,13 @@ def unsupported(
     q: Array, k: Array, v: Array, *, mask: Mask, limits: Limits, scale: float, return_lse: bool, skip: Skip | None
 ) -> str | None:
     """Why this call cannot run here, in words; None when it can. Masks, limits and lengths are all supported."""
-    if skip is not None:
-        return "the Hopper kernel skips no tiles yet; leave out skip_threshold and skip_scale_factor"
     if str(q.dtype) not in DTYPES:
         return f"needs bfloat16 or float16; got {q.dtype}"
     if (q.shape[3], v.shape[3]) not in HEAD_DIMS:
         listed = ", ".join(f"{a}" if a == b else f"{a} with values of {b}" for a, b in HEAD_DIMS)
         return f"needs one of the head dims {listed}; got {q.shape[3]} with values of {v.shape[3]}"
+    if skip is not None and skip_config(q.shape[3], skip.tile) is None:
+        return f"skips tiles of 64 rows and 64 keys, or 128 keys up to head dim 192; got {skip.tile} at {q.shape[3]}"
     return compat.missing_hopper()
 
 
@@ -52,11 +52,14 @@ def run(
     mask: Mask,
     limits: Limits,
     scale: float,
+    skip: Skip | None = None,
     config: Config | None = None,
     backward_config: BackwardConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-    """Output and log-sum-exp; see `flash_attention`. `interpret` runs the kernels on the CPU, for tests.
+) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+    """Output and log-sum-exp, with `skip` also which tiles were kept; see `flash_attention`.
+
+    `interpret` runs the kernels on the CPU, for tests.
 
     Raises:
       NotImplementedError: on a second differentiation, or a first where head_dim is not in BACKWARD_HEAD_DIMS.
@@ -64,6 +67,11 @@ def run(
     """
     batch, num_queries, num_heads, head_dim = q.shape
     value_dim = v.shape[3]
+    if skip is not None:
+        if config is None:
+            config = skip_config(head_dim, skip.tile)
+        if config is None or (config.block_q, config.block_k) != (skip.tile.rows, skip.tile.width):
+            raise ValueError(f"config must have the tiles that skipping asks for, {skip.tile}; got {config}")
     config = heuristic_config(head_dim) if config is None else config
     backward_config = heuristic_backward_config(head_dim) if backward_config is None else backward_config
     needed: dict[Any, int] = {config: config.smem_bytes(head_dim, q.dtype, value_dim)}
@@ -76,8 +84,14 @@ def run(
                 f"a CTA has {compat.SHARED_MEMORY_BYTES}"
             )
     if batch == 0:
-        return jnp.zeros((*q.shape[:3], value_dim), q.dtype), jnp.zeros((0, num_heads, num_queries), jnp.float32)
-    return _attention(q, k, v, limits, _Static(mask, scale, config, backward_config, interpret))
+        out, lse = jnp.zeros((*q.shape[:3], value_dim), q.dtype), jnp.zeros((0, num_heads, num_queries), jnp.float32)
+        tiles = (-(-num_queries // config.block_q), -(-k.shape[1] // config.block_k))
+        keep = None if skip is None else jnp.zeros((0, num_heads, *tiles), bool)
+    else:
+        log_threshold = None if skip is None else skip.log_threshold
+        static = _Static(mask, scale, config, backward_config, interpret)
+        out, lse, keep = _attention(static, q, k, v, limits, log_threshold)
+    return (out, lse) if keep is None else (out, lse, keep)
 
 
 class _Static(NamedTuple):
@@ -88,35 +102,42 @@ class _Static(NamedTuple):
     interpret: plgpu.InterpretGPUParams | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q: Array, k: Array, v: Array, limits: Limits, static: _Static) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    static: _Static, q: Array, k: Array, v: Array, limits: Limits, log_threshold: Array | None
+) -> tuple[Array, Array, Array | None]:
     mask, scale, config, _, interpret = static
-    return forward.run(q, k, v, limits, mask=mask, scale=scale, config=config, interpret=interpret)
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "config": config, "interpret": interpret}
+    return forward.run(q, k, v, limits, **options, log_threshold=log_threshold)
 
 
-def _attention_fwd(q, k, v, limits, static):
+def _attention_fwd(static, q, k, v, limits, log_threshold):
     if (q.shape[3], v.shape[3]) not in BACKWARD_HEAD_DIMS:
         raise NotImplementedError(
             f'flash_attention "mosaic" computes no gradients at head dim {q.shape[3]} with values of {v.shape[3]}: '
             'their accumulators do not fit the registers; use implementation="xla" where a gradient is taken'
         )
-    out, lse = _attention(q, k, v, limits, static)
+    if log_threshold is not None:
+        raise NotImplementedError(
+            'flash_attention "mosaic" computes no gradients with skipped tiles; use implementation="xla" where a '
+            "gradient is taken"
+        )
     # A rematerialisation policy that keeps "attention" then need not run the forward pass again.
-    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-    return (out, lse), (q, k, v, limits, out, lse)
+    results = _attention(static, q, k, v, limits, log_threshold)
+    results = jax.tree.map(lambda x: checkpoint_name(x, "attention"), results)
+    return results, (q, k, v, limits, *results)
 
 
 def _attention_bwd(static, residuals, cotangents):
-    q, k, v, limits, out, lse = residuals
-    dq, dk, dv = _first_order(static, q, k, v, limits, out, lse, *cotangents)
-    return dq, dk, dv, None
+    dq, dk, dv = _first_order(static, *residuals, *cotangents[:2])
+    return dq, dk, dv, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _first_order(static: _Static, q, k, v, limits, out, lse, d_out, d_lse):
+def _first_order(static: _Static, q, k, v, limits, out, lse, keep, d_out, d_lse):
     mask, scale, _, config, interpret = static
     options: dict[str, Any] = {"mask": mask, "scale": scale, "config": config, "interpret": interpret}
     return backward.run(q, k, v, limits, out, lse, d_out, d_lse, **options)

@@ -45,6 +45,7 @@ from pallas_kernels.masks import Mask
 
 ROWS = 64  # of one compute warpgroup, keys or queries: two accumulators of more would not fit the registers
 TILE = COMPUTE_WARPGROUPS * ROWS  # of one CTA
+WALKED = ("q", "do", "log2_sum_exp", "delta")  # what `key_gradients` loads for each tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,10 +83,11 @@ class BackwardConfig:
             "v": own,
             "q": ring,
             "do": ring,
-            "stats": plgpu.SMEM((self.q_stages, 2, self.block_q), jnp.float32),
+            "log2_sum_exp": plgpu.SMEM((self.q_stages, self.block_q), jnp.float32),
+            "delta": plgpu.SMEM((self.q_stages, self.block_q), jnp.float32),
             "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
-            # One for all three: a barrier's phase costs a register, and there is none to spare.
-            "ready": plgpu.Barrier(num_arrivals=3, num_barriers=self.q_stages),
+            # One for all that is walked: a barrier's phase costs a register, and there is none to spare.
+            "ready": plgpu.Barrier(num_arrivals=len(WALKED), num_barriers=self.q_stages),
             "free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.q_stages),
         }
 
@@ -139,7 +141,9 @@ def run(
     """dQ, dK, dV from what the forward kernel saw and gave, and the cotangents of its two results."""
     num_queries, num_keys = q.shape[1], k.shape[1]
     clean = functools.partial(clean_slots, mask=mask, limits=limits, num_queries=num_queries, num_keys=num_keys)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1).swapaxes(1, 2) - d_lse
+    # A fusion of its own: together with the padding below it would read its operands against their order in memory.
+    delta = lax.optimization_barrier((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1))
+    delta = delta.swapaxes(1, 2) - d_lse
     if some_query_sees_nothing(mask, limits, num_queries, num_keys):
         # Their weights are 0, which does not stop a NaN; so they are zeroed by selection.
         blind = lse == -jnp.inf
@@ -148,13 +152,13 @@ def run(
         lse = jnp.where(blind, jnp.inf, lse)
     # Whole tiles, since such copies are clipped at the end of the array only; rows past the end get p = 0.
     padding = ((0, 0), (0, 0), (0, -num_queries % TILE))
-    stats = [jnp.pad(lse * LOG2E, padding, constant_values=jnp.inf), jnp.pad(delta, padding)]
     arrays = {
         "q": pad_tokens(q),
         "do": pad_tokens(d_out),
         "k": pad_tokens(clean(k)),
         "v": pad_tokens(clean(v)),
-        "stats": jnp.stack(stats, axis=2),  # [B, N, 2, Tp]
+        "log2_sum_exp": jnp.pad(lse * LOG2E, padding, constant_values=jnp.inf),  # [B, N, Tp]
+        "delta": jnp.pad(delta, padding),
     }
     shape = _Shape(mask, num_queries, num_keys, scale, config)
     dk, dv = key_gradients(arrays, limits, shape, interpret)
@@ -209,8 +213,8 @@ def key_gradients(
                 plgpu.copy_gmem_to_smem(refs[name].at[b, rows, kv_head], ref, smem["own_ready"].at[warpgroup])
             sight = Sight(shape.mask, shape.num_queries, shape.num_keys, refs, b, tile, query_axis=1)
 
-            def statistic(slot, which):
-                x = plgpu.load(smem["stats"].at[slot, which], layout=COLUMN, optimized=False)
+            def of_queries(name, slot):
+                x = plgpu.load(smem[name].at[slot], layout=COLUMN, optimized=False)
                 return lax.broadcast_in_dim(x, tile, [1])
 
             def step(i, carry, *, masked):
@@ -228,14 +232,14 @@ def key_gradients(
                         _, _, partial_runs = read()
                         q_tile = tile_of_step(lax.div(i, i32(group)), partial_runs)
                         s = jnp.where(sight.visible(q_tile * block_q, rows.start), s, -jnp.inf)
-                    p = jnp.exp2(s * log2_scale - statistic(slot, 0))
+                    p = jnp.exp2(s * log2_scale - of_queries("log2_sum_exp", slot))
                     return p, plgpu.wgmma_accumulator_load(dp_ref)
 
                 accumulator = plgpu.ACC(tile, jnp.float32)
                 p, dp = pl.run_scoped(probabilities, accumulator, accumulator)
 
                 def ds():
-                    return (p * (dp - statistic(slot, 1))).astype(dtype)
+                    return (p * (dp - of_queries("delta", slot))).astype(dtype)
 
                 dv, dk = accumulate(
                     [(dv, lambda: p.astype(dtype), smem["do"].at[slot]), (dk, ds, smem["q"].at[slot])],
@@ -273,17 +277,15 @@ def key_gradients(
                 @pl.when(i >= stages)
                 def _():
                     plgpu.barrier_wait(smem["free"].at[slot])
-                    plgpu.commit_smem()  # the statistics of this slot were read by ordinary loads
+                    plgpu.commit_smem()  # log2_sum_exp and delta were read by ordinary loads
 
                 # All heads of the group in turn, tile by tile.
                 q_tile = tile_of_step(lax.div(i, i32(group)), visits)
                 head = kv_head * group + lax.rem(i, i32(group))
                 rows = pl.ds(q_tile * block_q, block_q)
-                plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, head], smem["q"].at[slot], smem["ready"].at[slot])
-                plgpu.copy_gmem_to_smem(
-                    refs["stats"].at[b, head, :, rows], smem["stats"].at[slot], smem["ready"].at[slot]
-                )
-                plgpu.copy_gmem_to_smem(refs["do"].at[b, rows, head], smem["do"].at[slot], smem["ready"].at[slot])
+                for name in WALKED:
+                    source = (b, rows, head) if name in ("q", "do") else (b, head, rows)
+                    plgpu.copy_gmem_to_smem(refs[name].at[source], smem[name].at[slot], smem["ready"].at[slot])
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
@@ -321,21 +323,23 @@ def query_gradients(
         smem = dict(zip(buffers, scratch, strict=True))
         warpgroup, b = lax.axis_index("warpgroup"), lax.axis_index("batch")
         head = lax.axis_index("head")
-        q_tile, full_runs, partial_runs = read_runs(refs["runs"], b, lax.axis_index("line"), runs)
-        num_full = count(full_runs)
-        num_steps = num_full + count(partial_runs)
+        read = functools.partial(read_runs, refs["runs"], b, lax.axis_index("line"), runs)  # as above
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def compute():
             plgpu.set_max_registers(240, action="increase")
+            q_tile, full_runs, partial_runs = read()
+            num_partial = count(partial_runs)
+            num_steps = num_partial + count(full_runs)
             row0 = q_tile * TILE + warpgroup * ROWS
             rows = pl.ds(row0, ROWS)
             own = {name: smem[name].at[warpgroup] for name in ("q", "do")}
             for name, ref in own.items():
                 plgpu.copy_gmem_to_smem(refs[name].at[b, rows, head], ref, smem["own_ready"].at[warpgroup])
             sight = Sight(shape.mask, shape.num_queries, shape.num_keys, refs, b, tile)
-            lse2, delta = (
-                plgpu.load(refs["stats"].at[b, head, which, rows], layout=ROW, optimized=False) for which in range(2)
+            log2_sum_exp, delta = (
+                plgpu.load(refs[name].at[b, head, rows], layout=ROW, optimized=False)
+                for name in ("log2_sum_exp", "delta")
             )
 
             def broadcast_rows(x):
@@ -353,9 +357,9 @@ def query_gradients(
                     plgpu.wgmma(dp_ref, smem["do"].at[at], smem["v"].at[slot].transpose((1, 0)))
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                     if masked:
-                        k_tile = tile_of_step(i, full_runs + partial_runs)
+                        k_tile = tile_of_step(i, partial_runs)
                         s = jnp.where(sight.visible(row0, k_tile * block_k), s, -jnp.inf)
-                    p = jnp.exp2(s * log2_scale - broadcast_rows(lse2))
+                    p = jnp.exp2(s * log2_scale - broadcast_rows(log2_sum_exp))
                     dp = plgpu.wgmma_accumulator_load(dp_ref)
                     return (p * (dp - broadcast_rows(delta))).astype(dtype)
 
@@ -368,10 +372,10 @@ def query_gradients(
 
             plgpu.barrier_wait(smem["own_ready"].at[warpgroup])
             dq = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA)
-            if runs.num_full:
-                dq = lax.fori_loop(0, num_full, functools.partial(step, masked=False), dq)
             if runs.num_partial:
-                dq = lax.fori_loop(num_full, num_steps, functools.partial(step, masked=True), dq)
+                dq = lax.fori_loop(0, num_partial, functools.partial(step, masked=True), dq)
+            if runs.num_full:
+                dq = lax.fori_loop(num_partial, num_steps, functools.partial(step, masked=False), dq)
             own["q"][...] = (dq * shape.scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own["q"], dq_ref.at[b, rows, head])
@@ -381,11 +385,14 @@ def query_gradients(
         def load():
             plgpu.set_max_registers(24, action="decrease")
             kv_head = lax.div(head, i32(group))
+            _, full_runs, partial_runs = read()
+            visits = partial_runs + full_runs
+            num_steps = count(visits)
 
             @pl.loop(0, num_steps)
             def fill(i):
                 slot = lax.rem(i, i32(stages))
-                source = (b, pl.ds(tile_of_step(i, full_runs + partial_runs) * block_k, block_k), kv_head)
+                source = (b, pl.ds(tile_of_step(i, visits) * block_k, block_k), kv_head)
                 for name in ("k", "v"):
 
                     @pl.when(i >= stages)

@@ -1,4 +1,4 @@
-"""The forward kernel: output and log-sum-exp.
+"""The forward kernel: output and log-sum-exp, and with skipped tiles (`attention/skip.py`) which were kept.
 
 One CTA owns `2 * block_q` query rows of one head. Warpgroups 0 and 1 compute, `block_q` rows each; warpgroup 2 only
 issues the TMA copies of K and V into a ring of `stages` slots. The compute warpgroups take turns on the tensor core:
@@ -7,6 +7,10 @@ while one multiplies, the other does its softmax.
 Scores live in the base-2 domain: `m` is the running row maximum times `scale * log2(e)`, so one score costs one fused
 multiply-add and one `ex2`. The log-sum-exp that leaves the kernel is natural. P is rounded to the input dtype before
 P @ V; everything else is float32.
+
+Skipping is compiled in only where asked for. The tile of one compute warpgroup is then the tile of the rule: its rows
+vote on each tile of scores, and a skipped one costs Q @ K^T and the vote, but no exponential and no P @ V. Its V is
+loaded and waited for all the same, and every barrier is passed on both branches.
 """
 
 import dataclasses
@@ -18,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import compat
 from pallas_kernels.attention.limits import Limits
@@ -34,6 +38,7 @@ from pallas_kernels.attention.mosaic_sm90.parts import (
     read_runs,
     tile_of_step,
 )
+from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.masks import Mask
 
 
@@ -98,6 +103,15 @@ class Config:
         return compat.shared_memory_bytes(list(self.buffers(head_dim, value_dim, dtype).values()))
 
 
+def skip_config(head_dim: int, tile: SkipTile) -> Config | None:
+    """Tiles for skipping, which are part of the call's meaning; None where there are none."""
+    if (tile.rows, tile.width) == (64, 64):
+        return Config(block_q=64, block_k=64, stages=4 if head_dim <= 128 else 2)
+    if (tile.rows, tile.width) == (64, 128) and head_dim <= 192:
+        return heuristic_config(head_dim)
+    return None
+
+
 def heuristic_config(head_dim: int) -> Config:
     """Tiles that compile without spills."""
     if head_dim <= 64:
@@ -116,24 +130,28 @@ def run(
     mask: Mask,
     scale: float,
     config: Config,
+    log_threshold: Float[Array, "B"] | None = None,
     interpret: plgpu.InterpretGPUParams | None,
-) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-    """Output and natural log-sum-exp."""
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"], Bool[Array, "B N query_tiles key_tiles"] | None]:
+    """Output and natural log-sum-exp, and with a threshold the kept tiles of `block_q` rows and `block_k` keys."""
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     value_dim = v.shape[3]
     group = num_heads // num_kv_heads
     dtype = q.dtype
     block_q, block_k, stages = config.block_q, config.block_k, config.stages
+    skips = log_threshold is not None
     v = clean_slots(v, mask, limits, num_queries, num_keys)  # K needs nothing, its scores are selected away
-    operands, runs = prepare(mask, limits, num_queries, num_keys, tile_q=config.tile_q, tile_k=block_k)
+    operands, runs = prepare(mask, limits, num_queries, num_keys, tile_q=config.tile_q, tile_k=block_k, ascending=skips)
     num_q_tiles = runs.table.shape[1]
     buffers = config.buffers(head_dim, value_dim, dtype)
     tile = (block_q, block_k)
     log2_scale = scale * LOG2E
     i32 = jnp.int32
 
-    def attention_forward(refs, out_ref, lse_ref, *scratch):
+    num_k_tiles = -(-num_keys // block_k)
+
+    def attention_forward(refs, results, *scratch):
         smem = dict(zip(buffers, scratch, strict=True))
         warpgroup, b = lax.axis_index("warpgroup"), lax.axis_index("batch")
         head = lax.axis_index("head")
@@ -161,8 +179,33 @@ def run(
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
+            def hand_over(i, slot):
+                """From the softmax of one warpgroup to that of the other, with V there."""
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(smem["v_ready"].at[slot])
+                plgpu.barrier_wait(turn)
+
+            def wait_for_next_k(i):
+                following = i + 1
+
+                @pl.when(following < num_steps)
+                def _():
+                    plgpu.barrier_wait(smem["k_ready"].at[lax.rem(following, i32(stages))])
+
+            def vote(k_tile, top, m):
+                """Whether the tile is kept; the rule of `skip.py`, in base 2."""
+                margin = jnp.where(m == -jnp.inf, jnp.inf, top - m)
+                sees_none = top == -jnp.inf
+                if num_queries % block_q:
+                    index = plgpu.broadcasted_iota(i32, (block_q,), 0, layout=ROW) + row0
+                    sees_none |= index >= num_queries
+                # Both warpgroups share the memory of this reduction; the turns keep them apart.
+                margin = jnp.where(sees_none, -jnp.inf, margin).max()
+                keep = ~(margin < refs["log2_threshold"][b]) & (margin != -jnp.inf)
+                results["keep"][b, head, row_tile, k_tile] = keep.astype(jnp.int8)
+                return keep
+
             def step(i, carry, *, masked):
-                acc, m, total = carry
                 slot = lax.rem(i, i32(stages))
 
                 def multiply_qk(acc_ref):
@@ -172,37 +215,50 @@ def run(
 
                 s = pl.run_scoped(multiply_qk, plgpu.ACC(tile, jnp.float32))
                 plgpu.barrier_arrive(smem["k_free"].at[slot])
+                if masked or skips:
+                    k_tile = tile_of_step(i, full_runs + partial_runs)
                 if masked:
-                    k_tile = tile_of_step(i - num_full, partial_runs)
                     s = jnp.where(sight.visible(row0, k_tile * block_k), s, -jnp.inf)
-                m_new = jnp.maximum(m, s.max(axis=1) * log2_scale)
-                # A row that has seen no key yet would compute -inf + inf.
-                m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
-                alpha = jnp.exp2(m - m_safe)
-                p = jnp.exp2(s * log2_scale - broadcast_rows(m_safe))
-                acc = acc * broadcast_rows(alpha, acc.shape)
-                total = total * alpha + p.sum(axis=1)
-                p = p.astype(dtype)
-                # Keeps the compiler from moving softmax work past the hand-over of the tensor core.
-                acc, total, m_new, p = lax.optimization_barrier((acc, total, m_new, p))
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(smem["v_ready"].at[slot])
-                plgpu.barrier_wait(turn)
+                top = s.max(axis=1) * log2_scale
 
-                def wait_for_next_k():
-                    following = i + 1
+                def attend(carry):
+                    acc, m, total = carry
+                    m_new = jnp.maximum(m, top)
+                    # A row that has seen no key yet would compute -inf + inf.
+                    m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
+                    alpha = jnp.exp2(m - m_safe)
+                    p = jnp.exp2(s * log2_scale - broadcast_rows(m_safe))
+                    acc = acc * broadcast_rows(alpha, acc.shape)
+                    total = total * alpha + p.sum(axis=1)
+                    p = p.astype(dtype)
+                    # Keeps the compiler from moving softmax work past the hand-over of the tensor core.
+                    acc, total, m_new, p = lax.optimization_barrier((acc, total, m_new, p))
+                    hand_over(i, slot)
+                    (acc,) = accumulate(
+                        [(acc, lambda: p, smem["v"].at[slot])],
+                        interpreted=interpret is not None,
+                        meanwhile=lambda: wait_for_next_k(i),
+                    )
+                    return acc, m_new, total
 
-                    @pl.when(following < num_steps)
-                    def _():
-                        plgpu.barrier_wait(smem["k_ready"].at[lax.rem(following, i32(stages))])
+                def leave_out(carry):
+                    hand_over(i, slot)
+                    wait_for_next_k(i)
+                    return carry
 
-                (acc,) = accumulate(
-                    [(acc, lambda: p, smem["v"].at[slot])],
-                    interpreted=interpret is not None,
-                    meanwhile=wait_for_next_k,
-                )
+                if skips:
+                    carry = lax.cond(vote(k_tile, top, carry[1]), attend, leave_out, carry)
+                else:
+                    carry = attend(carry)
                 plgpu.barrier_arrive(smem["v_free"].at[slot])
-                return acc, m_new, total
+                return carry
+
+            if skips:
+                row_tile = q_tile * COMPUTE_WARPGROUPS + warpgroup
+
+                @pl.loop(0, num_k_tiles)
+                def nothing_kept_yet(k_tile):
+                    results["keep"][b, head, row_tile, k_tile] = jnp.int8(0)
 
             plgpu.barrier_wait(smem["q_ready"].at[warpgroup])
 
@@ -228,8 +284,8 @@ def run(
             out_smem[...] = (acc * broadcast_rows(inverse, acc.shape)).astype(dtype)
             smem["lse"][warpgroup] = jnp.where(empty, -jnp.inf, (m + jnp.log2(total)) * (1.0 / LOG2E))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem, out_ref.at[b, rows, head])
-            plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], lse_ref.at[b, head, rows])
+            plgpu.copy_smem_to_gmem(out_smem, results["out"].at[b, rows, head])
+            plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], results["lse"].at[b, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == COMPUTE_WARPGROUPS)
@@ -267,12 +323,17 @@ def run(
     # Whole tiles: a copy without swizzle to contiguous memory becomes a plain bulk copy, which, unlike the TMA of the
     # other arrays, is clipped at the end of the array and not at the end of a row.
     lse_length = num_q_tiles * config.tile_q
-    out, lse = compat.kernel(
+    out_type = {
+        "out": jax.ShapeDtypeStruct((*q_padded.shape[:3], value_dim), dtype),
+        "lse": jax.ShapeDtypeStruct((batch, num_heads, lse_length), jnp.float32),
+    }
+    if log_threshold is not None:
+        inputs["log2_threshold"] = log_threshold * LOG2E
+        row_tiles = num_q_tiles * COMPUTE_WARPGROUPS
+        out_type["keep"] = jax.ShapeDtypeStruct((batch, num_heads, row_tiles, num_k_tiles), jnp.int8)
+    results = compat.kernel(
         attention_forward,
-        out_type=(
-            jax.ShapeDtypeStruct((*q_padded.shape[:3], value_dim), dtype),
-            jax.ShapeDtypeStruct((batch, num_heads, lse_length), jnp.float32),
-        ),
+        out_type=out_type,
         # The last axis varies fastest: CTAs that run at the same time share one head's K and V in the L2 cache.
         grid=(batch, num_heads, num_q_tiles),
         grid_names=("batch", "head", "line"),
@@ -282,4 +343,5 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(inputs)
-    return out[:, :num_queries], lse[:, :, :num_queries]
+    keep = results["keep"][:, :, : -(-num_queries // block_q)] != 0 if skips else None
+    return results["out"][:, :num_queries], results["lse"][:, :, :num_queries], keep

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.limits import Limits
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockCausal, Causal, Full, Mask, PrefixBidirectional
 from pallas_kernels.tile_runs import TileRuns, all_runs, limit_runs, mask_runs, tile_limits
 
 FAR = 2**30  # beyond every index and position
@@ -33,10 +33,22 @@ class Operands:
 
 
 def prepare(
-    mask: Mask, limits: Limits, num_queries: int, num_keys: int, *, tile_q: int, tile_k: int, by_key: bool = False
+    mask: Mask,
+    limits: Limits,
+    num_queries: int,
+    num_keys: int,
+    *,
+    tile_q: int,
+    tile_k: int,
+    by_key: bool = False,
+    ascending: bool = False,
 ) -> tuple[Operands, TileRuns]:
-    """Operands and visits of a kernel over tiles of `tile_q x tile_k`: one table line per query tile listing key
-    tiles, or with `by_key` one per key tile listing query tiles."""
+    """Operands and visits of a kernel over tiles of `tile_q x tile_k`.
+
+    The table has one line per query tile listing key tiles, or with `by_key` one per key tile listing query tiles.
+    Full tiles come before partial ones; with `ascending` the index of the tile decides alone, at the price that all
+    tiles count as partial where the two orders differ.
+    """
     q_segments, k_segments, q_positions, k_positions, kv_lengths = limits
     index = jnp.arange(num_keys, dtype=jnp.int32)[None]
     if q_segments is not None and k_segments is not None:
@@ -55,11 +67,21 @@ def prepare(
         # Slots past the end must stay unseen, so they cannot repeat the last position.
         k_positions = jnp.pad(k_positions, ((0, 0), (0, -num_keys % tile_k)), constant_values=-1)
     operands = Operands(q_segments, k_segments, q_positions, k_positions, kv_lengths)
-    return operands, _runs(mask, operands, num_queries, num_keys, tile_q, tile_k, by_key)
+    # These show each query one run of keys from the first one on, so its last tiles are the partial ones.
+    in_order = isinstance(mask, Full | Causal | BlockCausal | PrefixBidirectional) and q_segments is None
+    all_partial = ascending and not in_order
+    return operands, _runs(mask, operands, num_queries, num_keys, tile_q, tile_k, by_key, all_partial)
 
 
 def _runs(
-    mask: Mask, operands: Operands, num_queries: int, num_keys: int, tile_q: int, tile_k: int, by_key: bool
+    mask: Mask,
+    operands: Operands,
+    num_queries: int,
+    num_keys: int,
+    tile_q: int,
+    tile_k: int,
+    by_key: bool,
+    all_partial: bool,
 ) -> TileRuns:
     """The tiles to visit, after all limits."""
     num_q_tiles, num_k_tiles = -(-num_queries // tile_q), -(-num_keys // tile_k)
@@ -69,7 +91,7 @@ def _runs(
         return more if flags is None else flags & more
 
     if operands.q_positions is None or operands.k_positions is None:
-        runs = mask_runs(mask, num_queries, num_keys, tile_q, tile_k, by_key=by_key)
+        runs = mask_runs(mask, num_queries, num_keys, tile_q, tile_k, by_key=by_key, all_partial=all_partial)
         if operands.kv_lengths is not None:
             end = (operands.kv_lengths[:, None] - jnp.arange(num_k_tiles) * tile_k)[:, None]
             live, full = end > 0, end >= tile_k
