@@ -285,7 +285,7 @@ def lower(mask, *, head_dim=64, kind="", num_queries=129, num_keys=201, dtype="b
 
 def log_sum_exp_length(text):
     """Row length of the buffer that the lowered kernel writes the log-sum-exp to."""
-    (length,) = re.findall(r"custom_call @mosaic_gpu.*-> \(tensor<[\dx]+b?f16>, tensor<2x4x(\d+)xf32>\)", text)
+    (length,) = re.findall(r"custom_call @mosaic_gpu.*-> \(tensor<2x4x(\d+)xf32>, tensor<[\dx]+b?f16>\)", text)
     return int(length)
 
 
@@ -332,10 +332,15 @@ def test_an_unsupported_call_is_explained():
         flash_attention(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="mosaic")
     with pytest.raises(NotImplementedError, match=r"head dims.*192 with values of 128.*got 40"):
         flash_attention(*(x[..., :40] for x in (q, k, v)), implementation="mosaic")
+    skipping = {"skip_threshold": 0.1, "implementation": "mosaic"}
+    with pytest.raises(NotImplementedError, match=r"tiles of 64 rows.*rows=32"):
+        flash_attention(q, k, v, skip_tile=SkipTile(rows=32), **skipping)
+    with pytest.raises(NotImplementedError, match="default device is cpu"):
+        flash_attention(q, k, v, **skipping)
 
 
-def attend(*arrays):
-    return mosaic_sm90.run(*arrays, mask=masks.Causal(), limits=Limits(), scale=1.0)
+def attend(*arrays, **options):
+    return mosaic_sm90.run(*arrays, mask=masks.Causal(), limits=Limits(), scale=1.0, **options)
 
 
 def loss(*arrays):
@@ -349,6 +354,13 @@ def test_gradients_of_wide_heads_and_second_derivatives_are_refused():
     arrays = make_arrays(1, 8, 8, 1, 1, 64, "bfloat16")
     with pytest.raises(NotImplementedError, match=r'"mosaic" has no second derivative.*"reference"'):
         jax.eval_shape(jax.grad(lambda *a: jax.grad(loss)(*a).astype(jnp.float32).sum()), *arrays)
+
+
+def test_gradients_with_skipped_tiles_are_refused():
+    arrays = make_arrays(1, 8, 8, 1, 1, 64, "bfloat16")
+    skipping = functools.partial(attend, skip=Skip(jnp.zeros(1), SkipTile()))
+    with pytest.raises(NotImplementedError, match=r'no gradients with skipped tiles.*"xla"'):
+        jax.eval_shape(jax.grad(lambda *a: skipping(*a)[0].astype(jnp.float32).sum()), *arrays)
 
 
 def test_transformations_trace_the_kernels():
