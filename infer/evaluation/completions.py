@@ -47,6 +47,10 @@ class Completions:
     """Confidence thresholds; one token per step is always among the arms."""
     factors: tuple[float, ...] = ()
     """Factors of the rule that reveals n tokens while (n + 1) (1 - n-th confidence) stays below it."""
+    budgets: tuple[float, ...] = ()
+    """Budgets of the rule that reveals tokens while the sum of their (1 - confidence) stays below it."""
+    block_length: int | None = None
+    """Tokens decoded together; None: the training block."""
     temperature: float = 0.0
     batch: int | None = None
     """Rows generated together; None: 256 on a GPU, 16 on a CPU."""
@@ -62,8 +66,9 @@ class Completions:
             raise ValueError(f"batch must be positive; got {self.batch}")
         if any(not 0.0 <= t <= 1.0 for t in self.thresholds):
             raise ValueError(f"thresholds must lie in [0, 1]; got {self.thresholds}")
-        if any(not f > 0.0 for f in self.factors):
-            raise ValueError(f"factors must be positive; got {self.factors}")
+        for name in ("factors", "budgets"):
+            if any(not value > 0.0 for value in getattr(self, name)):
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
 
 
 def main(config: Completions) -> int:
@@ -90,7 +95,7 @@ def main(config: Completions) -> int:
     ids = [prompt.ids for prompt in prompts]
     generated = {}
     models: dict[str, Any] = {}
-    for arm, (kind, rule) in arms(config.thresholds, config.factors).items():
+    for arm, (kind, rule) in arms(config).items():
         file = config.output / f"tokens-{arm}.jsonl"
         if not file.is_file():
             if kind not in models:
@@ -116,11 +121,12 @@ def main(config: Completions) -> int:
     return 0
 
 
-def arms(thresholds: Iterable[float], factors: Iterable[float] = ()) -> dict[str, tuple[str, dict[str, float]]]:
-    """name -> (kind, rule of `RevealOptions`): the AR model, one token per step, thresholds, factors."""
+def arms(config: Completions) -> dict[str, tuple[str, dict[str, float]]]:
+    """name -> (kind, rule of `RevealOptions`): the AR model, one token per step, thresholds, factors, budgets."""
     rules: dict[str, tuple[str, dict[str, float]]] = {"ar": ("ar", {}), "dlm-one": ("dlm", {})}
-    rules |= {f"dlm-{t:g}": ("dlm", {"threshold": t}) for t in thresholds}
-    return rules | {f"dlm-factor-{f:g}": ("dlm", {"factor": f}) for f in factors}
+    rules |= {f"dlm-{value:g}": ("dlm", {"threshold": value}) for value in config.thresholds}
+    rules |= {f"dlm-factor-{value:g}": ("dlm", {"factor": value}) for value in config.factors}
+    return rules | {f"dlm-budget-{value:g}": ("dlm", {"budget": value}) for value in config.budgets}
 
 
 def generate_ar(model: Any, prompts: Sequence[Sequence[int]], config: Completions) -> "list[Completion]":
@@ -135,8 +141,10 @@ def generate_dlm(model: Any, prompts: Sequence[Sequence[int]], config: Completio
     from jaxmodels.decoding.block_diffusion import RevealOptions
     from jaxmodels.decoding.complete import complete_blocks
 
-    reveal = RevealOptions(**rule)
-    return complete_blocks(model.lm, model.params, prompts, reveal=reveal, **_options(config, len(prompts)))
+    return complete_blocks(
+        model.lm, model.params, prompts, reveal=RevealOptions(**rule), block_length=config.block_length,
+        **_options(config, len(prompts)),
+    )  # fmt: skip
 
 
 def judge(
@@ -282,7 +290,7 @@ def _block_size(directory: Path) -> int:
 def _check_identity(config: Completions) -> None:
     """One output directory, one setting."""
     path = config.output / "config.json"
-    kept = ("ar", "dlm", "count", "split", "prompt_tokens", "new_tokens", "temperature", "seed")
+    kept = ("ar", "dlm", "count", "split", "prompt_tokens", "new_tokens", "block_length", "temperature", "seed")
     mine = {name: str(getattr(config, name)) for name in kept}
     if path.is_file():
         theirs = json.loads(path.read_text("utf-8"))

@@ -99,12 +99,15 @@ def complete_blocks(
     max_new_tokens: int,
     batch: int,
     reveal: RevealOptions = RevealOptions(),  # noqa: B008 (frozen)
+    block_length: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     on_batch: OnBatch | None = None,
 ) -> list[Completion]:
-    """Completions block by block, by default one token per pass; arguments as in `complete_autoregressive`."""
-    decoding = BlockDecoding.for_model(lm.config)
+    """Completions block by block: `reveal` says when tokens are fixed, by default one per pass, and `block_length` how
+    many are decoded together, by default the training block. Other arguments as in `complete_autoregressive`.
+    """
+    decoding = BlockDecoding.for_model(lm.config, block_length=block_length)
     length = decoding.block_length
     capacity = max(map(len, prompts)) + -(-max_new_tokens // length) * length
     stream = BlockStream(lm, params, decoding, batch=batch, capacity=capacity, fused=True)

@@ -88,16 +88,16 @@ class DistillConfig:
     """The training run of one round."""
     rounds: int = 1
     """How often the model completes the prompts and learns what was accepted; 0: the converted model is the last."""
-    threshold: float = 0.7
-    """Confidence at which the model decodes in the second and later rounds; in the first, one token per pass."""
+    threshold: float = 0.95
+    """Confidence at which the model decodes what it then learns."""
     shortest_prompt: int = 64
     longest_prompt: int = 384
     """Tokens; lengths are drawn from multiples of the block size between the two."""
     new_tokens: int = 128
     """Tokens per completion."""
-    min_distinct: float = 0.6
+    min_distinct: float = 0.5
     """Completions whose statements repeat more than this allows are not learnt."""
-    share: float = 0.5
+    share: float = 0.6
     """Of the rows of each batch; the others are text of the corpus."""
 
     def __post_init__(self):
@@ -391,8 +391,7 @@ class _Chain:
             if not self._trained(name):
                 params = load_pretrained(self.root / teacher, dtype="float32").params
                 path = self.root / f"{name}-run" / "pairs.npz"
-                threshold = settings.threshold if number > 1 else None
-                pairs = teaching.pairs(path, self.dlm, params, threshold=threshold, seed=self.config.seed + number)
+                pairs = teaching.pairs(path, self.dlm, params, seed=self.config.seed + number)
                 data = Mixture([(self.rows["train"], 1 - settings.share), (pairs, settings.share)])
                 identity = {"pairs": pairs.fingerprint, "share": settings.share}
                 if not self._fit(

@@ -7,8 +7,8 @@ parallel translation work (Kim and Rush, arXiv 1606.07947; Gu et al., arXiv 1711
 dParallel, arXiv 2509.26488). Of the completions only those are learnt that parse, hold enough statements and do not
 repeat themselves, so the model also learns from a judge that the autoregressive model never met.
 
-Prompts end where a statement of a training file ends. In the first round one token per pass is decoded, greedily;
-in later ones several, so that what is learnt is what parallel decoding can reach.
+Prompts end where a statement of a training file ends. Decoding is greedy, at a threshold so high that the text is that
+of one token per pass, in a fraction of the time.
 """
 
 import concurrent.futures
@@ -47,14 +47,13 @@ class Teaching:
         self.block_size, self.report = block_size, report
         self._cuts: list[PromptCut] = []
 
-    def pairs(self, path: Path, lm: Any, params: Any, *, threshold: float | None, seed: int) -> PairRows:
+    def pairs(self, path: Path, lm: Any, params: Any, *, seed: int) -> PairRows:
         """The accepted completions of a model, from `path` if they are there, else made and written there.
 
         Args:
             path: an `.npz` file.
             lm: block-diffusion model.
             params: its weights.
-            threshold: confidence at which it decodes; None: one token per pass.
             seed: of the choice of prompts.
 
         Raises:
@@ -73,10 +72,14 @@ class Teaching:
             prompts = self._prompts(seed, workers)
             say(f"{len(prompts):,} prompts")
             done = complete_blocks(
-                lm, params, [prompt.ids for prompt in prompts], max_new_tokens=self.settings.new_tokens,
+                lm,
+                params,
+                [prompt.ids for prompt in prompts],
+                max_new_tokens=self.settings.new_tokens,
                 batch=min(len(prompts), 16 if jax.default_backend() == "cpu" else 1024),
-                reveal=RevealOptions(threshold=threshold), on_batch=lambda count: say(f"{count:,} completions"),
-            )  # fmt: skip
+                reveal=RevealOptions(threshold=self.settings.threshold),
+                on_batch=lambda count: say(f"{count:,} completions"),
+            )
             ends = self.tokenizer.special_ids
             jobs = [
                 (prompt.cut.context, self.tokenizer.decode(completion.tokens), completion.tokens[-1] in ends)

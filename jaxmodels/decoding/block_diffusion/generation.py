@@ -3,7 +3,7 @@
 A pass over a block reads the cache and writes nothing (denoise). Once a row's block is finished, one more
 pass over its clean tokens gives the keys and values that are appended (commit): those of a denoising pass saw
 mask tokens and are never kept. Everything here is pure and has fixed shapes; what a user may change from
-request to request (threshold, steps, factor, temperature, filters, seed, end tokens, number of tokens) is a
+request to request (threshold, steps, factor, budget, temperature, filters, seed, end tokens, number of tokens) is a
 traced array with one entry per row, so a stream compiles its block once, and a row's result is a function of
 that row alone.
 
@@ -142,7 +142,7 @@ class CausalThenFull(Mask):
 class RevealOptions:
     """How one request reveals its tokens; plain Python values, checked here.
 
-    With neither threshold nor factor a block is revealed in equal portions over its steps, most confident
+    With none of threshold, factor and budget a block is revealed in equal portions over its steps, most confident
     first; by default one token per step.
     """
 
@@ -152,6 +152,10 @@ class RevealOptions:
     factor: float | None = None
     """reveal the n most confident tokens, n the largest with (n + 1) (1 - c_n) < factor, c_n the n-th
     confidence"""
+    budget: float | None = None
+    """reveal the n most confident tokens, n the largest with (1 - c_1) + ... + (1 - c_n) < budget, and always one: with
+    confidences that are probabilities, a bound on the chance that any of the n differs from what its own
+    distribution would draw (in the spirit of the entropy-bounded sampler, arXiv 2505.24857)"""
     steps: int | None = None
     """denoising steps for the whole request, spread evenly over its blocks (rounded up); the last step of a
     block reveals all that is left. None: as many as needed"""
@@ -159,12 +163,12 @@ class RevealOptions:
     def __post_init__(self):
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold must lie in [0, 1]; got {self.threshold}")
-        if self.factor is not None and not self.factor > 0.0:
-            raise ValueError(f"factor must be positive; got {self.factor}")
-        if self.threshold is not None and self.factor is not None:
-            raise ValueError(
-                f"give threshold or factor, not both; got threshold={self.threshold} and factor={self.factor}"
-            )
+        for name in ("factor", "budget"):
+            if (value := getattr(self, name)) is not None and not value > 0.0:
+                raise ValueError(f"{name} must be positive; got {value}")
+        given = {n: v for n in ("threshold", "factor", "budget") if (v := getattr(self, n)) is not None}
+        if len(given) > 1:
+            raise ValueError(f"give one of threshold, factor and budget; got {given}")
         if self.steps is not None and (isinstance(self.steps, bool) or self.steps < 1):
             raise ValueError(f"steps must be at least 1; got {self.steps}")
 
@@ -178,6 +182,7 @@ class RowOptions(flax.struct.PyTreeNode):
 
     threshold: Float[Array, " B"]  # NaN: no threshold
     factor: Float[Array, " B"]  # NaN: no factor
+    budget: Float[Array, " B"]  # NaN: no budget
     steps: Int[Array, " B"]  # most denoising steps per block
     eos: Int[Array, "B E"]  # tokens that end the row; -1 fills up
     sampling: Sampling  # temperature, top_k, top_p, min_p, seed; no penalties
@@ -213,6 +218,7 @@ class RowOptions(flax.struct.PyTreeNode):
         return cls(
             threshold=number([r.threshold for r in reveal]),
             factor=number([r.factor for r in reveal]),
+            budget=number([r.budget for r in reveal]),
             steps=jnp.asarray(steps, jnp.int32),
             eos=jnp.asarray(padded),
             sampling=Sampling.stack(sampling),
@@ -411,10 +417,21 @@ def reveal(
     by_threshold = (confidence >= column(options.threshold)) | (rank == 0)
     descending = jnp.take_along_axis(ranked, order, axis=1)
     number = jnp.arange(1, rank.shape[1] + 1)
-    good = ((number + 1) * (1.0 - descending) < column(options.factor)) & jnp.isfinite(descending)
-    by_factor = rank < column(jnp.maximum(jnp.max(jnp.where(good, number, 0), axis=1), 1))
-    uses_threshold, uses_factor = ~jnp.isnan(options.threshold), ~jnp.isnan(options.factor)
-    chosen = jnp.where(column(uses_threshold), by_threshold, jnp.where(column(uses_factor), by_factor, by_count))
+    is_masked = jnp.isfinite(descending)
+    doubt = jnp.cumsum(jnp.where(is_masked, 1.0 - descending, 0.0), axis=1)
+
+    def most(good: Array) -> Array:
+        """The first ranks up to the last good one, and at least one."""
+        return rank < column(jnp.maximum(jnp.max(jnp.where(good & is_masked, number, 0), axis=1), 1))
+
+    rules = (
+        (options.threshold, by_threshold),
+        (options.factor, most((number + 1) * (1.0 - descending) < column(options.factor))),
+        (options.budget, most(doubt < column(options.budget))),
+    )
+    chosen = by_count
+    for value, by_rule in rules:
+        chosen = jnp.where(column(~jnp.isnan(value)), by_rule, chosen)
     last = column(block.step >= options.steps - 1)
     now = masked & (chosen | last)
     return block.replace(

@@ -126,5 +126,7 @@ def test_judgement_counts_valid_copied_and_broken(tiny, monkeypatch):
 
 
 def test_arms_always_hold_both_references():
-    assert list(arms((0.9, 0.5))) == ["ar", "dlm-one", "dlm-0.9", "dlm-0.5"]
-    assert np.all([kind == "dlm" for kind, _ in list(arms((0.9,)).values())[1:]])
+    config = Completions(thresholds=(0.9, 0.5), factors=(1.0,), budgets=(0.5,))
+    assert list(arms(config)) == ["ar", "dlm-one", "dlm-0.9", "dlm-0.5", "dlm-factor-1", "dlm-budget-0.5"]
+    assert arms(config)["dlm-budget-0.5"] == ("dlm", {"budget": 0.5})
+    assert np.all([kind == "dlm" for kind, _ in list(arms(config).values())[1:]])

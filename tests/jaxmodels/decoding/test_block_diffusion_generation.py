@@ -133,6 +133,9 @@ def brute_force_decode(lm, params, prompts, new, reveal, decoding, *, align=Fals
                     if (m + 1) * (1 - best[ranked[m - 1]][0]) < rule.factor
                 ]  # fmt: skip
                 chosen = ranked[: max([1, *good])]
+            elif rule.budget is not None:
+                doubts = np.cumsum([1 - best[i][0] for i in ranked])
+                chosen = ranked[: max(1, int((doubts < rule.budget).sum()))]
             else:
                 chosen = ranked[: initial[row] // per_block + (step[row] < initial[row] % per_block)]
             for i in chosen:
@@ -170,6 +173,7 @@ RULES = [
     RevealOptions(threshold=0.3),
     RevealOptions(steps=5),
     RevealOptions(factor=1.2),
+    RevealOptions(budget=0.9),
     RevealOptions(threshold=0.0),
     RevealOptions(threshold=0.5, steps=6),
 ]
@@ -543,7 +547,8 @@ BAD = [
     ({"threshold": -0.1}, r"threshold must lie in \[0, 1\]; got -0.1"),
     ({"threshold": math.nan}, r"threshold must lie in \[0, 1\]; got nan"),
     ({"factor": 0.0}, r"factor must be positive; got 0.0"),
-    ({"threshold": 0.5, "factor": 1.0}, "give threshold or factor, not both"),
+    ({"budget": -1.0}, r"budget must be positive; got -1.0"),
+    ({"threshold": 0.5, "factor": 1.0}, "give one of threshold, factor and budget; got {'threshold': 0.5, 'fa"),
     ({"steps": 0}, "steps must be at least 1; got 0"),
 ]
 
