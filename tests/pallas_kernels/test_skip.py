@@ -166,7 +166,7 @@ def as_skip(thresholds, tile):
     return Skip(jnp.asarray(np.where(inside, np.log(thresholds), -np.inf), jnp.float32), tile)
 
 
-@pytest.mark.parametrize("variant,name", variants_and_cases())
+@pytest.mark.parametrize("variant,name", list(variants_and_cases()))
 def test_decisions_outputs_and_gradients(oracle, variant, name):
     mask, limits, seen, tile, thresholds, (q, k, v), (d_out, d_lse), expected = solved(name)
     out, lse, keep, _, distance = expected
