@@ -48,7 +48,8 @@ new tokens; `rows` plays no part. L counts the cache slots in use and the row's 
 slots, from slot 0. The tiles form `chains` independent chains, tile t in chain t mod chains, each with its own `before`
 that starts at -inf and runs over that chain's tiles in ascending order; so split-KV needs no communication, and
 the first visited tile of every chain is kept. What a call adds beside the cache (own keys) is never skipped and
-raises no `before`: chains see the cache alone. `flash_attention` has one chain.
+raises no `before`: chains see the cache alone. `flash_attention` has one chain. Results of several calls that are
+merged afterwards by their log-sum-exp have a chain per call.
 
 Source: BLASST (arXiv 2512.12087), and the skip-softmax conventions of TensorRT-LLM and FlashInfer.
 """
