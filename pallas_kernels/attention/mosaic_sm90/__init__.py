@@ -19,7 +19,11 @@ from jaxtyping import Array, Float
 from pallas_kernels import compat, masks
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.mosaic_sm90 import backward, forward
-from pallas_kernels.attention.mosaic_sm90.backward import BackwardConfig, heuristic_backward_config
+from pallas_kernels.attention.mosaic_sm90.backward import (
+    BackwardConfig,
+    heuristic_backward_config,
+    skip_backward_config,
+)
 from pallas_kernels.attention.mosaic_sm90.forward import Config, heuristic_config, skip_config
 from pallas_kernels.attention.skip import Skip
 from pallas_kernels.masks import Mask
@@ -70,17 +74,20 @@ def run(
     if skip is not None:
         if config is None:
             config = skip_config(head_dim, skip.tile)
-        if config is None or (config.block_q, config.block_k) != (skip.tile.rows, skip.tile.width):
-            raise ValueError(f"config must have the tiles that skipping asks for, {skip.tile}; got {config}")
+        if backward_config is None:
+            backward_config = skip_backward_config(head_dim, skip.tile)
+        for name, given in (("config", config), ("backward_config", backward_config)):
+            if given is None or (given.block_q, given.block_k) != (skip.tile.rows, skip.tile.width):
+                raise ValueError(f"{name} must have the tiles that skipping asks for, {skip.tile}; got {given}")
     config = heuristic_config(head_dim) if config is None else config
     backward_config = heuristic_backward_config(head_dim) if backward_config is None else backward_config
     needed: dict[Any, int] = {config: config.smem_bytes(head_dim, q.dtype, value_dim)}
     if (head_dim, value_dim) in BACKWARD_HEAD_DIMS:
         needed[backward_config] = backward_config.smem_bytes(head_dim, q.dtype)
-    for tiles, size in needed.items():
+    for sized, size in needed.items():
         if size > compat.SHARED_MEMORY_BYTES:
             raise ValueError(
-                f"{tiles} needs {size} bytes of shared memory at head_dim {head_dim}; "
+                f"{sized} needs {size} bytes of shared memory at head_dim {head_dim}; "
                 f"a CTA has {compat.SHARED_MEMORY_BYTES}"
             )
     if batch == 0:
@@ -117,11 +124,6 @@ def _attention_fwd(static, q, k, v, limits, log_threshold):
             f'flash_attention "mosaic" computes no gradients at head dim {q.shape[3]} with values of {v.shape[3]}: '
             'their accumulators do not fit the registers; use implementation="xla" where a gradient is taken'
         )
-    if log_threshold is not None:
-        raise NotImplementedError(
-            'flash_attention "mosaic" computes no gradients with skipped tiles; use implementation="xla" where a '
-            "gradient is taken"
-        )
     # A rematerialisation policy that keeps "attention" then need not run the forward pass again.
     results = _attention(static, q, k, v, limits, log_threshold)
     results = jax.tree.map(lambda x: checkpoint_name(x, "attention"), results)
@@ -140,7 +142,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def _first_order(static: _Static, q, k, v, limits, out, lse, keep, d_out, d_lse):
     mask, scale, _, config, interpret = static
     options: dict[str, Any] = {"mask": mask, "scale": scale, "config": config, "interpret": interpret}
-    return backward.run(q, k, v, limits, out, lse, d_out, d_lse, **options)
+    return backward.run(q, k, v, limits, out, lse, d_out, d_lse, keep=keep, **options)
 
 
 @_first_order.defjvp

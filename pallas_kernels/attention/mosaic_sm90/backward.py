@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import compat
 from pallas_kernels.attention.limits import Limits
@@ -36,11 +36,14 @@ from pallas_kernels.attention.mosaic_sm90.parts import (
     WGMMA,
     Sight,
     accumulate,
+    consume,
     count,
     opaque,
     read_runs,
+    supply,
     tile_of_step,
 )
+from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.masks import Mask
 
 ROWS = 64  # of one compute warpgroup, keys or queries: two accumulators of more would not fit the registers
@@ -123,6 +126,12 @@ def heuristic_backward_config(head_dim: int) -> BackwardConfig:
     return BackwardConfig(block_q=64, block_k=128, q_stages=3, k_stages=2)
 
 
+def skip_backward_config(head_dim: int, tile: SkipTile) -> BackwardConfig:
+    """Tiles for skipped tiles of 64 rows."""
+    stages = 2 if tile.width == 128 and head_dim > 64 else 3
+    return BackwardConfig(block_q=ROWS, block_k=tile.width, q_stages=3, k_stages=stages)
+
+
 def run(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -133,12 +142,16 @@ def run(
     d_out: Float[Array, "B T N H"],
     d_lse: Float[Array, "B N T"],
     *,
+    keep: Bool[Array, "B N query_tiles key_tiles"] | None = None,
     mask: Mask,
     scale: float,
     config: BackwardConfig,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """dQ, dK, dV from what the forward kernel saw and gave, and the cotangents of its two results."""
+    """dQ, dK, dV from what the forward kernel saw and gave, and the cotangents of its two results.
+
+    With `keep`, tiles of `ROWS` queries and `config.block_k` keys that it leaves out are neither loaded nor computed.
+    """
     num_queries, num_keys = q.shape[1], k.shape[1]
     clean = functools.partial(clean_slots, mask=mask, limits=limits, num_queries=num_queries, num_keys=num_keys)
     # A fusion of its own: together with the padding below it would read its operands against their order in memory.
@@ -160,6 +173,9 @@ def run(
         "log2_sum_exp": jnp.pad(lse * LOG2E, padding, constant_values=jnp.inf),  # [B, N, Tp]
         "delta": jnp.pad(delta, padding),
     }
+    if keep is not None:  # whole tiles of a CTA both ways
+        missing = (-keep.shape[2] % COMPUTE_WARPGROUPS, -keep.shape[3] % (TILE // config.block_k))
+        arrays["keep"] = jnp.pad(keep, ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))).astype(jnp.int8)
     shape = _Shape(mask, num_queries, num_keys, scale, config)
     dk, dv = key_gradients(arrays, limits, shape, interpret)
     dq = query_gradients(arrays, limits, shape, interpret)
@@ -190,6 +206,7 @@ def key_gradients(
         shape.mask, limits, shape.num_queries, shape.num_keys, tile_q=block_q, tile_k=TILE, by_key=True
     )
     buffers = shape.config.key_buffers(head_dim, dtype)
+    last_q_tile, per_tile = -(-shape.num_queries // block_q) - 1, TILE // shape.config.block_k
     log2_scale = shape.scale * LOG2E
     i32 = jnp.int32
 
@@ -199,6 +216,24 @@ def key_gradients(
         kv_head = lax.axis_index("head")
         # Each role reads the table for itself: values kept across the branch would be spilled.
         read = functools.partial(read_runs, refs["runs"], b, lax.axis_index("line"), runs)
+
+        def visit(i, visits):
+            """Query tile and head of a step: all heads of the group in turn, tile by tile."""
+            return tile_of_step(lax.div(i, i32(group)), visits), kv_head * group + lax.rem(i, i32(group))
+
+        def flags_of(k_tile, visits):
+            if "keep" not in arrays:
+                return None
+
+            def flags(i):
+                q_tile, head = visit(i, visits)
+                q_tile = jnp.minimum(q_tile, last_q_tile)  # a line without visits is read once too
+                first = refs["keep"][b, head, q_tile, k_tile * per_tile].astype(i32)
+                if per_tile == 1:
+                    return first, first
+                return first, refs["keep"][b, head, q_tile, k_tile * per_tile + 1].astype(i32)
+
+            return flags
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def compute():
@@ -217,9 +252,9 @@ def key_gradients(
                 x = plgpu.load(smem[name].at[slot], layout=COLUMN, optimized=False)
                 return lax.broadcast_in_dim(x, tile, [1])
 
-            def step(i, carry, *, masked):
+            def step(i, nth, carry, *, masked):
                 dk, dv = carry
-                slot = lax.rem(i, i32(stages))
+                slot = lax.rem(nth, i32(stages))
                 plgpu.barrier_wait(smem["ready"].at[slot])
 
                 at = opaque(warpgroup)
@@ -230,7 +265,7 @@ def key_gradients(
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                     if masked:
                         _, _, partial_runs = read()
-                        q_tile = tile_of_step(lax.div(i, i32(group)), partial_runs)
+                        q_tile, _ = visit(i, partial_runs)
                         s = jnp.where(sight.visible(q_tile * block_q, rows.start), s, -jnp.inf)
                     p = jnp.exp2(s * log2_scale - of_queries("log2_sum_exp", slot))
                     return p, plgpu.wgmma_accumulator_load(dp_ref)
@@ -250,11 +285,20 @@ def key_gradients(
 
             plgpu.barrier_wait(smem["own_ready"].at[warpgroup])
             zero = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA)
-            carry = (zero, zero)
+            carry, loaded = (zero, zero), i32(0)
+
+            def ignore(nth):
+                slot = lax.rem(nth, i32(stages))
+                plgpu.barrier_wait(smem["ready"].at[slot])
+                plgpu.barrier_arrive(smem["free"].at[slot])
+
+            skipping = {"flags": flags_of(k_tile, partial_runs + full_runs), "warpgroup": warpgroup, "ignore": ignore}
             if runs.num_partial:
-                carry = lax.fori_loop(0, num_partial, functools.partial(step, masked=True), carry)
+                attend = functools.partial(step, masked=True)
+                carry, loaded = consume(0, num_partial, attend, carry, loaded=loaded, **skipping)
             if runs.num_full:
-                carry = lax.fori_loop(num_partial, num_steps, functools.partial(step, masked=False), carry)
+                attend = functools.partial(step, masked=False)
+                carry, loaded = consume(num_partial, num_steps, attend, carry, loaded=loaded, **skipping)
             dk, dv = carry
             own["k"][...] = (dk * shape.scale).astype(dtype)
             own["v"][...] = dv.astype(dtype)
@@ -266,31 +310,29 @@ def key_gradients(
         @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def load():
             plgpu.set_max_registers(24, action="decrease")
-            _, full_runs, partial_runs = read()
+            k_tile, full_runs, partial_runs = read()
             visits = partial_runs + full_runs
-            num_steps = count(visits) * group
 
-            @pl.loop(0, num_steps)
-            def fill(i):
-                slot = lax.rem(i, i32(stages))
+            def fill(i, nth):
+                slot = lax.rem(nth, i32(stages))
 
-                @pl.when(i >= stages)
+                @pl.when(nth >= stages)
                 def _():
                     plgpu.barrier_wait(smem["free"].at[slot])
                     plgpu.commit_smem()  # log2_sum_exp and delta were read by ordinary loads
 
-                # All heads of the group in turn, tile by tile.
-                q_tile = tile_of_step(lax.div(i, i32(group)), visits)
-                head = kv_head * group + lax.rem(i, i32(group))
+                q_tile, head = visit(i, visits)
                 rows = pl.ds(q_tile * block_q, block_q)
                 for name in WALKED:
                     source = (b, rows, head) if name in ("q", "do") else (b, head, rows)
                     plgpu.copy_gmem_to_smem(refs[name].at[source], smem[name].at[slot], smem["ready"].at[slot])
 
+            loaded = supply(count(visits) * group, fill, flags=flags_of(k_tile, visits))
+
             # Every completion of a barrier must be observed before the kernel ends.
-            @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
-            def drain(i):
-                plgpu.barrier_wait(smem["free"].at[lax.rem(i, i32(stages))])
+            @pl.loop(jnp.maximum(loaded - stages, 0), loaded)
+            def drain(nth):
+                plgpu.barrier_wait(smem["free"].at[lax.rem(nth, i32(stages))])
 
     return compat.kernel(
         attention_dk_dv,
@@ -316,6 +358,7 @@ def query_gradients(
     tile = (ROWS, block_k)
     operands, runs = prepare(shape.mask, limits, shape.num_queries, shape.num_keys, tile_q=TILE, tile_k=block_k)
     buffers = shape.config.query_buffers(head_dim, dtype)
+    last_k_tile = -(-shape.num_keys // block_k) - 1
     log2_scale = shape.scale * LOG2E
     i32 = jnp.int32
 
@@ -324,6 +367,18 @@ def query_gradients(
         warpgroup, b = lax.axis_index("warpgroup"), lax.axis_index("batch")
         head = lax.axis_index("head")
         read = functools.partial(read_runs, refs["runs"], b, lax.axis_index("line"), runs)  # as above
+
+        def flags_of(q_tile, visits):
+            if "keep" not in arrays:
+                return None
+
+            def flags(i):
+                k_tile = jnp.minimum(tile_of_step(i, visits), last_k_tile)
+                row_tile = q_tile * COMPUTE_WARPGROUPS
+                first, second = (refs["keep"][b, head, row_tile + n, k_tile] for n in range(COMPUTE_WARPGROUPS))
+                return first.astype(i32), second.astype(i32)
+
+            return flags
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def compute():
@@ -345,8 +400,8 @@ def query_gradients(
             def broadcast_rows(x):
                 return lax.broadcast_in_dim(x, tile, [0])
 
-            def step(i, dq, *, masked):
-                slot = lax.rem(i, i32(stages))
+            def step(i, nth, dq, *, masked):
+                slot = lax.rem(nth, i32(stages))
                 plgpu.barrier_wait(smem["k_ready"].at[slot])
 
                 at = opaque(warpgroup)
@@ -372,10 +427,21 @@ def query_gradients(
 
             plgpu.barrier_wait(smem["own_ready"].at[warpgroup])
             dq = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA)
+            loaded = i32(0)
+
+            def ignore(nth):
+                slot = lax.rem(nth, i32(stages))
+                for name in ("k", "v"):
+                    plgpu.barrier_wait(smem[f"{name}_ready"].at[slot])
+                    plgpu.barrier_arrive(smem[f"{name}_free"].at[slot])
+
+            skipping = {"flags": flags_of(q_tile, partial_runs + full_runs), "warpgroup": warpgroup, "ignore": ignore}
             if runs.num_partial:
-                dq = lax.fori_loop(0, num_partial, functools.partial(step, masked=True), dq)
+                attend = functools.partial(step, masked=True)
+                dq, loaded = consume(0, num_partial, attend, dq, loaded=loaded, **skipping)
             if runs.num_full:
-                dq = lax.fori_loop(num_partial, num_steps, functools.partial(step, masked=False), dq)
+                attend = functools.partial(step, masked=False)
+                dq, loaded = consume(num_partial, num_steps, attend, dq, loaded=loaded, **skipping)
             own["q"][...] = (dq * shape.scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own["q"], dq_ref.at[b, rows, head])
@@ -385,26 +451,26 @@ def query_gradients(
         def load():
             plgpu.set_max_registers(24, action="decrease")
             kv_head = lax.div(head, i32(group))
-            _, full_runs, partial_runs = read()
+            q_tile, full_runs, partial_runs = read()
             visits = partial_runs + full_runs
-            num_steps = count(visits)
 
-            @pl.loop(0, num_steps)
-            def fill(i):
-                slot = lax.rem(i, i32(stages))
+            def fill(i, nth):
+                slot = lax.rem(nth, i32(stages))
                 source = (b, pl.ds(tile_of_step(i, visits) * block_k, block_k), kv_head)
                 for name in ("k", "v"):
 
-                    @pl.when(i >= stages)
+                    @pl.when(nth >= stages)
                     def _(name=name):
                         plgpu.barrier_wait(smem[f"{name}_free"].at[slot])
 
                     plgpu.copy_gmem_to_smem(refs[name].at[source], smem[name].at[slot], smem[f"{name}_ready"].at[slot])
 
+            loaded = supply(count(visits), fill, flags=flags_of(q_tile, visits))
+
             # Every completion of a barrier must be observed before the kernel ends.
-            @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
-            def drain(i):
-                slot = lax.rem(i, i32(stages))
+            @pl.loop(jnp.maximum(loaded - stages, 0), loaded)
+            def drain(nth):
+                slot = lax.rem(nth, i32(stages))
                 plgpu.barrier_wait(smem["k_free"].at[slot])
                 plgpu.barrier_wait(smem["v_free"].at[slot])
 

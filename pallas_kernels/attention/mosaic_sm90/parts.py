@@ -112,6 +112,64 @@ class Sight:
         return keep
 
 
+Flags = Callable[[Any], tuple[Any, Any]]  # of a step, for each compute warpgroup: 1 if it takes part, 0 if it skips
+
+
+def consume(
+    start: Any,
+    stop: Any,
+    step: Callable[[Any, Any, Any], Any],
+    sums: Any,
+    *,
+    loaded: Any = 0,
+    flags: Flags | None = None,
+    warpgroup: Any = None,
+    ignore: Callable[[Any], None] = lambda nth: None,
+) -> tuple[Any, Any]:
+    """Steps `start` to `stop` of a compute warpgroup: `sums = step(i, nth, sums)` with `nth` the loads before it.
+
+    Without `flags` each step has a load. With them a step is loaded when either warpgroup takes part in it; one that
+    does not calls `ignore(nth)`, which passes the step's barriers, or does nothing if there was no load. Returns the
+    sums and the number of loads so far, `loaded` before the first step included.
+    """
+    if flags is None:
+        return lax.fori_loop(start, stop, lambda i, sums: step(i, i, sums), sums), stop
+
+    def body(i, carry):
+        sums, nth, (first, second) = carry
+        following = flags(jnp.minimum(i + 1, jnp.maximum(stop - 1, start)))  # ahead of time: memory is far
+        is_loaded = jnp.maximum(first, second)
+
+        def attend(sums):
+            return step(i, nth, sums)
+
+        def pass_by(sums):
+            pl.when(is_loaded != 0)(lambda: ignore(nth))
+            return sums
+
+        sums = lax.cond(jnp.where(warpgroup == 0, first, second) != 0, attend, pass_by, sums)
+        return sums, nth + is_loaded, following
+
+    sums, loaded, _ = lax.fori_loop(start, stop, body, (sums, jnp.int32(loaded), flags(jnp.int32(start))))
+    return sums, loaded
+
+
+def supply(num_steps: Any, load: Callable[[Any, Any], None], *, flags: Flags | None = None) -> Any:
+    """The other side of `consume`, for the loading warpgroup: `load(i, nth)`; returns the number of loads."""
+    if flags is None:
+        pl.loop(0, num_steps)(lambda i: load(i, i))
+        return num_steps
+
+    def body(i, carry):
+        nth, (first, second) = carry
+        following = flags(jnp.minimum(i + 1, num_steps - 1))
+        is_loaded = jnp.maximum(first, second)
+        pl.when(is_loaded != 0)(lambda: load(i, nth))
+        return nth + is_loaded, following
+
+    return lax.fori_loop(0, num_steps, body, (jnp.int32(0), flags(jnp.int32(0))))[0]
+
+
 def accumulate(
     products: Sequence[tuple[Array, Callable[[], Array], Any]],
     *,
