@@ -3,7 +3,7 @@
     python -m benchmarks.attention_gpu check                 # every configuration against the float32 definition
     python -m benchmarks.attention_gpu time                  # the forward tables, peers in the same process
     python -m benchmarks.attention_gpu time --gradients      # forward, and forward with backward
-    python -m benchmarks.attention_gpu time --skip           # the forward with skipped tiles
+    python -m benchmarks.attention_gpu time --skip           # skipped tiles; with --gradients also the backward
     python -m benchmarks.attention_gpu time --sweep --filter "H=128 causal"   # other tile sizes too
 
 Needs JAX with CUDA and NumPy; PyTorch and tokamax are peers where they are installed. `--seconds` ends a run early,
@@ -163,10 +163,17 @@ def mosaic(
 
 
 def with_gradients(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """`(q, k, v, *more, cotangents) -> (results, (dq, dk, dv))` of `attend(q, k, v, *more)`."""
+    """`(q, k, v, *more, cotangents) -> (results, (dq, dk, dv))` of `attend(q, k, v, *more)`.
+
+    The cotangents are those of the result, or of the first two of several.
+    """
 
     def call(q, k, v, *more):
-        results, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *more[:-1]), q, k, v)
+        def differentiable(q, k, v):
+            results = attend(q, k, v, *more[:-1])
+            return (results[:2] if isinstance(results, tuple) else results), results
+
+        _, pull, results = jax.vjp(differentiable, q, k, v, has_aux=True)
         return results, pull(more[-1])
 
     return call
@@ -289,21 +296,23 @@ def check_shape(shape: Shape) -> dict[str, Any]:
         d_lse = jax.random.normal(jax.random.key(2), (q.shape[0], q.shape[2], q.shape[1]))
         q, d_out = (jnp.where(blind, jnp.nan, x) for x in (q, d_out))
         k, v = (jnp.where(empty, jnp.nan, x) for x in (k, v))
-        scale, with_grads, kept = shape.head_dim**-0.5, shape.head_dims in mosaic_sm90.BACKWARD_HEAD_DIMS, None
-        if with_grads and shape.small is None:
+        scale, kept = shape.head_dim**-0.5, None
+        if shape.head_dims in mosaic_sm90.BACKWARD_HEAD_DIMS:
             call = functools.partial(jax.jit(with_gradients(mosaic(shape))), q, k, v, limits, (d_out, d_lse))
+            results, gradients = call()
         else:
             call = functools.partial(jax.jit(mosaic(shape)), q, k, v, limits)
-        first = jax.tree.leaves(call())
-        if shape.small is not None:
-            kept = first.pop()
-            row |= check_decisions(shape, jnp.where(blind, 0, q), k, limits, kept)
+            results, gradients = call(), ()
+        jax.block_until_ready((results, gradients))
         row["seconds_to_first_result"] = time.perf_counter() - start
         row["bitwise_repeatable"] = all(
             bool((again == before).all())
             for _ in range(10)
-            for before, again in zip(first, jax.tree.leaves(call()), strict=False)
+            for before, again in zip(jax.tree.leaves((results, gradients)), jax.tree.leaves(call()), strict=True)
         )
+        if shape.small is not None:
+            kept = results[2]
+            row |= check_decisions(shape, jnp.where(blind, 0, q), k, limits, kept)
         clean = (jnp.where(blind, 0, q), k, v, visible, kept, jnp.where(blind, 0, d_out), d_lse)
         expected = dict(
             zip(("out", "lse", "dq", "dk", "dv"), jax.tree.leaves(define(*clean, scale=scale)), strict=True)
@@ -313,7 +322,7 @@ def check_shape(shape: Shape) -> dict[str, Any]:
     row["passes"] = row["bitwise_repeatable"] and not row.get("wrong_decisions")
     # Sums of products rounded to 8 (bfloat16) or 11 bits: relative to the norm, a few rounding errors of one product.
     relative = 1e-2 if shape.dtype == "bfloat16" else 2e-3
-    for (name, want), got in zip(expected.items(), first, strict=False):  # without gradients the first two
+    for (name, want), got in zip(expected.items(), (*results[:2], *gradients), strict=False):
         both_empty = (got == -jnp.inf) & (want == -jnp.inf)
         error = jnp.where(both_empty, 0.0, got.astype(jnp.float32) - want)
         row[f"{name}_max_error"] = float(jnp.abs(error).max())

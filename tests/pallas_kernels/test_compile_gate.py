@@ -50,12 +50,13 @@ def test_spills_need_a_reason():
     assert dataclasses.replace(GOOD, spill_stores=8).failures(allowed) == []
 
 
-def test_cases_have_their_own_names_and_shipped_ones_allow_no_spills():
+def test_cases_have_their_own_names_and_few_shipped_ones_may_spill():
     every = list(compile_gate.cases(shipped_only=False))
     assert len({case.name for case in every}) == len(every)
     shipped = list(compile_gate.cases())
     assert 0 < len(shipped) < len(every)
-    assert all(case.max_spill == 0 for case in shipped)
+    assert all(case.max_spill == 0 for case in shipped if not case.reason)
+    assert sum(case.max_spill > 0 for case in shipped) == 4 and max(case.max_spill for case in shipped) <= 24
 
 
 def gate(*arguments):

@@ -25,13 +25,18 @@ from pallas_kernels.attention.mosaic_sm90.backward import (
     skip_backward_config,
 )
 from pallas_kernels.attention.mosaic_sm90.forward import Config, heuristic_config, skip_config
-from pallas_kernels.attention.skip import Skip
+from pallas_kernels.attention.skip import Skip, SkipTile
 from pallas_kernels.masks import Mask
 
 # Of queries and keys, and of values.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 BACKWARD_HEAD_DIMS = ((64, 64), (96, 96), (128, 128))
 DTYPES = ("bfloat16", "float16")
+
+# Shipped kernels (is forward, head dim, form of masking) that spill a few scalars, in the walk over partial tiles only.
+SPILLING = frozenset(
+    {(False, 128, "doubled"), (False, 128, "window"), (False, 128, "segments"), (False, 64, "doubled")}
+)
 
 
 def unsupported(
@@ -167,9 +172,56 @@ def compile_cases() -> Iterator:
         "positions": (causal, ("q_positions", "k_positions")),
         "lengths": (masks.Full(), ("kv_lengths",)),
     }
+
+    def case(head_dims, dtype, form, tiles, *, is_shipped, skip_tile=None):
+        mask, limited = forms[form]
+        is_forward = isinstance(tiles, Config)
+        options = {"mask": mask, "scale": head_dims[0] ** -0.5, "config": tiles, "interpret": None}
+
+        def call(q, k, v, *rest):
+            limits, rest = Limits(**dict(zip(limited, rest, strict=False))), rest[len(limited) :]
+            if is_forward:
+                return forward.run(q, k, v, limits, log_threshold=rest[0] if skip_tile else None, **options)
+            return backward.run(q, k, v, limits, *rest[:4], keep=rest[4] if skip_tile else None, **options)
+
+        def array(*shape, dtype=dtype):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        per_row = [array(*((2,) if name == "kv_lengths" else (2, length)), dtype=jnp.int32) for name in limited]
+        q, (k, v) = array(2, length, 16, head_dims[0]), (array(2, length, 4, size) for size in head_dims)
+        lse = array(2, 16, length, dtype="float32")
+        results = [] if is_forward else [q, lse, q, lse]  # and their cotangents
+        if skip_tile:
+            keep = array(2, 16, length // skip_tile.rows, length // skip_tile.width, dtype=bool)
+            results += [array(2, dtype="float32") if is_forward else keep]
+        name = f"attention {'forward' if is_forward else 'backward'} {form} {jnp.dtype(dtype).name} H={head_dims[0]} "
+        spilling = (is_forward, head_dims[0], form) in SPILLING
+        return CompileCase(
+            name=name
+            + "tiles "
+            + " ".join(str(value) for value in vars(tiles).values())
+            + " skipping" * bool(skip_tile),
+            function=call,
+            avals=(q, k, v, *per_row, *results),
+            shipped=is_shipped,
+            max_spill=256 if not is_shipped else 24 if spilling else 0,
+            reason="exploratory" if not is_shipped else "a few scalars of masked tiles" if spilling else "",
+        )
+
+    def both(head_dims, dtype, form, tiles, backward_tiles, **options):
+        yield case(head_dims, dtype, form, tiles, is_shipped=True, **options)
+        if head_dims in BACKWARD_HEAD_DIMS:
+            yield case(head_dims, dtype, form, backward_tiles, is_shipped=True, **options)
+
     shipped = [(head_dims, jnp.bfloat16, "causal") for head_dims in HEAD_DIMS]
     shipped += [((128, 128), jnp.bfloat16, name) for name in forms if name != "causal"]
     shipped += [((64, 64), jnp.float16, "doubled")]
+    for head_dims, dtype, form in shipped:
+        tiles = heuristic_config(head_dims[0]), heuristic_backward_config(head_dims[0])
+        yield from both(head_dims, dtype, form, *tiles)
+    for size, skip_tile in ((128, SkipTile(64, 128)), (128, SkipTile(64, 64)), (64, SkipTile(64, 128))):
+        skipping = skip_config(size, skip_tile), skip_backward_config(size, skip_tile)
+        yield from both((size, size), jnp.bfloat16, "causal", *skipping, skip_tile=skip_tile)
     explored: list[tuple[int, str, Config | BackwardConfig]] = [
         (64, "full", Config(block_q=128, block_k=128, stages=3)),
         (64, "causal", Config(block_q=64, block_k=256, stages=3)),
@@ -178,43 +230,5 @@ def compile_cases() -> Iterator:
         (64, "causal", BackwardConfig(block_q=64, block_k=64, q_stages=4, k_stages=4)),
         (128, "causal", BackwardConfig(block_q=64, block_k=64, q_stages=2, k_stages=3)),
     ]
-
-    def case(head_dims, dtype, form, tiles, *, is_shipped):
-        head_dim, value_dim = head_dims
-        mask, limited = forms[form]
-        is_forward = isinstance(tiles, Config)
-        options = {"config" if is_forward else "backward_config": tiles, "mask": mask, "scale": head_dim**-0.5}
-
-        def call(q, k, v, *rest):
-            limits = Limits(**dict(zip(limited, rest, strict=False)))
-            attend = functools.partial(run, limits=limits, **options)
-            if is_forward:
-                return attend(q, k, v)
-            return backward.run(
-                q, k, v, limits, *rest[len(limited) :], config=tiles, interpret=None, mask=mask, scale=head_dim**-0.5
-            )
-
-        def array(*shape, dtype=dtype):
-            return jax.ShapeDtypeStruct(shape, dtype)
-
-        per_row = [array(*((2,) if name == "kv_lengths" else (2, length)), dtype=jnp.int32) for name in limited]
-        q, k, v = array(2, length, 16, head_dim), array(2, length, 4, head_dim), array(2, length, 4, value_dim)
-        lse = array(2, 16, length, dtype="float32")
-        results = () if is_forward else (q, lse, q, lse)  # and their cotangents
-        name = "forward" if is_forward else "backward"
-        sizes = " ".join(str(value) for value in vars(tiles).values())
-        return CompileCase(
-            name=f"attention {name} {form} {jnp.dtype(dtype).name} H={head_dim} tiles {sizes}",
-            function=call,
-            avals=(q, k, v, *per_row, *results),
-            shipped=is_shipped,
-            max_spill=0 if is_shipped else 256,
-            reason="" if is_shipped else "exploratory",
-        )
-
-    for head_dims, dtype, form in shipped:
-        yield case(head_dims, dtype, form, heuristic_config(head_dims[0]), is_shipped=True)
-        if head_dims in BACKWARD_HEAD_DIMS:
-            yield case(head_dims, dtype, form, heuristic_backward_config(head_dims[0]), is_shipped=True)
-    for head_dim, form, tiles in explored:
-        yield case((head_dim, head_dim), jnp.bfloat16, form, tiles, is_shipped=False)
+    for size, form, exploratory in explored:
+        yield case((size, size), jnp.bfloat16, form, exploratory, is_shipped=False)
