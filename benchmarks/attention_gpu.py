@@ -464,6 +464,9 @@ def contestants(shape: Shape, arguments: argparse.Namespace) -> dict[str, Callab
             if config != mosaic_sm90.heuristic_config(shape.head_dim):
                 name = f"mosaic {config.block_q}x{config.block_k} stages={config.stages}"
                 prepared[name] = functools.partial(compiled, mosaic(shape, config), q, k, v, limits)
+    if arguments.xla:
+        portable = functools.partial(xla.run, mask=shape.mask, limits=limits, scale=shape.head_dim**-0.5)
+        add("xla", portable, (), (d_out, d_lse))
     causal = not isinstance(shape.mask, masks.Full)
     same = isinstance(shape.mask, masks.Causal | masks.Full) and not shape.limits
     cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
@@ -650,6 +653,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--filter", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument("--gradients", action="store_true", help="time forward with backward too")
     parser.add_argument("--skip", action="store_true", help="time skipped tiles")
+    parser.add_argument("--xla", action="store_true", help="time the portable path too")
     parser.add_argument("--sweep", action="store_true", help="time other tile sizes too")
     parser.add_argument("--workers", type=int, default=12, help="processes of `check`, compiling threads of `time`")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
