@@ -187,7 +187,7 @@ class _Form(NamedTuple):
         return lines
 
 
-def _form(q: Array, k_cache: Array, operands: Operands) -> _Form:
+def _form(q: Any, k_cache: Any, operands: Operands) -> _Form:
     batch, num_queries, num_heads, head_dim = q.shape
     capacity, num_kv_heads = k_cache.shape[2:4]
 

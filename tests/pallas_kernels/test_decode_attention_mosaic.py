@@ -5,7 +5,11 @@ few cases run; the others are slow.
 """
 
 import dataclasses
+import functools
 import importlib
+import importlib.util
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, masks
+from pallas_kernels import compat, decode_attention, masks
 from pallas_kernels.decode_attention import mosaic_sm90, reference
 from pallas_kernels.decode_attention.mosaic_sm90 import Config
 from pallas_kernels.decode_attention.operands import Operands
@@ -100,8 +104,10 @@ class Call:
 # The first two run by default: together a work list of several items per row, both ways to hold rows, an unclean tile,
 # codes and scales per token.
 CALLS = {
-    "one token, two splits": Call((150,)),
-    "int8 per token, more rows than one warpgroup": Call((190,), 17, codes="int8", per_token=True, own=masks.Causal()),
+    "one token, two splits": Call((100,)),
+    "int8 per token, more rows than one warpgroup": Call(
+        (70,), 17, 72, codes="int8", per_token=True, own=masks.Causal()
+    ),
     "more rows than one warpgroup": Call((190,), 17, own=masks.Causal()),
     "more rows than one CTA": Call((70,), 36, own=masks.BlockCausal(8)),
     "ragged": Call((0, 70, 300), 4, kv_heads=2, group=2, own_lengths=(0, 3, 4), config=Config(stages=2, num_sms=12)),
@@ -191,3 +197,209 @@ class Sabotaged:
             return None if self.count - 1 in self.chosen else original(*args, **kwargs)
 
         return call
+
+
+@pytest.mark.parametrize(
+    "function, chosen",
+    [
+        pytest.param("barrier_wait", {10}, id="a load of V does not wait for its slot", marks=pytest.mark.slow),
+        pytest.param("commit_smem", {0}, id="the store does not wait for the output", marks=pytest.mark.slow),
+        pytest.param("barrier_arrive", {0}, id="a slot of K is never released", marks=pytest.mark.slow),
+    ],
+)
+def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, function, chosen):
+    sabotaged = Sabotaged(function, chosen)
+    monkeypatch.setattr(mosaic_sm90, "plgpu", sabotaged)
+    with pytest.raises(Exception, match=r"(?i)race|deadlock|barrier|wait|complet"):
+        interpreter.run(Call((320,), 17, 320, own=None, config=Config(stages=2, num_sms=1)))
+    assert sabotaged.count > max(chosen)
+
+
+def plan(lengths, *, capacity=1024, num_queries=1, num_sms=132, kv_heads=8, window=None, positions=None, sinks=0):
+    """The work list, as NumPy arrays, and the tile size."""
+    batch = len(lengths)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    operands = Operands(
+        layer=jnp.int32(0),
+        kv_lengths=lengths,
+        k_positions=None if positions is None else jnp.asarray(positions, jnp.int32),
+        q_positions=lengths[:, None] + jnp.arange(num_queries),
+        own_k=None,
+        own_v=None,
+        own_lengths=None,
+        window=window,
+        num_sinks=sinks,
+    )
+    config = Config(num_sms=num_sms)
+    q = jax.ShapeDtypeStruct((batch, num_queries, 4 * kv_heads, 64), jnp.bfloat16)
+    form = mosaic_sm90._form(q, jax.ShapeDtypeStruct((1, batch, capacity, kv_heads, 64), jnp.bfloat16), operands)
+    made = mosaic_sm90._plan(operands, form, config)
+    return jax.tree.map(np.asarray, made), config.block_k
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1024], [0], [5000], [3, 0, 1024, 200, 64], [1024] * 16, [1] * 40, [0, 0], list(range(0, 1024, 17))]
+)
+def test_the_work_list_covers_each_live_tile_once(lengths):
+    made, block_k = plan(lengths)
+    seen = {row: [] for row in range(len(lengths))}
+    for index, (row, start, stop, has_own) in enumerate(made.items):
+        if row < 0:
+            assert start == stop or index >= made.num.sum()
+            continue
+        assert made.first[row] <= index < made.first[row] + made.num[row]
+        assert has_own == (index == made.first[row])
+        seen[int(row)] += range(start, stop)
+    for row, length in enumerate(lengths):
+        assert seen[row] == list(range(-(-min(length, 1024) // block_k)))
+    assert (made.num >= 1).all() and made.num.sum() <= len(made.items)
+
+
+@pytest.mark.parametrize("batch, waves", [(1, 1), (2, 1), (8, 1), (16, 1), (64, 4)])
+def test_long_rows_fill_the_multiprocessors(batch, waves):
+    made, block_k = plan([8192] * batch, capacity=8192)
+    ctas = 8 * made.num.sum()
+    assert 0.9 * 132 * waves < ctas <= 132 * waves
+    work = made.items[:, 2] - made.items[:, 1]
+    assert work.max() <= 1.1 * (8192 / block_k) * batch * 8 / (132 * waves) + 1
+
+
+def test_a_long_row_takes_more_of_the_machine():
+    made, _ = plan([8192, 64, 64, 64], capacity=8192)
+    assert made.num[0] >= 12 and (made.num[1:] == 1).all()
+
+
+def test_only_tiles_that_some_query_sees_are_listed():
+    made, block_k = plan([1000, 30], window=100, sinks=3, num_queries=2)
+    # Row 0: the sinks' tile and those of positions 901 and up; row 1: its only tile.
+    live = [[2 * tile for tile in (0, 14)] + [2 * 15 + 1], [1]]
+    assert block_k == 64
+    for row, tiles in enumerate(live):
+        items = made.items[made.items[:, 0] == row]
+        assert items[:, 2].max() == len(tiles)
+        assert made.tiles[row, : len(tiles)].tolist() == tiles
+    assert (made.positions[0, :1000] == np.arange(1000)).all() and (made.positions[0, 1000:] == -1).all()
+
+
+def lower(call):
+    """Lowers a call for CUDA: catches what the interpreter accepts and the compiler does not."""
+    q, k, v, operands = call.arguments()
+    run = functools.partial(mosaic_sm90.run, own_mask=call.own_mask, scale=0.3)
+    jitted = jax.jit(lambda *arguments: run(*arguments[:3], operands=arguments[3]))
+    return jitted.trace(q, k, v, operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ring and window",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in CALLS if name != "ring and window"),
+    ],
+)
+def test_lowers_for_cuda(name):
+    assert lower(CALLS[name]).count("custom_call @mosaic_gpu") == 2  # attention and merge
+
+
+HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
+STEP = """
+import re, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+import jax.numpy as jnp, numpy as np
+from pallas_kernels import compat, compile_gate, decode_attention, masks
+compat.missing_hopper = lambda: None
+layers, batch, capacity, kv_heads, heads, head_dim, queries = 4, 1, 8448, 8, 32, 128, int(sys.argv[2])
+sharding = compile_gate.hopper_sharding()
+array = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+cache = array((layers, batch, capacity, kv_heads, head_dim))
+
+def step(x, k_cache, v_cache, lengths):
+    def layer(x, index):
+        own = x[:, :, :kv_heads] * 0.5
+        out = decode_attention(x, k_cache, v_cache, layer=index, kv_lengths=lengths, own_k=own, own_v=own,
+                               own_mask=masks.Full(), implementation="mosaic")
+        return x + out, own
+    if sys.argv[1] == "scanned":
+        x, own = jax.lax.scan(layer, x, jnp.arange(layers))
+    else:
+        kept = []
+        for index in range(layers):
+            x, own = layer(x, index)
+            kept.append(own)
+        own = jnp.stack(kept)
+    x, own = jax.lax.optimization_barrier((x, own))
+    at = (0, 0, lengths[0], 0, 0)
+    return x, *(jax.lax.dynamic_update_slice(c, own, at) for c in (k_cache, v_cache))
+
+arguments = array((batch, queries, heads, head_dim)), cache, cache, array((batch,), jnp.int32)
+compiled = jax.jit(step, donate_argnums=(1, 2)).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+one_layer = int(np.prod(cache.shape[1:]))
+made = set()
+for dims, kind in re.findall(r"= [a-z]+\\d*\\[([\\d,]*)\\]\\S* ([a-z-]+)\\(", compiled.as_text()):
+    if np.prod([int(n) for n in dims.split(",") if n]) >= one_layer:
+        made.add(kind)
+assert made <= {"parameter", "get-tuple-element", "while", "tuple", "bitcast", "dynamic-update-slice", "fusion"}, made
+memory = compiled.memory_analysis()
+assert memory.temp_size_in_bytes < 2 * one_layer / 3, memory.temp_size_in_bytes
+assert memory.alias_size_in_bytes == 2 * 2 * one_layer * layers
+print("in place")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PLUGIN, reason="needs the extra gpu-compile")
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+@pytest.mark.parametrize("num_queries", [1, 32])
+def test_the_compiled_step_reads_the_cache_in_place(layers, num_queries):
+    """Compiled for sm_90a without a device: nothing of the size of a layer is made but the writes into the donated
+    cache, and temporary memory stays below a third of one layer's keys."""
+    command = [sys.executable, "-c", STEP, layers, str(num_queries)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0 and "in place" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dtype": jnp.float32}, "needs bfloat16 or float16 queries; got float32"),
+        ({"head_dim": 40}, r"needs head_dim in .*; got 40"),
+        ({"num_queries": 65}, "takes at most 64 queries per row; got 65"),
+        ({"capacity": 36}, "needs a cache whose slots are a multiple of 8; got 36"),
+        ({"codes": jnp.int8, "dtype": jnp.float16}, "needs bfloat16 queries with a cache of codes; got float16"),
+        ({"codes": jnp.int8, "head_dim": 256}, r"needs head_dim in \(64, 128\) with a cache of codes; got 256"),
+        ({}, "default device is cpu"),
+    ],
+)
+def test_an_unsupported_call_is_explained(changes, message):
+    shape = {"dtype": jnp.bfloat16, "head_dim": 64, "num_queries": 1, "capacity": 40, "codes": None} | changes
+    q = jnp.zeros((1, shape["num_queries"], 4, shape["head_dim"]), shape["dtype"])
+    cache = jnp.zeros((2, 1, shape["capacity"], 2, shape["head_dim"]), shape["codes"] or shape["dtype"])
+    scales = {name: jnp.ones((2,)) for name in ("k_scale", "v_scale")} if shape["codes"] else {}
+    with pytest.raises(NotImplementedError, match=message):
+        decode_attention(q, cache, cache, layer=0, kv_lengths=jnp.array([3]), implementation="mosaic", **scales)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block_k": 96}, "block_k.*96"),
+        ({"stages": 3}, "stages.*3"),
+        ({"code_stages": 1}, "code_stages.*1"),
+        ({"num_sms": 0}, "num_sms.*0"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
+
+
+def test_a_config_that_needs_too_much_memory_is_refused():
+    q, k, v, operands = Call((150,), head_dim=128).arguments()
+    with pytest.raises(ValueError, match=r"stages=8.*shared memory"):
+        mosaic_sm90.run(q, k, v, operands=operands, own_mask=masks.Full(), scale=1.0, config=Config(stages=8))
+
+
+def test_empty_batch():
+    q, k, v, operands = Call((), config=SMALL).arguments()
+    out, lse = mosaic_sm90.run(q, k, v, operands=operands, own_mask=masks.Full(), scale=1.0)
+    assert out.shape == q.shape and lse.shape == (0, 4, 1)
