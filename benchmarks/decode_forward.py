@@ -125,21 +125,19 @@ def main() -> None:
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     params = jax.jit(lm.init, static_argnums=1)(jax.random.key(0), jnp.dtype(jnp.bfloat16))
     print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights")
-    rows = []
+    record = report.Record("decode_forward", preset=arguments.preset, copy_bytes_per_second=bandwidth)
     for path in arguments.paths:
         weights = lm.unstack(params) if path == "unstacked" else params
         choices = [(name,) for name in arguments.attention] if arguments.attention else [decode_api.AUTOMATIC]
         for batch, length, choice in itertools.product(arguments.batches, arguments.lengths, choices):
-            decode_api.AUTOMATIC = choice
+            if arguments.attention:
+                decode_api.AUTOMATIC, decode_api.UNMEASURED = choice, {}
             print(f"attention: {', '.join(choice)}")
-            rows += [
-                row | {"attention": choice}
-                for row in measure(
-                    lm, weights, batch=batch, length=length, block=arguments.block, path=path,
-                    profile=on_gpu, bandwidth=bandwidth,
-                )
-            ]  # fmt: skip
-    report.write("decode_forward", {"preset": arguments.preset, "copy_bytes_per_second": bandwidth, "rows": rows})
+            for row in measure(
+                lm, weights, batch=batch, length=length, block=arguments.block, path=path,
+                profile=on_gpu, bandwidth=bandwidth,
+            ):  # fmt: skip
+                record.add(row | {"attention": choice})
 
 
 if __name__ == "__main__":

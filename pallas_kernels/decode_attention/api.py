@@ -6,16 +6,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from pallas_kernels.attention import skip as rule
 from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array, int_array_or_none
+from pallas_kernels.attention.skip import DECODE_TILE, SkipStats, SkipTile
 from pallas_kernels.decode_attention import mosaic_sm90, reference, xla
 from pallas_kernels.decode_attention.operands import CODES, Operands
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
 
-# Fastest first. Each module has `unsupported(q, k_cache, v_cache, *, operands, own_mask, scale)`: None, or why not,
-# in words; and `run(...)` of the same arguments, returning (output, log-sum-exp).
+# Fastest first. Each module has `unsupported(q, k_cache, v_cache, *, operands, own_mask, scale, skip)`: None, or why
+# not, in words; and `run(...)` of the same arguments, returning (output, log-sum-exp), with a `skip` (output,
+# log-sum-exp, kept tiles bool [B, K, tiles]). `run` of a module that never skips need not know `skip`.
 IMPLEMENTATIONS: dict[str, Any] = {"mosaic": mosaic_sm90, "xla": xla, "reference": reference}
-# Tried in this order when implementation is None. A kernel belongs here once a committed GPU result covers it.
-AUTOMATIC = ("xla",)
+# Tried in this order when implementation is None; a kernel only for calls that a committed GPU result covers, that is
+# when its entry of UNMEASURED, of (q, k_cache, operands), gives no reason against it.
+AUTOMATIC = ("mosaic", "xla")
+UNMEASURED: dict[str, Any] = {"mosaic": mosaic_sm90.unmeasured}
 
 
 def decode_attention(
@@ -36,9 +41,13 @@ def decode_attention(
     window: int | Int[Array, ""] | None = None,
     num_sinks: int | Int[Array, ""] = 0,
     scale: float | None = None,
+    skip_threshold: float | Float[Array, ""] | Float[Array, "B"] | None = None,
+    skip_scale_factor: float | Float[Array, ""] | Float[Array, "B"] | None = None,
+    skip_tile: SkipTile | None = None,
     return_lse: bool = False,
+    return_stats: bool = False,
     implementation: str | None = None,
-) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> Any:
     """Attention of new tokens to one layer of a stacked cache and to each other; reads the cache, never writes it.
 
     Query head n reads key head n // (N / K). Scores, softmax and sums are float32 (float64 for float64 inputs); the
@@ -74,8 +83,19 @@ def decode_attention(
       window: sliding window in positions, static or traced; None sees everything.
       num_sinks: with a window, positions below this stay visible; static or traced.
       scale: of the scores; None is H ** -0.5. Static.
+      skip_threshold: λ of BLASST: leaves out tiles of the cache whose every score lies ln λ or more below what its row
+        has seen before in the tile's chain, as `attention/skip.py` defines. A number or an array `[]` or `[B]`. Python
+        and NumPy values must lie inside (0, 1); for values that JAX holds, others mean dense. Not with a `window`.
+      skip_scale_factor: the same as λ · L, with L the slots in use and the own keys of each row.
+      skip_tile: keys of a tile and number of chains; None is `DECODE_TILE`; its `rows` play no part: all queries of a
+        key head vote together. Part of the meaning, never tuned.
       return_lse: also return the natural log-sum-exp of the scaled visible scores, float32 `[B, N, T]`.
-      implementation: None chooses; a name runs that or raises. "mosaic" (Hopper) is chosen by name only.
+      return_stats: also return `SkipStats` with counts per key head `[B, K]`; needs a threshold.
+      implementation: None chooses; a name runs that or raises. On a Hopper GPU None takes "mosaic"
+        for the calls that were measured to be faster so, and "xla" for all others.
+
+    Returns:
+      The output `[B, T, N, H]`; or a tuple of it and what `return_lse` and `return_stats` ask for, in this order.
 
     Raises:
       ValueError: arguments that do not fit together.
@@ -134,12 +154,34 @@ def decode_attention(
     )
     options = {"operands": operands, "own_mask": own_mask, "scale": check_scale(scale, q.shape[-1])}
     check_choice(implementation, IMPLEMENTATIONS)
+    keys = rule.number_of_keys(capacity, batch, lengths, operands.k_positions)
+    if own_k is not None:
+        keys += num_queries if operands.own_lengths is None else jnp.clip(operands.own_lengths, 0, num_queries)
+    has_threshold = skip_threshold is not None or skip_scale_factor is not None
+    tile = DECODE_TILE if skip_tile is None and has_threshold else skip_tile
+    skip = rule.resolve(skip_threshold, skip_scale_factor, tile, keys)
+    if skip is None and return_stats:
+        raise ValueError("return_stats tells of skipped tiles: give a threshold")
+    if skip is not None and window is not None:
+        raise ValueError("tiles are skipped in full attention only; leave the skip options out with a window")
     reason = None
     for name in AUTOMATIC if implementation is None else (implementation,):
-        reason = IMPLEMENTATIONS[name].unsupported(q, k_cache, v_cache, **options)
-        if reason is None:
+        reason = IMPLEMENTATIONS[name].unsupported(q, k_cache, v_cache, **options, skip=skip)
+        if reason is None and implementation is None and name in UNMEASURED:
+            reason = UNMEASURED[name](q, k_cache, operands)
+        if reason is not None:
+            continue
+        if skip is None:
             out, lse = IMPLEMENTATIONS[name].run(q, k_cache, v_cache, **options)
             return (out, lse) if return_lse else out
+        out, lse, keep = IMPLEMENTATIONS[name].run(q, k_cache, v_cache, **options, skip=skip)
+        results = [out, lse] if return_lse else [out]
+        if return_stats:
+            visited = reference.visited_tiles(operands, capacity, skip.tile)
+            total = jnp.broadcast_to(visited[:, None], keep.shape[:2])
+            guarded = (skip.log_threshold == -jnp.inf).sum()
+            results.append(SkipStats(total, total - keep.sum(axis=2), guarded))
+        return tuple(results) if len(results) > 1 else out
     raise NotImplementedError(f"decode_attention {implementation!r}: {reason}")
 
 

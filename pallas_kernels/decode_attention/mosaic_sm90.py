@@ -33,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
+from pallas_kernels.attention.skip import Skip
 from pallas_kernels.decode_attention.operands import CODES, Operands
 from pallas_kernels.masks import Causal, Mask
 
@@ -213,10 +214,19 @@ def _form(q: Any, k_cache: Any, operands: Operands) -> _Form:
 
 
 def unsupported(
-    q: Array, k_cache: Array, v_cache: Array, *, operands: Operands, own_mask: Mask, scale: float
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    *,
+    operands: Operands,
+    own_mask: Mask,
+    scale: float,
+    skip: Skip | None = None,
 ) -> str | None:
     """Why this call cannot run here, in words; None when it can."""
     head_dim, capacity = q.shape[3], k_cache.shape[2]
+    if skip is not None:
+        return "does not skip tiles yet"
     if str(q.dtype) not in DTYPES:
         return f"needs bfloat16 or float16 queries; got {q.dtype}"
     if head_dim not in HEAD_DIMS:
@@ -231,6 +241,24 @@ def unsupported(
         if head_dim not in CODE_HEAD_DIMS:
             return f"needs head_dim in {CODE_HEAD_DIMS} with a cache of codes; got {head_dim}"
     return compat.missing_hopper()
+
+
+def unmeasured(q: Array, k_cache: Array, operands: Operands) -> str | None:
+    """Why the automatic choice leaves a call that could run here to others: no committed timing covers its class.
+
+    Covered by `benchmarks/results/decode_attention_gpu-*-2026-11-25.json` (README.md): 3 to 9 times faster than XLA.
+    """
+    if jax.device_count() > 1:
+        return "several devices: XLA cannot partition a kernel; call it under shard_map by name"
+    if q.shape[0] != 1:
+        return f"timed at batch 1 only; got {q.shape[0]}"
+    if str(q.dtype) != "bfloat16" or q.shape[3] != 128:
+        return f"timed for bfloat16 heads of 128 only; got {q.dtype} heads of {q.shape[3]}"
+    if (rows := q.shape[1] * (q.shape[2] // k_cache.shape[3])) > 128:
+        return f"timed for up to 128 queries per key head only; got {rows}"
+    if operands.k_positions is not None or operands.window is not None:
+        return "timed without positions and windows only"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------

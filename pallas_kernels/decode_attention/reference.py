@@ -2,15 +2,24 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.attention.reference import attend
+from pallas_kernels.attention import skip as rule
+from pallas_kernels.attention.reference import attend, visible_scores
+from pallas_kernels.attention.skip import Skip, SkipTile
 from pallas_kernels.decode_attention.operands import Operands
 from pallas_kernels.masks import Mask
 
 
 def unsupported(
-    q: Array, k_cache: Array, v_cache: Array, *, operands: Operands, own_mask: Mask, scale: float
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    *,
+    operands: Operands,
+    own_mask: Mask,
+    scale: float,
+    skip: Skip | None = None,
 ) -> str | None:
     return None
 
@@ -58,12 +67,44 @@ def run(
     operands: Operands,
     own_mask: Mask,
     scale: float,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Output and log-sum-exp; see `decode_attention`."""
+    skip: Skip | None = None,
+) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+    """Output and log-sum-exp, with `skip` also which tiles of the cache were kept; see `decode_attention`."""
     k = _values(k_cache, operands.k_scale, operands.layer, q.dtype)
     v = _values(v_cache, operands.v_scale, operands.layer, q.dtype)
-    seen = visible(operands, own_mask, k.shape[1])
+    capacity = k.shape[1]
+    seen = visible(operands, own_mask, capacity)
+    keep = None if skip is None else keep_tiles(q, k, seen[:, :, :capacity], scale, skip)
     if operands.own_k is not None and operands.own_v is not None:
         k = jnp.concatenate([k, operands.own_k.astype(k.dtype)], axis=1)
         v = jnp.concatenate([v, operands.own_v.astype(v.dtype)], axis=1)
-    return attend(q, k, v, seen, scale)
+    if keep is None or skip is None:
+        return attend(q, k, v, seen, scale)
+    batch, num_queries, num_heads, _ = q.shape
+    kept = jnp.repeat(keep, skip.tile.width, axis=2)[:, :, :capacity]  # [B, K, S]
+    kept = jnp.repeat(kept, num_heads // k.shape[2], axis=1)
+    own = jnp.ones((batch, num_heads, k.shape[1] - capacity), bool)  # own keys are never skipped
+    kept = jnp.concatenate([kept, own], axis=2)[:, :, None]
+    return *attend(q, k, v, seen, scale, jnp.broadcast_to(kept, (batch, num_heads, num_queries, kept.shape[3]))), keep
+
+
+def keep_tiles(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], seen: Bool[Array, "B T S"], scale: float, skip: Skip
+) -> Bool[Array, "B K tiles"]:
+    """Which tiles of the cache each key head keeps, by the rule of `attention/skip.py`."""
+    scores = visible_scores(q, k, seen, scale)
+    batch, num_kv_heads, group, num_queries, capacity = scores.shape
+    scores = scores.reshape(batch, num_kv_heads, group * num_queries, capacity)
+    missing = -capacity % skip.tile.width
+    scores = jnp.pad(scores, [(0, 0)] * 3 + [(0, missing)], constant_values=-jnp.inf)
+    top = scores.reshape(*scores.shape[:3], -1, skip.tile.width).max(axis=-1)
+    return rule.keeps(rule.margins(top, skip.tile.chains), skip.log_threshold[:, None, None])
+
+
+def visited_tiles(operands: Operands, capacity: int, tile: SkipTile) -> Int[Array, "B"]:
+    """Tiles of the cache with a visible slot, per row of the batch, for a call without a window."""
+    filled = jnp.arange(capacity) < operands.kv_lengths[:, None]
+    if operands.k_positions is not None:
+        filled &= operands.k_positions >= 0
+    filled = jnp.pad(filled, ((0, 0), (0, -capacity % tile.width)))
+    return filled.reshape(filled.shape[0], -1, tile.width).any(axis=2).sum(axis=1)

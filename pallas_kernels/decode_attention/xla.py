@@ -5,10 +5,15 @@ stays in the caches). The trip count is a run-time value, ceil(max(kv_lengths) /
 raises the first chunk. A cache of one chunk takes no loop. Queries beyond `tile_t` are walked tile by tile, their own
 keys over the live tiles of `own_mask`. Arithmetic and numerics are those of `attention/xla.py`; of a cache of codes
 one chunk at a time is converted to the dtype of `q`, which is exact, and its scales multiply scores and probabilities.
+
+With skipped tiles the chunks hold whole rounds of the chains and carry what each row has seen in each chain. Nothing
+becomes cheaper here: a skipped tile is only left out.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +21,22 @@ import numpy as np
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from pallas_kernels.attention.xla import Partial, finish, merge, partial_attention
+from pallas_kernels.attention import skip as rule
+from pallas_kernels.attention.skip import Skip
+from pallas_kernels.attention.xla import Partial, finish, merge
 from pallas_kernels.decode_attention.operands import Operands
 from pallas_kernels.masks import Mask
 
 
 def unsupported(
-    q: Array, k_cache: Array, v_cache: Array, *, operands: Operands, own_mask: Mask, scale: float
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    *,
+    operands: Operands,
+    own_mask: Mask,
+    scale: float,
+    skip: Skip | None = None,
 ) -> str | None:
     return None
 
@@ -63,13 +77,18 @@ def run(
     operands: Operands,
     own_mask: Mask,
     scale: float,
+    skip: Skip | None = None,
     tiling: Tiling | None = None,
-) -> tuple[Array, Array]:
-    """Output and log-sum-exp; see `decode_attention`."""
+) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+    """Output and log-sum-exp, with `skip` also which tiles of the cache were kept; see `decode_attention`."""
     batch, num_queries, num_heads, head_dim = q.shape
     capacity, num_kv_heads = k_cache.shape[2:4]
     if tiling is None:
         tiling = default_tiling(q.shape, num_kv_heads, jax.default_backend())
+    if skip is not None:  # all queries vote together, and a chunk ends where all chains do
+        round_width = skip.tile.width * skip.tile.chains
+        chunk = -(-tiling.chunk // round_width) * round_width
+        tiling = Tiling(num_queries, chunk=chunk, one_chunk=max(chunk, tiling.one_chunk))
     tile_t = min(tiling.tile_t, num_queries)
     tiles = -(-num_queries // tile_t)
     group = num_heads // num_kv_heads
@@ -83,14 +102,20 @@ def run(
     position_tiles = jnp.swapaxes(positions.reshape(batch, tiles, tile_t), 0, 1)
     chunk = capacity if capacity <= tiling.one_chunk else min(tiling.chunk, capacity)
 
+    keep = None
+
     def attend(index: Array | int, q_tile: Array, position: Array) -> tuple[Array, Array]:
-        cached = functools.partial(
-            _cache_chunk, q_tile, position, k_cache, v_cache, operands=operands, scale=scale, chunk=chunk
+        nonlocal keep
+        read = functools.partial(
+            _read_chunk, q_tile, position, k_cache, v_cache, operands=operands, scale=scale, chunk=chunk
         )
+        cached = lambda c: read(c).weigh(q_tile.dtype)  # noqa: E731
         own = functools.partial(
             _own_tile, q_tile, position, index, operands=operands, own_mask=own_mask, scale=scale, tile_t=tile_t
         )
-        if chunk == capacity:
+        if skip is not None:
+            part, keep = _skipping(q_tile, read, position, operands, skip, capacity, chunk)
+        elif chunk == capacity:
             part = cached(0)
         else:
             first, last = _chunk_range(position, operands, capacity, chunk)
@@ -117,7 +142,8 @@ def run(
     out = jnp.moveaxis(out, (0, 1, 2, 3, 4), (1, 0, 3, 4, 2)).reshape(batch, tiles * tile_t, num_heads, head_dim)
     lse = jnp.moveaxis(lse.reshape(tiles, batch, num_heads, tile_t), 0, 2)
     lse = lse.reshape(batch, num_heads, tiles * tile_t)
-    return out[:, :num_queries].astype(q.dtype), lse[:, :, :num_queries]
+    out, lse = out[:, :num_queries].astype(q.dtype), lse[:, :, :num_queries]
+    return (out, lse) if keep is None else (out, lse, keep)
 
 
 def _nothing(q_tile: Array) -> Partial:
@@ -145,36 +171,29 @@ def _near(position: Array, k_position: Array, operands: Operands) -> Array:
     return near | (k_position < operands.num_sinks)[:, None]
 
 
-def _partial(q_tile: Array, k: Array, v: Array, filled: Array, seen: Array, scale: float) -> Partial:
-    """q_tile [B, K, M, H] on k, v [B, S, K, H]; NaN in slots that are not `filled` [B, S] cannot spread."""
-    v = jnp.where(filled[:, :, None, None], v, 0)
-    k, v = (jnp.swapaxes(x, 1, 2)[None] for x in (k, v))
-    part = partial_attention(q_tile[None], k, v, seen[None], scale)
-    return Partial(*(x[0] for x in part))
+def _scores(q_tile: Array, k: Array, seen: Array, scale: float, k_scale: Array | None = None) -> Array:
+    """Scores [B, K, M, S] of q_tile [B, K, M, H] and k [B, S, K, H]; -inf where not `seen` [B, M / G, S].
 
-
-def _scaled_partial(
-    q_tile: Array,
-    k: Array,
-    v: Array,
-    k_scale: Array,
-    v_scale: Array,
-    filled: Array,
-    seen: Array,
-    scale: float,
-) -> Partial:
-    """`_partial` for codes k, v [B, S, K, H] with float32 scales [#B, K, #S]."""
+    Codes k come with their scales, float32 [#B, K, #S].
+    """
     precise = jnp.promote_types(q_tile.dtype, jnp.float32)
-    v = jnp.where(filled[:, :, None, None], v, 0)
-    v_scale = jnp.where(filled[:, None], v_scale, 0.0)  # an empty slot's scale may be NaN too
-    k, v = (x.astype(q_tile.dtype) for x in (k, v))
-    scores = jnp.einsum("BKMH,BSKH->BKMS", q_tile, k, preferred_element_type=precise) * scale * k_scale[:, :, None]
+    k = k.astype(q_tile.dtype)
+    scores = jnp.einsum("BKMH,BSKH->BKMS", q_tile, k, preferred_element_type=precise) * scale
+    if k_scale is not None:
+        scores = scores * k_scale[:, :, None]
     group = q_tile.shape[2] // seen.shape[1]
-    scores = jnp.where(jnp.tile(seen, (1, group, 1))[:, None], scores, -jnp.inf)
+    return jnp.where(jnp.tile(seen, (1, group, 1))[:, None], scores, -jnp.inf)
+
+
+def _weigh(scores: Array, v: Array, filled: Array, dtype: Any, v_scale: Array | None = None) -> Partial:
+    """Softmax of scores [B, K, M, S] over v [B, S, K, H]; NaN in slots that are not `filled` [B, S] cannot spread."""
+    v = jnp.where(filled[:, :, None, None], v, 0).astype(dtype)
     top = scores.max(axis=-1)
     weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top)[..., None])
-    scaled = (weights * v_scale[:, :, None]).astype(v.dtype)
-    out = jnp.einsum("BKMS,BSKH->BKMH", scaled, v, preferred_element_type=precise)
+    scaled = weights
+    if v_scale is not None:
+        scaled = weights * jnp.where(filled[:, None], v_scale, 0.0)[:, :, None]
+    out = jnp.einsum("BKMS,BSKH->BKMH", scaled.astype(dtype), v, preferred_element_type=scores.dtype)
     return Partial(top, weights.sum(axis=-1), out)
 
 
@@ -188,7 +207,19 @@ def _scale_chunk(scales: Array, layer: Array, start: Array, chunk: int) -> Array
     return here.astype(jnp.float32)
 
 
-def _cache_chunk(
+class _Chunk(NamedTuple):
+    """Scores of one chunk of the cache and what it takes to weigh its values with them."""
+
+    scores: Array  # [B, K, M, S]
+    v: Array  # [B, S, K, H]
+    filled: Array  # [B, S]
+    v_scale: Array | None  # [#B, K, #S]
+
+    def weigh(self, dtype: Any) -> Partial:
+        return _weigh(self.scores, self.v, self.filled, dtype, self.v_scale)
+
+
+def _read_chunk(
     q_tile: Array,
     position: Array,
     k_cache: Array,
@@ -198,8 +229,8 @@ def _cache_chunk(
     operands: Operands,
     scale: float,
     chunk: int,
-) -> Partial:
-    """Attention to cache slots `index * chunk ...`; the last chunk starts early, without counting a slot twice."""
+) -> _Chunk:
+    """Scores of cache slots `index * chunk ...`; the last chunk starts early, without counting a slot twice."""
     _, batch, capacity, num_kv_heads, head_dim = k_cache.shape
     start = jnp.minimum(index * chunk, capacity - chunk)
     at = (operands.layer, 0, start, 0, 0)
@@ -218,10 +249,53 @@ def _cache_chunk(
     if operands.window is not None:
         seen &= _near(position, k_position, operands)
     seen = jnp.broadcast_to(seen, (batch, position.shape[1], chunk))
-    if operands.k_scale is None or operands.v_scale is None:
-        return _partial(q_tile, k, v, filled, seen, scale)
-    k_scale, v_scale = (_scale_chunk(x, operands.layer, start, chunk) for x in (operands.k_scale, operands.v_scale))
-    return _scaled_partial(q_tile, k, v, k_scale, v_scale, filled, seen, scale)
+    k_scale, v_scale = (
+        None if x is None else _scale_chunk(x, operands.layer, start, chunk)
+        for x in (operands.k_scale, operands.v_scale)
+    )
+    return _Chunk(_scores(q_tile, k, seen, scale, k_scale), v, filled, v_scale)
+
+
+def _skipping(
+    q_tile: Array,
+    read: Callable[[Array | int], _Chunk],
+    position: Array,
+    operands: Operands,
+    skip: Skip,
+    capacity: int,
+    chunk: int,
+) -> tuple[Partial, Array]:
+    """Attention to the kept tiles of the cache, and which ones they are, bool [B, K, tiles]."""
+    batch, num_kv_heads, num_rows, _ = q_tile.shape
+    width, chains = skip.tile.width, skip.tile.chains
+    rounds = -(-chunk // (width * chains))  # of one chunk; a round is one tile of each chain
+    log_threshold = skip.log_threshold[:, None, None, None]
+
+    def visit(index, state):
+        part, before, keep = state
+        here = read(index)
+        # Slots that an earlier chunk has seen come first; tiles start at slot `index * chunk`.
+        shift = index * chunk - jnp.minimum(index * chunk, capacity - chunk)
+        missing = jnp.full((*here.scores.shape[:3], rounds * chains * width), -jnp.inf, here.scores.dtype)
+        aligned = jnp.concatenate([here.scores, missing], axis=-1)
+        aligned = jax.lax.dynamic_slice_in_dim(aligned, shift, missing.shape[-1], axis=-1)
+        top = aligned.reshape(batch, num_kv_heads, num_rows, rounds, chains, width).max(axis=-1)
+        highest = jnp.maximum(jax.lax.cummax(top, axis=3), before[:, :, :, None])
+        earlier = jnp.concatenate([before[:, :, :, None], highest[:, :, :, :-1]], axis=3)
+        margin = rule.row_margin(top, earlier).max(axis=2)
+        kept = rule.keeps(margin, log_threshold).reshape(batch, num_kv_heads, rounds * chains)
+        tile = jnp.maximum(jnp.arange(chunk) - shift, 0) // width
+        scores = jnp.where(kept[:, :, None, tile], here.scores, -jnp.inf)
+        part = merge(part, here._replace(scores=scores).weigh(q_tile.dtype))
+        keep = jax.lax.dynamic_update_slice_in_dim(keep, kept, index * rounds * chains, axis=2)
+        return part, highest[:, :, :, -1], keep
+
+    part = _nothing(q_tile)
+    before = jnp.full((batch, num_kv_heads, num_rows, chains), -jnp.inf, part.top.dtype)
+    keep = jnp.zeros((batch, num_kv_heads, -(-capacity // chunk) * rounds * chains), bool)
+    chunks = (0, 1) if chunk == capacity else _chunk_range(position, operands, capacity, chunk)
+    part, _, keep = jax.lax.fori_loop(*chunks, visit, (part, before, keep))
+    return part, keep[:, :, : -(-capacity // width)]
 
 
 def _own_tile(
@@ -251,4 +325,4 @@ def _own_tile(
     seen = filled[:, None] & own_mask.allowed(query[:, None], key[None])
     if operands.window is not None:
         seen &= _near(position, k_position, operands)
-    return _partial(q_tile, k, v, filled, seen, scale)
+    return _weigh(_scores(q_tile, k, seen, scale), v, filled, q_tile.dtype)
