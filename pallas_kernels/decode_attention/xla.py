@@ -294,7 +294,7 @@ def _skipping(
     before = jnp.full((batch, num_kv_heads, num_rows, chains), -jnp.inf, part.top.dtype)
     keep = jnp.zeros((batch, num_kv_heads, -(-capacity // chunk) * rounds * chains), bool)
     chunks = (0, 1) if chunk == capacity else _chunk_range(position, operands, capacity, chunk)
-    part, _, keep = jax.lax.fori_loop(*chunks, visit, (part, before, keep))
+    part, _, keep = jax.lax.fori_loop(chunks[0], chunks[1], visit, (part, before, keep))
     return part, keep[:, :, : -(-capacity // width)]
 
 
