@@ -36,7 +36,9 @@ from jaxmodels.qwen.model import CausalLM, build
 from jaxmodels.sharding import param_shardings
 from jaxmodels.sparse_attention import SkipAttention, SkipSoftmaxConfig
 from jaxmodels.sparse_attention.config import KEY as SPARSE_ATTENTION
+from jaxmodels.sparse_attention.config import PhaseName
 from jaxmodels.tokenizer import Tokenizer
+from pallas_kernels.attention.skip import DECODE_TILE, SkipTile
 
 log = logging.getLogger("jaxstream")
 
@@ -153,9 +155,14 @@ class Pretrained:
     sparse_attention: SkipSoftmaxConfig | None = None
 
     def skip(
-        self, *, target_sparsity: float | None = None, threshold: float | None = None, scale_factor: float | None = None
+        self,
+        phase: PhaseName = "prefill",
+        *,
+        target_sparsity: float | None = None,
+        threshold: float | None = None,
+        scale_factor: float | None = None,
     ) -> SkipAttention:
-        """Skip-softmax settings for `apply` and for prefills.
+        """Skip-softmax settings for passes over all tokens ("prefill") or for steps with a cache ("decode").
 
         A threshold or scale factor is used as it is. A target sparsity goes through the calibration in config.json;
         without any of the three, config.json's own target does. Tile and dense layers come from config.json too.
@@ -173,19 +180,21 @@ class Pretrained:
                 f"target_sparsity needs a calibrated {SPARSE_ATTENTION} in {self.directory / 'config.json'}, which has "
                 f"none: python -m infer calibrate-sparsity --model {self.directory}"
             )
+        default = DECODE_TILE if phase == "decode" else SkipTile()
         if block is None:
-            return SkipAttention.create(threshold=threshold, scale_factor=scale_factor)
+            return SkipAttention.create(threshold=threshold, scale_factor=scale_factor, tile=default)
         if block.disabled_until_timestep is not None:
             raise ValueError(
                 f"{SPARSE_ATTENTION}: disabled_until_timestep={block.disabled_until_timestep} is for diffusion models"
             )
         if threshold is None and scale_factor is None:
-            scale_factor = block.scale_factor("prefill", target_sparsity)
+            scale_factor = block.scale_factor(phase, target_sparsity)
+        calibrated = block.decode if phase == "decode" else block.prefill
         names = [f"model.layers.{i}.self_attn" for i in range(self.config.layers)]
         return SkipAttention.create(
             threshold=threshold,
             scale_factor=scale_factor,
-            tile=None if block.prefill is None else block.prefill.tile,
+            tile=default if calibrated is None or calibrated.tile is None else calibrated.tile,
             dense_layers=block.dense_layers(names),
         )
 

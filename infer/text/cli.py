@@ -103,11 +103,13 @@ class Text:
     live: bool = False
     """Diffusion: show every denoising pass as it happens; one request at a time, slower."""
     target_sparsity: float | None = None
-    """Read prompts with skip-softmax attention that leaves out about this share of its tiles, in [0, 1); the checkpoint
-    must be calibrated (python -m infer calibrate-sparsity). Autoregressive decoder only."""
+    """Skip-softmax attention that leaves out about this share of its tiles, in [0, 1), in prompts and decode steps; the
+    checkpoint must be calibrated (python -m infer calibrate-sparsity). Autoregressive decoder only."""
     skip_scale_factor: float | None = None
-    """The same by a scale factor: tiles are skipped below the threshold factor / prompt length; prompts no longer than
-    the factor are read densely."""
+    """The same for prompts alone, by a scale factor: tiles are skipped below the threshold factor / prompt length;
+    prompts no longer than the factor are read densely."""
+    skip_decode_scale_factor: float | None = None
+    """The same for decode steps alone."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type of weights and computation; default: the checkpoint's."""
     quiet: bool = False
@@ -132,11 +134,12 @@ class Text:
             f"must lie in [0, 1]; got {self.threshold}",
         )
         refuse("factor", self.factor is not None and not self.factor > 0.0, f"must be positive; got {self.factor}")
-        target, scale = self.target_sparsity, self.skip_scale_factor
-        both = target is not None and scale is not None
-        refuse("target-sparsity", both, "cannot be combined with --skip-scale-factor")
+        target = self.target_sparsity
         refuse("target-sparsity", target is not None and not 0.0 <= target < 1.0, f"must lie in [0, 1); got {target}")
-        refuse("skip-scale-factor", scale is not None and not 0.0 < scale < 1e12, f"must be positive; got {scale}")
+        for name in ("skip_scale_factor", "skip_decode_scale_factor"):
+            scale, flag = getattr(self, name), name.replace("_", "-")
+            refuse(flag, scale is not None and target is not None, "cannot be combined with --target-sparsity")
+            refuse(flag, scale is not None and not 0.0 < scale < 1e12, f"must be positive; got {scale}")
         if self.decoder == "ar" and (given := self.diffusion_flags()):
             raise ValueError(f"--{given[0]} needs the diffusion decoder; got --decoder ar")
         for name in ("batch", "capacity", "chunk", "max_new_tokens", "block_length", "steps"):
@@ -205,12 +208,7 @@ def _load(config: Text) -> Any:
 def _engine(config: Text, pretrained: Any, requests: Sequence[Request], batch: int, chunk: int = 1) -> "TextEngine":
     from infer.text.engine import TextEngine
 
-    skip = None
-    if config.target_sparsity is not None or config.skip_scale_factor is not None:
-        skip = pretrained.skip(target_sparsity=config.target_sparsity, scale_factor=config.skip_scale_factor)
-        if not config.quiet:
-            factor = skip.scale_factor
-            note(f"attention of prompts longer than {factor:.4g} tokens skips tiles below {factor:.4g} / length")
+    skips = _skips(config, pretrained)
     return TextEngine.from_pretrained(
         pretrained,
         batch=batch if config.batch is None else config.batch,
@@ -219,8 +217,32 @@ def _engine(config: Text, pretrained: Any, requests: Sequence[Request], batch: i
         chunk=chunk if config.chunk is None else config.chunk,
         on_compile=CompileNotes(config.quiet),
         diffusion=_diffusion(config, pretrained),
-        skip=skip,
+        **skips,
     )
+
+
+def _skips(config: Text, pretrained: Any) -> dict[str, Any]:
+    """Skip-softmax settings of prompts and of decode steps, as the engine takes them, and a line about each."""
+    asked = {
+        "prefill": {"target_sparsity": config.target_sparsity, "scale_factor": config.skip_scale_factor},
+        "decode": {"target_sparsity": config.target_sparsity, "scale_factor": config.skip_decode_scale_factor},
+    }
+    block = pretrained.sparse_attention
+    if config.target_sparsity is not None and block is not None and block.decode is None:
+        asked["decode"] = {}
+        if not config.quiet:
+            note(f"{config.model} is calibrated for prompts only: decode steps skip nothing")
+    skips = {}
+    for phase, options in asked.items():
+        if all(value is None for value in options.values()):
+            continue
+        skip = skips["skip" if phase == "prefill" else "decode_skip"] = pretrained.skip(phase, **options)
+        if not config.quiet:
+            factor = skip.scale_factor
+            note(f"{phase} beyond {factor:.4g} tokens skips tiles of attention below {factor:.4g} / length")
+    if not skips and block is not None and not config.quiet:
+        note(f"{config.model} has calibrated skip-softmax thresholds; --target-sparsity uses them")
+    return skips
 
 
 def _diffusion(config: Text, pretrained: Any) -> dict[str, Any] | None:

@@ -145,7 +145,8 @@ class ARDecoder:
       prefill_rows: prompts per prefill call, padded to the longest; 1 wastes nothing once the slots are full.
       buckets: padded prompt lengths; each one in use is compiled once. None: `prefill_buckets(capacity)`.
       max_eos: most EOS ids that a request may have.
-      skip: read prompts with skip-softmax attention; its numbers are Python floats here. Decode steps are dense.
+      skip: read prompts with skip-softmax attention; its numbers are Python floats here.
+      decode_skip: leave out tiles of the cache in decode steps.
       on_compile: see `Programs.get`.
     """
 
@@ -163,6 +164,7 @@ class ARDecoder:
         buckets: Sequence[int] | None = None,
         max_eos: int = 8,
         skip: SkipAttention | None = None,
+        decode_skip: SkipAttention | None = None,
         on_compile: OnCompile | None = None,
     ):
         for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
@@ -182,9 +184,10 @@ class ARDecoder:
         self.params = lm.unstack(params) if on_cpu and isinstance(params["layers"], dict) else params
         leaves, structure = jax.tree.flatten(self.params)
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
-        self.programs = _programs(lm, batch, capacity, chunk, prefill_rows, max_eos, structure, shapes, skip)
+        skips = skip, decode_skip
+        self.programs = _programs(lm, batch, capacity, chunk, prefill_rows, max_eos, structure, shapes, skips)
         self._prefill = _as_chunk(make_prefill(lm, skip))
-        self._steps = make_steps(make_step(lm), chunk)
+        self._steps = make_steps(make_step(lm, decode_skip), chunk)
         self._all_rows = tuple(range(batch))
         self.state = self._new_state()
 

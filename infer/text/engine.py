@@ -164,16 +164,17 @@ class TextEngine:
         on_compile: OnCompile | None = None,
         diffusion: Mapping[str, Any] | None = None,
         skip: SkipAttention | None = None,
+        decode_skip: SkipAttention | None = None,
     ) -> "TextEngine":
         """The engine of a loaded model (`jaxmodels.load_pretrained`).
 
         Without a `capacity` the slots are as large as the `requests` need (rounded up so that similar ones share
         compiled programs), or 4096 tokens where there are none, and never larger than the model's `max_positions`.
         With `diffusion`, the further arguments of a `DiffusionDecoder`, tokens are decoded in blocks. The other
-        arguments are those of `ARDecoder` and of the engine; `skip` is for the autoregressive decoder only.
+        arguments are those of `ARDecoder` and of the engine; the skips are for the autoregressive decoder only.
         """
-        if skip is not None and diffusion is not None:
-            raise NotImplementedError("skip-softmax prefills exist for the autoregressive decoder only; leave out skip")
+        if diffusion is not None and (skip is not None or decode_skip is not None):
+            raise NotImplementedError("skip-softmax exists for the autoregressive decoder only; leave out the skips")
         limit = pretrained.config.max_positions
         if capacity is None:
             capacity = min(DEFAULT_CAPACITY, limit)
@@ -182,7 +183,13 @@ class TextEngine:
         options: dict[str, Any] = {"batch": batch, "capacity": capacity, "prefill_rows": prefill_rows}
         if diffusion is None:
             decoder: Decoder = ARDecoder(
-                pretrained.lm, pretrained.params, chunk=chunk, skip=skip, on_compile=on_compile, **options
+                pretrained.lm,
+                pretrained.params,
+                chunk=chunk,
+                skip=skip,
+                decode_skip=decode_skip,
+                on_compile=on_compile,
+                **options,
             )
         else:
             from infer.text.diffusion import DiffusionDecoder

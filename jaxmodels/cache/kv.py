@@ -5,6 +5,7 @@ a pure function of its own. Jitted with the cache donated it works in place, and
 carries a cache. Layer axis first, so that a kernel takes the whole stack and a layer index.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
@@ -133,8 +134,12 @@ class KVCache(flax.struct.PyTreeNode):
         own_lengths: Int[Array, " B"] | None = None,
         window: int | None = None,
         q_positions: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T N H"]:
-        """Queries against this layer's cached keys and their own: see `decode_attention`."""
+        skip: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Queries against this layer's cached keys and their own: see `decode_attention`.
+
+        `skip` holds its arguments about skipped tiles; with `return_stats` among them the result is a pair.
+        """
         return decode_attention(
             q,
             self.k,
@@ -147,6 +152,7 @@ class KVCache(flax.struct.PyTreeNode):
             own_mask=own_mask,
             own_lengths=own_lengths,
             window=window,
+            **(skip or {}),
         )
 
 
@@ -233,8 +239,11 @@ class SinkRingCache(flax.struct.PyTreeNode):
         own_lengths: Int[Array, " B"] | None = None,
         window: int | None = None,
         q_positions: Int[Array, "B T"] | None = None,
+        skip: Mapping[str, Any] | None = None,
     ) -> Float[Array, "B T N H"]:
         """Queries against this layer's sinks and ring and their own keys: see `decode_attention`."""
+        if skip:
+            raise ValueError(f"tiles are skipped in full attention only, and a ring is a window; got skip={skip}")
         own_window = window is not None and window <= self.ring
         return decode_attention(
             q,

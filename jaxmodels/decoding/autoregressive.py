@@ -139,12 +139,15 @@ def make_prefill(lm: Any, skip: SkipAttention | None = None) -> Callable:
     return prefill
 
 
-def make_step(lm: Any) -> Callable:
-    """`step(params, state) -> (state, Sampled [B])`: one forward pass, one token for each row that is not done."""
+def make_step(lm: Any, skip: SkipAttention | None = None) -> Callable:
+    """`step(params, state) -> (state, Sampled [B])`: one forward pass, one token for each row that is not done.
+
+    With `skip` attention leaves out tiles of the cache.
+    """
 
     def step(params, state: ARState) -> tuple[ARState, Sampled]:
         live = ~state.done
-        hidden = lm.hidden(params, state.token[:, None], cache=state.cache)
+        hidden = lm.hidden(params, state.token[:, None], cache=state.cache, skip=skip)
         cache = state.cache.append(hidden.kv, live.astype(jnp.int32))
         # What a row that is done asked for must not cost its neighbours the work of drawing and filtering.
         greedy = Sampling.stack([SamplingOptions()] * live.shape[0])

@@ -54,7 +54,8 @@ class Hidden(NamedTuple):
     states: Float[Array, "B T D"]  # after the final norm
     kv: KV | None  # keys and values of these tokens, [L, B, T, K, H]
     layers: Float[Array, "states B T D"] | None  # embeddings, then the output of each block (before the final norm)
-    skip_stats: SkipStats | None = None  # per layer: [L, B, N], dense_guarded [L]; zeros for layers with a window
+    # Per layer: [L, B, N], with a cache [L, B, K]; dense_guarded [L]; zeros for layers with a window.
+    skip_stats: SkipStats | None = None
     skip_counts: SkipCounts | None = None  # per layer; zeros for layers with a window
 
 
@@ -85,7 +86,11 @@ class Attend(NamedTuple):
 
         `window` is that of this layer. A layer with one skips nothing.
         """
+        skip, stats, measure = self.request
+        if window is not None:
+            skip = None
         if self.cache is not None:
+            options = {} if skip is None else skip.for_layer(layer) | ({"return_stats": True} if stats else {})
             y = self.cache.attend(
                 q,
                 k,
@@ -95,21 +100,22 @@ class Attend(NamedTuple):
                 own_lengths=self.lengths,
                 window=window,
                 q_positions=self.positions,
+                skip=options,
             )
-            return y, None, None
+            found = _nothing_skipped(k) if stats and skip is None else None
+            y, found = y if isinstance(y, tuple) else (y, found)
+            return y, found, None
         mask = self.mask
         if window is not None:
             if mask != Causal():
                 raise ValueError(f"a layer with a window ({window}) needs the mask Causal(); got {mask}")
             mask = SlidingWindow(window)
-        options: dict[str, Any] = {"mask": mask, "segment_ids": self.segment_ids, "kv_lengths": self.lengths}
-        skip, stats, measure = self.request
+        options = {"mask": mask, "segment_ids": self.segment_ids, "kv_lengths": self.lengths}
         if (skip is not None or measure is not None) and self.lengths is not None:
             options["segment_ids"] = self._real_segments(q.shape[1])
         counts = None if measure is None else self._measure(q, k, measure, window, options)
-        if skip is None or window is not None:
-            nothing = jnp.zeros((q.shape[0], q.shape[2]), jnp.int32)
-            found = SkipStats(nothing, nothing, jnp.int32(0)) if stats else None
+        if skip is None:
+            found = _nothing_skipped(q) if stats else None
             return flash_attention(q, k, v, **options), found, counts  # type: ignore[return-value]
         options |= skip.for_layer(layer, self.lengths)
         if not stats:
@@ -143,6 +149,12 @@ class Attend(NamedTuple):
             q, k, measure.thresholds, measure.decode, lengths=lengths, num_tokens=measure.decode_tokens
         )
         return SkipCounts(visited, skipped, *decoded)
+
+
+def _nothing_skipped(heads: Float[Array, "B T N H"]) -> SkipStats:
+    """The counts of a layer that skips nothing, per head."""
+    nothing = jnp.zeros((heads.shape[0], heads.shape[2]), jnp.int32)
+    return SkipStats(nothing, nothing, jnp.int32(0))
 
 
 class Attention(nnx.Module):
@@ -359,8 +371,8 @@ class CausalLM:
             `Causal()`.
           return_kv: return keys and values also without a cache (for a prefill).
           layer_states: return the embeddings and every block's output.
-          skip: leave out tiles of attention without weight (skip-softmax), forward and backward alike; without a
-            cache only. Layers with a window stay dense.
+          skip: leave out tiles of attention without weight (skip-softmax), forward and backward alike; with a cache
+            tiles of the cache. Layers with a window stay dense.
           skip_stats: return the exact counts of visited and skipped tiles; needs `skip`.
           skip_measure: count what each of many thresholds would skip in this pass; without a cache only.
           remat: name of an entry of REMAT_POLICIES; None means "none".
@@ -374,8 +386,8 @@ class CausalLM:
         batch, time = tokens.shape
         if skip_stats and skip is None:
             raise ValueError("skip_stats counts skipped tiles: give skip")
-        if cache is not None and (skip is not None or skip_measure is not None):
-            raise NotImplementedError("skip and skip_measure: attention to a cache skips no tiles yet")
+        if cache is not None and skip_measure is not None:
+            raise NotImplementedError("skip_measure counts in passes over all tokens; leave it out with a cache")
         if cache is None:
             if own_mask is not None:
                 raise ValueError(f"own_mask={own_mask} needs a cache; use mask without one")

@@ -19,8 +19,8 @@ class SkipAttention(flax.struct.PyTreeNode):
 
     Attributes:
       threshold: λ, or None.
-      scale_factor: λ · L, or None; see `flash_attention`.
-      tile: which rows vote on which keys; static.
+      scale_factor: λ · L, or None; see `flash_attention` and, for passes with a cache, `decode_attention`.
+      tile: which rows vote on which keys; static. Passes without a cache have one chain.
       dense_layers: layers that skip nothing; static. Layers with a window never do.
     """
 
@@ -47,14 +47,12 @@ class SkipAttention(flax.struct.PyTreeNode):
         if not given:
             raise ValueError("give threshold or scale_factor; for dense attention pass skip=None")
         tile = SkipTile() if tile is None else tile
-        if tile.chains != 1:
-            raise ValueError(f"a forward pass over all tokens has one chain; got {tile}")
         shape = given[0].shape if isinstance(given[0], jax.Array) else np.shape(given[0])
         rule.resolve(threshold, scale_factor, tile, jnp.ones(shape or (1,), jnp.int32))
         return cls(threshold, scale_factor, tile, tuple(sorted(set(dense_layers))))
 
     def for_layer(self, layer: int | Array, lengths: Int[Array, " B"] | None = None) -> dict[str, Any]:
-        """The arguments of `flash_attention`; in a dense layer the number is one that its guard makes dense.
+        """The arguments of the attention; in a dense layer the number is one that its guard makes dense.
 
         With `lengths`, the keys of each row, a scale factor becomes the threshold of each row.
         """

@@ -62,7 +62,12 @@ def test_calibrates_checks_and_is_used(model, capsys, tmp_path):
     prompt = "import os\n\n\ndef main():\n" * 8
     text = ["text", "--model", model, "--prompt", prompt, "--max-new-tokens", "4"]
     code, out, err = run(capsys, *text, "--target-sparsity", "0.6")
-    assert code == 0 and "tokens skips tiles below" in err, err
+    assert code == 0, err
+    assert all(re.search(rf"^{phase} beyond .* tokens skips tiles", err, re.M) for phase in ("prefill", "decode")), err
+    code, _, err = run(capsys, *text, "--skip-decode-scale-factor", "4")
+    assert code == 0 and "decode beyond 4 tokens" in err and "prefill beyond" not in err
+    code, _, err = run(capsys, *text)
+    assert code == 0 and "has calibrated skip-softmax thresholds; --target-sparsity uses them" in err
     code, _, err = run(capsys, *text, "--decoder", "diffusion", "--target-sparsity", "0.2")
     assert code == 1 and "autoregressive decoder only" in err
 

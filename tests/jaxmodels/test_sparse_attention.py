@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import load_pretrained, save_pretrained
-from jaxmodels.cache import KVCache
+from jaxmodels.cache import KVCache, SinkRingCache
 from jaxmodels.qwen import build
 from jaxmodels.qwen.config import QwenConfig
 from jaxmodels.sparse_attention import (
@@ -26,7 +26,7 @@ from jaxmodels.sparse_attention import (
 )
 from jaxmodels.sparse_attention.calibration import TRIAL_THRESHOLDS
 from pallas_kernels import flash_attention
-from pallas_kernels.attention.skip import SkipTile
+from pallas_kernels.attention.skip import DECODE_TILE, SkipTile
 
 # ------------------------------------------------------------------------------------------------------------------
 # config.json
@@ -334,13 +334,38 @@ def test_bad_settings_are_explained():
         SkipAttention.create(threshold=1.5)
     with pytest.raises(ValueError, match="not both"):
         SkipAttention.create(threshold=0.5, scale_factor=3.0)
-    with pytest.raises(ValueError, match="has one chain"):
-        SkipAttention.create(threshold=0.5, tile=SkipTile(chains=2))
+    with pytest.raises(ValueError, match="chains are for decode_attention"):
+        LM.hidden(weights(), tokens(), skip=SkipAttention.create(threshold=0.5, tile=SkipTile(chains=2)))
     with pytest.raises(ValueError, match="skip_stats counts skipped tiles: give skip"):
         LM.hidden(weights(), tokens(), skip_stats=True)
-    cache = KVCache.init(CONFIG, batch=2, capacity=64, dtype=jnp.float32)
-    with pytest.raises(NotImplementedError, match="attention to a cache skips no tiles yet"):
-        LM.hidden(weights(), tokens(), cache=cache, skip=SkipAttention.create(threshold=0.1))
+    ring = SinkRingCache.init(CONFIG, batch=2, capacity=64, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="tiles are skipped in full attention only, and a ring is a window"):
+        LM.hidden(weights(), tokens(), cache=ring, skip=SkipAttention.create(threshold=0.1))
+    with pytest.raises(NotImplementedError, match="skip_measure counts in passes over all tokens"):
+        LM.hidden(weights(), tokens(), cache=ring, skip_measure=SkipMeasure.create())
+
+
+def test_steps_with_a_cache_skip_tiles_of_it():
+    """A step skips what a measuring pass over all tokens had counted for its last token."""
+    tile = SkipTile(width=4, chains=2)
+    measure = SkipMeasure.create((0.1, 0.5), prefill=TILE, decode=tile, decode_tokens=1)
+    counts = hidden(weights(), tokens(), skip_measure=measure).skip_counts
+    before = jax.jit(lambda params, tokens: LM.hidden(params, tokens, return_kv=True).kv)(weights(), tokens()[:, :-1])
+    cache = KVCache.init(CONFIG, batch=2, capacity=64, dtype=jnp.float32).append(before)
+
+    @jax.jit
+    def step(threshold):
+        skip = SkipAttention.create(threshold=threshold, tile=tile)
+        return LM.hidden(weights(), tokens()[:, -1:], cache=cache, skip=skip, skip_stats=True)
+
+    got = step(jnp.float32(0.5))
+    assert got.skip_stats.skipped.shape == (3, 2, CONFIG.kv_heads) and got.skip_stats.skipped[1].sum() == 0
+    np.testing.assert_array_equal(got.skip_stats.skipped[0].sum(-1), counts.decode_skipped[0, :, 1])
+    np.testing.assert_array_equal(got.skip_stats.visited[0].sum(-1), counts.decode_visited[0])
+    assert got.skip_stats.skipped[0].sum() > 0
+    dense = LM.hidden(weights(), tokens()[:, -1:], cache=cache).states
+    np.testing.assert_allclose(step(jnp.float32(1e-30)).states, dense, atol=1e-4)
+    assert np.abs(got.states - dense).max() > 1e-4
 
 
 def test_a_checkpoints_calibration_is_used(tmp_path):
@@ -351,6 +376,7 @@ def test_a_checkpoints_calibration_is_used(tmp_path):
     with pytest.raises(ValueError, match="target_sparsity needs a calibrated sparse_attention_config in "):
         plain.skip(target_sparsity=0.5)
     assert plain.skip(scale_factor=9.0) == SkipAttention(scale_factor=9.0)
+    assert plain.skip("decode", scale_factor=9.0).tile == DECODE_TILE
     path = tmp_path / "model" / "config.json"
     content = json.loads(path.read_text())
     block = group(ignore=["model.layers.0.self_attn"], skip_tile={"prefill": {"rows": 8, "width": 16}})
@@ -360,6 +386,7 @@ def test_a_checkpoints_calibration_is_used(tmp_path):
     assert skip == SkipAttention(None, pytest.approx(100 * math.exp(1.0)), SkipTile(8, 16), (0,))
     assert model.skip().scale_factor == pytest.approx(100 * math.exp(2.5))
     assert model.skip(threshold=0.1).tile == SkipTile(8, 16)
+    assert model.skip("decode").scale_factor == pytest.approx(0.05 * math.exp(3.0))
     logits = model.apply(model.params, tokens(), skip=skip)
     assert logits.shape == (2, 56, 97)
     with pytest.raises(ValueError, match="give one of target_sparsity, threshold and scale_factor"):
