@@ -38,7 +38,7 @@ class Shipped(DemoConfig):
         default_factory=lambda: StageConfig(5000, 64, 1e-3, 200, weight_decay=0.3, eval_every=500)
     )
     distill: DistillConfig = dataclasses.field(
-        default_factory=lambda: DistillConfig(98_304, StageConfig(2400, 64, 5e-4, 100, weight_decay=0.1))
+        default_factory=lambda: DistillConfig(98_304, StageConfig(2000, 64, 5e-4, 100, weight_decay=0.1))
     )
     completions: int = 128
     seed: int = 0
