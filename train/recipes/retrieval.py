@@ -37,7 +37,7 @@ class Retrieval:
 
     python -m train retrieval --directory runs/retrieval
 
-    Chance is 1 / 128. The same command continues an interrupted run.
+    Chance is 1 / values. The same command continues an interrupted run.
     """
 
     directory: Path = Path("runs/retrieval")
@@ -59,6 +59,12 @@ class Retrieval:
     """Keys of a tile."""
     pairs: int = 16
     """Pairs hidden in each row; all are asked for."""
+    keys: int = 128
+    """Different keys; a row asks for some of them."""
+    values: int = 128
+    """Different values; chance is one in so many."""
+    noise: int = 255
+    """Different tokens of noise."""
     dim: int = 256
     layers: int = 2
     learning_rate: float = 1e-3
@@ -138,7 +144,8 @@ def main(config: Retrieval) -> int:
     from train.mesh import make_mesh
 
     started = time.perf_counter()
-    tasks = [Recall(length, min(config.pairs, (length - 1) // 8)) for length in config.lengths]
+    sizes = config.keys, config.values, config.noise
+    tasks = [Recall(length, min(config.pairs, (length - 1) // 8), *sizes) for length in config.lengths]
     task = tasks[-1]
     if task.num_pairs != config.pairs:
         raise ValueError(f"pairs must be at most {task.num_pairs} in rows of {task.length} tokens; got {config.pairs}")
