@@ -48,7 +48,6 @@ from pallas_kernels.masks import Mask
 
 ROWS = 64  # of one compute warpgroup, keys or queries: two accumulators of more would not fit the registers
 TILE = COMPUTE_WARPGROUPS * ROWS  # of one CTA
-WALKED = ("q", "do", "log2_sum_exp", "delta")  # what `key_gradients` loads for each tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,11 +85,10 @@ class BackwardConfig:
             "v": own,
             "q": ring,
             "do": ring,
-            "log2_sum_exp": plgpu.SMEM((self.q_stages, self.block_q), jnp.float32),
-            "delta": plgpu.SMEM((self.q_stages, self.block_q), jnp.float32),
+            "stats": plgpu.SMEM((self.q_stages, 2, self.block_q), jnp.float32),
             "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
-            # One for all that is walked: a barrier's phase costs a register, and there is none to spare.
-            "ready": plgpu.Barrier(num_arrivals=len(WALKED), num_barriers=self.q_stages),
+            # One for all three: a barrier's phase costs a register, and there is none to spare.
+            "ready": plgpu.Barrier(num_arrivals=3, num_barriers=self.q_stages),
             "free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=self.q_stages),
         }
 
@@ -154,7 +152,7 @@ def run(
     """
     num_queries, num_keys = q.shape[1], k.shape[1]
     clean = functools.partial(clean_slots, mask=mask, limits=limits, num_queries=num_queries, num_keys=num_keys)
-    # A fusion of its own: together with the padding below it would read its operands against their order in memory.
+    # A fusion of its own: together with the stacking below it would read its operands against their order in memory.
     delta = lax.optimization_barrier((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1))
     delta = delta.swapaxes(1, 2) - d_lse
     if some_query_sees_nothing(mask, limits, num_queries, num_keys):
@@ -165,13 +163,13 @@ def run(
         lse = jnp.where(blind, jnp.inf, lse)
     # Whole tiles, since such copies are clipped at the end of the array only; rows past the end get p = 0.
     padding = ((0, 0), (0, 0), (0, -num_queries % TILE))
+    stats = [jnp.pad(lse * LOG2E, padding, constant_values=jnp.inf), jnp.pad(delta, padding)]
     arrays = {
         "q": pad_tokens(q),
         "do": pad_tokens(d_out),
         "k": pad_tokens(clean(k)),
         "v": pad_tokens(clean(v)),
-        "log2_sum_exp": jnp.pad(lse * LOG2E, padding, constant_values=jnp.inf),  # [B, N, Tp]
-        "delta": jnp.pad(delta, padding),
+        "stats": jnp.stack(stats, axis=2),  # [B, N, 2, Tp]
     }
     if keep is not None:  # whole tiles of a CTA both ways
         missing = (-keep.shape[2] % COMPUTE_WARPGROUPS, -keep.shape[3] % (TILE // config.block_k))
@@ -248,8 +246,8 @@ def key_gradients(
                 plgpu.copy_gmem_to_smem(refs[name].at[b, rows, kv_head], ref, smem["own_ready"].at[warpgroup])
             sight = Sight(shape.mask, shape.num_queries, shape.num_keys, refs, b, tile, query_axis=1)
 
-            def of_queries(name, slot):
-                x = plgpu.load(smem[name].at[slot], layout=COLUMN, optimized=False)
+            def statistic(slot, which):
+                x = plgpu.load(smem["stats"].at[slot, which], layout=COLUMN, optimized=False)
                 return lax.broadcast_in_dim(x, tile, [1])
 
             def step(i, nth, carry, *, masked):
@@ -267,14 +265,14 @@ def key_gradients(
                         _, _, partial_runs = read()
                         q_tile, _ = visit(i, partial_runs)
                         s = jnp.where(sight.visible(q_tile * block_q, rows.start), s, -jnp.inf)
-                    p = jnp.exp2(s * log2_scale - of_queries("log2_sum_exp", slot))
+                    p = jnp.exp2(s * log2_scale - statistic(slot, 0))
                     return p, plgpu.wgmma_accumulator_load(dp_ref)
 
                 accumulator = plgpu.ACC(tile, jnp.float32)
                 p, dp = pl.run_scoped(probabilities, accumulator, accumulator)
 
                 def ds():
-                    return (p * (dp - of_queries("delta", slot))).astype(dtype)
+                    return (p * (dp - statistic(slot, 1))).astype(dtype)
 
                 dv, dk = accumulate(
                     [(dv, lambda: p.astype(dtype), smem["do"].at[slot]), (dk, ds, smem["q"].at[slot])],
@@ -319,12 +317,15 @@ def key_gradients(
                 @pl.when(nth >= stages)
                 def _():
                     plgpu.barrier_wait(smem["free"].at[slot])
-                    plgpu.commit_smem()  # log2_sum_exp and delta were read by ordinary loads
+                    plgpu.commit_smem()  # the statistics of this slot were read by ordinary loads
 
                 q_tile, head = visit(i, visits)
                 rows = pl.ds(q_tile * block_q, block_q)
-                for name in WALKED:
-                    source = (b, rows, head) if name in ("q", "do") else (b, head, rows)
+                for name, source in (
+                    ("q", (b, rows, head)),
+                    ("stats", (b, head, slice(None), rows)),
+                    ("do", (b, rows, head)),
+                ):
                     plgpu.copy_gmem_to_smem(refs[name].at[source], smem[name].at[slot], smem["ready"].at[slot])
 
             loaded = supply(count(visits) * group, fill, flags=flags_of(k_tile, visits))
@@ -366,11 +367,12 @@ def query_gradients(
         smem = dict(zip(buffers, scratch, strict=True))
         warpgroup, b = lax.axis_index("warpgroup"), lax.axis_index("batch")
         head = lax.axis_index("head")
-        read = functools.partial(read_runs, refs["runs"], b, lax.axis_index("line"), runs)  # as above
-
-        def flags_of(q_tile, visits):
-            if "keep" not in arrays:
-                return None
+        q_tile, full_runs, partial_runs = read_runs(refs["runs"], b, lax.axis_index("line"), runs)
+        visits = full_runs + partial_runs
+        num_full = count(full_runs)
+        num_steps = num_full + count(partial_runs)
+        flags = None
+        if "keep" in arrays:
 
             def flags(i):
                 k_tile = jnp.minimum(tile_of_step(i, visits), last_k_tile)
@@ -378,14 +380,9 @@ def query_gradients(
                 first, second = (refs["keep"][b, head, row_tile + n, k_tile] for n in range(COMPUTE_WARPGROUPS))
                 return first.astype(i32), second.astype(i32)
 
-            return flags
-
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def compute():
             plgpu.set_max_registers(240, action="increase")
-            q_tile, full_runs, partial_runs = read()
-            num_partial = count(partial_runs)
-            num_steps = num_partial + count(full_runs)
             row0 = q_tile * TILE + warpgroup * ROWS
             rows = pl.ds(row0, ROWS)
             own = {name: smem[name].at[warpgroup] for name in ("q", "do")}
@@ -393,8 +390,7 @@ def query_gradients(
                 plgpu.copy_gmem_to_smem(refs[name].at[b, rows, head], ref, smem["own_ready"].at[warpgroup])
             sight = Sight(shape.mask, shape.num_queries, shape.num_keys, refs, b, tile)
             log2_sum_exp, delta = (
-                plgpu.load(refs[name].at[b, head, rows], layout=ROW, optimized=False)
-                for name in ("log2_sum_exp", "delta")
+                plgpu.load(refs["stats"].at[b, head, which, rows], layout=ROW, optimized=False) for which in range(2)
             )
 
             def broadcast_rows(x):
@@ -412,7 +408,7 @@ def query_gradients(
                     plgpu.wgmma(dp_ref, smem["do"].at[at], smem["v"].at[slot].transpose((1, 0)))
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                     if masked:
-                        k_tile = tile_of_step(i, partial_runs)
+                        k_tile = tile_of_step(i, visits)
                         s = jnp.where(sight.visible(row0, k_tile * block_k), s, -jnp.inf)
                     p = jnp.exp2(s * log2_scale - broadcast_rows(log2_sum_exp))
                     dp = plgpu.wgmma_accumulator_load(dp_ref)
@@ -435,13 +431,13 @@ def query_gradients(
                     plgpu.barrier_wait(smem[f"{name}_ready"].at[slot])
                     plgpu.barrier_arrive(smem[f"{name}_free"].at[slot])
 
-            skipping = {"flags": flags_of(q_tile, partial_runs + full_runs), "warpgroup": warpgroup, "ignore": ignore}
-            if runs.num_partial:
-                attend = functools.partial(step, masked=True)
-                dq, loaded = consume(0, num_partial, attend, dq, loaded=loaded, **skipping)
+            skipping = {"flags": flags, "warpgroup": warpgroup, "ignore": ignore}
             if runs.num_full:
                 attend = functools.partial(step, masked=False)
-                dq, loaded = consume(num_partial, num_steps, attend, dq, loaded=loaded, **skipping)
+                dq, loaded = consume(0, num_full, attend, dq, loaded=loaded, **skipping)
+            if runs.num_partial:
+                attend = functools.partial(step, masked=True)
+                dq, loaded = consume(num_full, num_steps, attend, dq, loaded=loaded, **skipping)
             own["q"][...] = (dq * shape.scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own["q"], dq_ref.at[b, rows, head])
@@ -451,8 +447,6 @@ def query_gradients(
         def load():
             plgpu.set_max_registers(24, action="decrease")
             kv_head = lax.div(head, i32(group))
-            q_tile, full_runs, partial_runs = read()
-            visits = partial_runs + full_runs
 
             def fill(i, nth):
                 slot = lax.rem(nth, i32(stages))
@@ -465,7 +459,7 @@ def query_gradients(
 
                     plgpu.copy_gmem_to_smem(refs[name].at[source], smem[name].at[slot], smem[f"{name}_ready"].at[slot])
 
-            loaded = supply(count(visits), fill, flags=flags_of(q_tile, visits))
+            loaded = supply(num_steps, fill, flags=flags)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(loaded - stages, 0), loaded)

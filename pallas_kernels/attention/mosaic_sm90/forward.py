@@ -215,10 +215,11 @@ def run(
 
                 s = pl.run_scoped(multiply_qk, plgpu.ACC(tile, jnp.float32))
                 plgpu.barrier_arrive(smem["k_free"].at[slot])
-                if masked or skips:
-                    k_tile = tile_of_step(i, full_runs + partial_runs)
                 if masked:
+                    k_tile = tile_of_step(i - num_full, partial_runs)
                     s = jnp.where(sight.visible(row0, k_tile * block_k), s, -jnp.inf)
+                elif skips:
+                    k_tile = tile_of_step(i, full_runs)
                 top = s.max(axis=1) * log2_scale
 
                 def attend(carry):
