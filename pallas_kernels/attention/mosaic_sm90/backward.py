@@ -290,7 +290,11 @@ def key_gradients(
                 plgpu.barrier_wait(smem["ready"].at[slot])
                 plgpu.barrier_arrive(smem["free"].at[slot])
 
-            skipping = {"flags": flags_of(k_tile, partial_runs + full_runs), "warpgroup": warpgroup, "ignore": ignore}
+            skipping: dict[str, Any] = {
+                "flags": flags_of(k_tile, partial_runs + full_runs),
+                "warpgroup": warpgroup,
+                "ignore": ignore,
+            }
             if runs.num_partial:
                 attend = functools.partial(step, masked=True)
                 carry, loaded = consume(0, num_partial, attend, carry, loaded=loaded, **skipping)
@@ -431,7 +435,7 @@ def query_gradients(
                     plgpu.barrier_wait(smem[f"{name}_ready"].at[slot])
                     plgpu.barrier_arrive(smem[f"{name}_free"].at[slot])
 
-            skipping = {"flags": flags, "warpgroup": warpgroup, "ignore": ignore}
+            skipping: dict[str, Any] = {"flags": flags, "warpgroup": warpgroup, "ignore": ignore}
             if runs.num_full:
                 attend = functools.partial(step, masked=False)
                 dq, loaded = consume(0, num_full, attend, dq, loaded=loaded, **skipping)
