@@ -35,7 +35,7 @@ class Shape(Protocol):
     def head_dim(self) -> int: ...
 
 
-def _check(cache: "Cache", config: Shape, batch: int) -> None:
+def _check(cache: "KVCache | SinkRingCache", config: Shape, batch: int) -> None:
     layers, rows, _, kv_heads, head_dim = cache.k.shape
     if (layers, kv_heads, head_dim) != (config.layers, config.kv_heads, config.head_dim):
         raise ValueError(
@@ -46,9 +46,9 @@ def _check(cache: "Cache", config: Shape, batch: int) -> None:
         raise ValueError(f"the cache holds {rows} rows; got a batch of {batch}")
 
 
-def _check_chunk(cache: "Cache", kv: KV, limit: int, what: str) -> None:
-    layers, rows, _, kv_heads, head_dim = cache.k.shape
-    expected = (layers, rows, kv.k.shape[2], kv_heads, head_dim)
+def _check_chunk(cache: "KVCache | SinkRingCache", kv: KV, limit: int, what: str, rows: Any = None) -> None:
+    layers, batch, _, kv_heads, head_dim = cache.k.shape
+    expected = (layers, batch if rows is None else len(rows), kv.k.shape[2], kv_heads, head_dim)
     if kv.k.shape != expected or kv.v.shape != expected:
         raise ValueError(f"kv must have the shape {expected} of this cache; got k {kv.k.shape} and v {kv.v.shape}")
     if kv.k.shape[2] > limit:
@@ -61,10 +61,11 @@ def _zeros(config: Shape, batch: int, capacity: int, dtype: Any) -> Array:
     return jnp.zeros((config.layers, batch, capacity, config.kv_heads, config.head_dim), dtype)
 
 
-def _put(buffer: Array, new: Array, slots: Int[Array, "B T"]) -> Array:
-    """`buffer[:, b, slots[b, t]] = new[:, b, t]`; slots at or beyond the capacity are dropped."""
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return buffer.at[:, rows, slots].set(new.astype(buffer.dtype), mode="drop", unique_indices=True)
+def _put(buffer: Array, new: Array, slots: Int[Array, "B T"], rows: Int[Array, " B"] | None) -> Array:
+    """`buffer[:, rows[b], slots[b, t]] = new[:, b, t]`; what lies beyond the rows or the capacity is dropped."""
+    unique = rows is None  # several rows may be filler, with the same index beyond the batch
+    rows = jnp.arange(slots.shape[0]) if rows is None else rows
+    return buffer.at[:, rows[:, None], slots].set(new.astype(buffer.dtype), mode="drop", unique_indices=unique)
 
 
 def _valid(time: int, count: Int[Array, " B"] | None, batch: int) -> tuple[Array, Array]:
@@ -72,6 +73,15 @@ def _valid(time: int, count: Int[Array, " B"] | None, batch: int) -> tuple[Array
     if count is None:
         count = jnp.full((batch,), time, jnp.int32)
     return count.astype(jnp.int32), jnp.arange(time) < count[:, None]
+
+
+def _lengths(lengths: Int[Array, " B"], rows: Int[Array, " P"] | None) -> Int[Array, " P"]:
+    """Lengths of some rows, 0 for indices beyond the batch."""
+    return lengths if rows is None else lengths.at[rows].get(mode="fill", fill_value=0)
+
+
+def _grown(lengths: Int[Array, " B"], count: Int[Array, " P"], rows: Int[Array, " P"] | None) -> Int[Array, " B"]:
+    return lengths + count if rows is None else lengths.at[rows].add(count, mode="drop")
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -114,14 +124,44 @@ class KVCache(flax.struct.PyTreeNode):
         """Raises ValueError when the cache does not fit the model or the batch."""
         _check(self, config, batch)
 
-    def append(self, kv: KV, count: Int[Array, " B"] | None = None) -> "KVCache":
-        """The cache after `count[b]` more tokens in row b (the first of each row's T; None: all T)."""
-        _check_chunk(self, kv, self.capacity, "cache slots (the capacity)")
+    def append(self, kv: KV, count: Int[Array, " P"] | None = None, rows: Int[Array, " P"] | None = None) -> "KVCache":
+        """The cache after `count[p]` more tokens in row `rows[p]` (the first of its T; None: all T).
+
+        rows None: all rows in order; an index beyond the batch writes nothing.
+        """
+        _check_chunk(self, kv, self.capacity, "cache slots (the capacity)", rows)
         time = kv.k.shape[2]
-        count, valid = _valid(time, count, self.lengths.shape[0])
+        count, valid = _valid(time, count, kv.k.shape[1])
+        positions = _lengths(self.lengths, rows)[:, None] + jnp.arange(time, dtype=jnp.int32)
         # Padding goes to distinct slots past the end, where it is dropped.
-        slots = jnp.where(valid, self.next_positions(time), self.capacity + self.next_positions(time))
-        return self.replace(k=_put(self.k, kv.k, slots), v=_put(self.v, kv.v, slots), lengths=self.lengths + count)
+        slots = jnp.where(valid, positions, self.capacity + positions)
+        return self.replace(
+            k=_put(self.k, kv.k, slots, rows),
+            v=_put(self.v, kv.v, slots, rows),
+            lengths=_grown(self.lengths, count, rows),
+        )
+
+    def fill(self, kv: KV, count: Int[Array, " P"], rows: Int[Array, " P"]) -> "KVCache":
+        """Rows `rows` hold only the first `count` of these tokens; an index beyond the batch writes nothing."""
+        time = kv.k.shape[2]
+        if self.capacity < time:
+            raise ValueError(f"a prompt padded to {time} tokens does not fit the cache capacity {self.capacity}")
+
+        def put(buffer: Array, new: Array) -> Array:  # what stands beyond a row's length is never read
+            return buffer.at[:, rows, :time].set(new.astype(buffer.dtype), mode="drop")
+
+        lengths = self.lengths.at[rows].set(count.astype(jnp.int32), mode="drop")
+        return self.replace(k=put(self.k, kv.k), v=put(self.v, kv.v), lengths=lengths)
+
+    def restart(self, rows: Int[Array, " P"]) -> "KVCache":
+        """Rows `rows` are empty; indices beyond the batch are ignored."""
+        return self.replace(lengths=self.lengths.at[rows].set(0, mode="drop"))
+
+    def one_layer(self, layer: int | Array, rows: Int[Array, " P"]) -> "KVCache":
+        """A copy of some rows of one layer."""
+        return self.replace(
+            k=self.k[layer, rows][None], v=self.v[layer, rows][None], lengths=_lengths(self.lengths, rows)
+        )
 
     def attend(
         self,
@@ -210,22 +250,46 @@ class SinkRingCache(flax.struct.PyTreeNode):
         """Raises ValueError when the cache does not fit the model or the batch."""
         _check(self, config, batch)
 
-    def append(self, kv: KV, count: Int[Array, " B"] | None = None) -> "SinkRingCache":
-        """The cache after `count[b]` more tokens in row b (the first of each row's T; None: all T)."""
-        _check_chunk(self, kv, self.ring, "ring slots")
+    def append(
+        self, kv: KV, count: Int[Array, " P"] | None = None, rows: Int[Array, " P"] | None = None
+    ) -> "SinkRingCache":
+        """The cache after `count[p]` more tokens in row `rows[p]` (the first of its T; None: all T).
+
+        rows None: all rows in order; an index beyond the batch writes nothing.
+        """
+        _check_chunk(self, kv, self.ring, "ring slots", rows)
         time = kv.k.shape[2]
-        count, valid = _valid(time, count, self.lengths.shape[0])
-        positions = self.next_positions(time)
+        count, valid = _valid(time, count, kv.k.shape[1])
+        positions = _lengths(self.lengths, rows)[:, None] + jnp.arange(time, dtype=jnp.int32)
         ring_slots = self.num_sinks + (positions - self.num_sinks) % self.ring
         slots = jnp.where(positions < self.num_sinks, positions, ring_slots)
         # Padding goes to distinct slots past the end, where it is dropped.
         slots = jnp.where(valid, slots, self.capacity + jnp.arange(time))
-        rows = jnp.arange(slots.shape[0])[:, None]
+        own = (jnp.arange(slots.shape[0]) if rows is None else rows)[:, None]
         return self.replace(
-            k=_put(self.k, kv.k, slots),
-            v=_put(self.v, kv.v, slots),
-            positions=self.positions.at[rows, slots].set(positions, mode="drop", unique_indices=True),
-            lengths=self.lengths + count,
+            k=_put(self.k, kv.k, slots, rows),
+            v=_put(self.v, kv.v, slots, rows),
+            positions=self.positions.at[own, slots].set(positions, mode="drop", unique_indices=rows is None),
+            lengths=_grown(self.lengths, count, rows),
+        )
+
+    def fill(self, kv: KV, count: Int[Array, " P"], rows: Int[Array, " P"]) -> "SinkRingCache":
+        """Rows `rows` hold only the first `count` of these tokens; an index beyond the batch writes nothing."""
+        return self.restart(rows).append(kv, count, rows)
+
+    def restart(self, rows: Int[Array, " P"]) -> "SinkRingCache":
+        """Rows `rows` are empty; indices beyond the batch are ignored."""
+        return self.replace(
+            positions=self.positions.at[rows].set(-1, mode="drop"), lengths=self.lengths.at[rows].set(0, mode="drop")
+        )
+
+    def one_layer(self, layer: int | Array, rows: Int[Array, " P"]) -> "SinkRingCache":
+        """A copy of some rows of one layer."""
+        return self.replace(
+            k=self.k[layer, rows][None],
+            v=self.v[layer, rows][None],
+            positions=self.positions[rows],
+            lengths=_lengths(self.lengths, rows),
         )
 
     def attend(
@@ -262,5 +326,31 @@ class SinkRingCache(flax.struct.PyTreeNode):
         )
 
 
-Cache = KVCache | SinkRingCache
+class CacheRows(flax.struct.PyTreeNode):
+    """Some rows of a cache, to be read: what the next piece of their prompts sees. Copies one layer at a time.
+
+    Attributes:
+      cache: the whole cache.
+      rows: int32 [P]; an index beyond the batch reads as an empty row.
+    """
+
+    cache: Any  # KVCache | SinkRingCache
+    rows: Any  # int32 [P]
+
+    def next_positions(self, time: int) -> Int[Array, "P T"]:
+        """Positions of the next `time` tokens of each row."""
+        return _lengths(self.cache.lengths, self.rows)[:, None] + jnp.arange(time, dtype=jnp.int32)
+
+    def check(self, config: Shape, batch: int) -> None:
+        """Raises ValueError when the cache does not fit the model, or the rows the batch."""
+        _check(self.cache, config, self.cache.k.shape[1])
+        if batch != len(self.rows):
+            raise ValueError(f"{len(self.rows)} rows of the cache were chosen; got a batch of {batch}")
+
+    def attend(self, q: Float[Array, "P T N H"], own_k: Array, own_v: Array, *, layer: int | Array, **options: Any):
+        """See `KVCache.attend`."""
+        return self.cache.one_layer(layer, self.rows).attend(q, own_k, own_v, layer=0, **options)
+
+
+Cache = KVCache | SinkRingCache | CacheRows
 """Everything `CausalLM.hidden` takes as a cache."""

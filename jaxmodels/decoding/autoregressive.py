@@ -9,8 +9,11 @@ Jit them with the state donated (`donate_argnums=1`): the cache is then written 
 after that, so `prefill` compiles once per padded prompt length and `step` once. Every per-request value
 (sampling options, EOS ids, token budget) is an array in the state.
 
+A prompt may also be read in pieces, through the cache: `extend` for all but the last, then a `prefill` made with
+`resume=True`. Its memory is that of one piece, and no more lengths than pieces have are compiled.
+
 A row's cache holds all its tokens but the last: a sampled token is written by the step that reads it. So a
-prompt of P tokens and n new ones take P + n - 1 slots.
+prompt of P tokens and n new ones take P + n - 1 slots of a `KVCache`; a `SinkRingCache` never fills up.
 """
 
 from collections.abc import Callable
@@ -21,13 +24,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxmodels.cache import KV, KVCache
+from jaxmodels.cache import CacheRows, KVCache, SinkRingCache
 from jaxmodels.decoding.sampling import (
     IN_OUTPUT,
     IN_PROMPT,
     Sampling,
     SamplingOptions,
+    Top,
     mark_seen,
+    most_probable,
     sample,
 )
 from jaxmodels.sparse_attention import SkipAttention
@@ -36,7 +41,7 @@ from jaxmodels.sparse_attention import SkipAttention
 class ARState(flax.struct.PyTreeNode):
     """All that decoding carries from step to step; every leaf but the cache's has the row axis first."""
 
-    cache: KVCache  # the tokens before `token`
+    cache: KVCache | SinkRingCache  # the tokens before `token`
     token: Int[Array, "B"]  # each row's last token, not in the cache yet
     done: Bool[Array, "B"]  # rows that finished or were never started: they do nothing
     remaining: Int[Array, "B"]  # tokens the row may still produce
@@ -54,6 +59,16 @@ class Prompt(flax.struct.PyTreeNode):
     remaining: Int[Array, "P"]  # tokens to produce, >= 1
     eos: Int[Array, "P E"]
     sampling: Sampling
+    first: Bool[Array, "P"] | None = None  # with resume: rows that begin here, not continued from a piece
+
+
+class Piece(flax.struct.PyTreeNode):
+    """A piece of P prompts, not their last one. A row index outside the batch marks filler."""
+
+    tokens: Int[Array, "P T"]  # right-padded with any id
+    lengths: Int[Array, "P"]  # 1 <= length <= T
+    rows: Int[Array, "P"]
+    first: Bool[Array, "P"]  # whether the row begins with this piece
 
 
 class Sampled(flax.struct.PyTreeNode):
@@ -62,6 +77,7 @@ class Sampled(flax.struct.PyTreeNode):
     token: Int[Array, "B"]
     logprob: Float[Array, "B"]
     valid: Bool[Array, "B"]
+    top: Top | None = None  # [B, k], if asked for
 
 
 class SampledChunk(flax.struct.PyTreeNode):
@@ -70,9 +86,10 @@ class SampledChunk(flax.struct.PyTreeNode):
     tokens: Int[Array, "B n"]
     logprobs: Float[Array, "B n"]
     counts: Int[Array, "B"]
+    top: Top | None = None  # [B, n, k], if asked for
 
 
-def init_state(cache: KVCache, vocab_size: int, max_eos: int = 8) -> ARState:
+def init_state(cache: KVCache | SinkRingCache, vocab_size: int, max_eos: int = 8) -> ARState:
     """A state with an empty cache and no running row; `max_eos` is the most EOS ids a row may have."""
     B = cache.lengths.shape[0]
     return ARState(
@@ -90,35 +107,62 @@ def _is_eos(token: Int[Array, "B"], eos: Int[Array, "B E"]) -> Bool[Array, "B"]:
     return jnp.any(token[:, None] == eos, axis=-1)
 
 
-def fill_rows(cache: KVCache, kv: KV, rows: Int[Array, "P"], lengths: Int[Array, "P"]) -> KVCache:
-    """The cache with rows `rows` holding only the first `lengths` of these tokens; rows outside it are dropped."""
-    T = kv.k.shape[2]
-    if cache.capacity < T:
-        raise ValueError(f"a prompt padded to {T} tokens does not fit the cache capacity {cache.capacity}")
+def _read(
+    lm: Any, params: Any, state: ARState, piece: Piece | Prompt
+) -> tuple[Float[Array, "P T D"], KVCache | SinkRingCache, UInt8[Array, "P V"]]:
+    """(hidden states of a piece, the cache with it, marks of its rows with its tokens)."""
+    assert piece.first is not None
+    cache = state.cache.restart(jnp.where(piece.first, piece.rows, state.done.shape[0]))
+    hidden = lm.hidden(params, piece.tokens, cache=CacheRows(cache, piece.rows), lengths=piece.lengths)
+    seen = state.seen.at[piece.rows].get(mode="fill", fill_value=0)
+    seen = jnp.where(piece.first[:, None], 0, seen).astype(jnp.uint8)
+    return hidden.states, cache.append(hidden.kv, piece.lengths, piece.rows), _mark_prompt(seen, piece)
 
-    def put(buffer: Array, new: Array) -> Array:  # what stands beyond a row's length is never read
-        return buffer.at[:, rows, :T].set(new.astype(buffer.dtype), mode="drop")
 
-    lengths = cache.lengths.at[rows].set(lengths.astype(jnp.int32), mode="drop")
-    return cache.replace(k=put(cache.k, kv.k), v=put(cache.v, kv.v), lengths=lengths)
+def _mark_prompt(seen: UInt8[Array, "P V"], prompt: Piece | Prompt) -> UInt8[Array, "P V"]:
+    real = jnp.arange(prompt.tokens.shape[1]) < prompt.lengths[:, None]
+    return mark_seen(seen, prompt.tokens, IN_PROMPT, real)
 
 
-def make_prefill(lm: Any, skip: SkipAttention | None = None) -> Callable:
+def make_extend(lm: Any) -> Callable:
+    """`extend(params, state, piece) -> state`: reads a piece of some rows' prompts; they must not be stepped yet."""
+
+    def extend(params, state: ARState, piece: Piece) -> ARState:
+        _, cache, seen = _read(lm, params, state, piece)
+        return state.replace(cache=cache, seen=state.seen.at[piece.rows].set(seen, mode="drop"))
+
+    return extend
+
+
+def make_prefill(lm: Any, skip: SkipAttention | None = None, *, resume: bool = False, top: int = 0) -> Callable:
     """`prefill(params, state, prompt) -> (state, Sampled [P])`: (re)starts rows and samples their first token.
 
     The prompts run as one right-padded batch of their own, then their keys and values are written to their
-    rows of the cache; the other rows are not touched. `lm` is a jaxmodels CausalLM. With `skip` the prompts are read
-    with skip-softmax attention; each prompt's own length counts.
+    rows of the cache; the other rows are not touched.
+
+    Args:
+      lm: jaxmodels CausalLM.
+      skip: read the prompts with skip-softmax attention; each prompt's own length counts. Not with resume: it
+        judges prompts that are read in one piece.
+      resume: the prompt is the last piece of one that `extend` has begun, where `prompt.first` is False.
+      top: number of most probable tokens to report.
     """
 
+    if resume and skip is not None:
+        raise NotImplementedError("skip judges prompts that are read in one piece; leave out resume or skip")
+
     def prefill(params, state: ARState, prompt: Prompt) -> tuple[ARState, Sampled]:
-        P, T = prompt.tokens.shape
-        hidden = lm.hidden(params, prompt.tokens, lengths=prompt.lengths, return_kv=True, skip=skip)
-        last = hidden.states[jnp.arange(P), prompt.lengths - 1]
-        real = jnp.arange(T) < prompt.lengths[:, None]
-        seen = jnp.zeros((P, state.seen.shape[1]), jnp.uint8)
-        seen = mark_seen(seen, prompt.tokens, IN_PROMPT, real)
-        token, logprob = sample(lm.head(params, last), prompt.sampling, position=prompt.lengths, seen=seen)
+        P = len(prompt.rows)
+        if resume:
+            states, cache, seen = _read(lm, params, state, prompt)
+            position = cache.lengths.at[prompt.rows].get(mode="fill", fill_value=0)
+        else:
+            hidden = lm.hidden(params, prompt.tokens, lengths=prompt.lengths, return_kv=True, skip=skip)
+            states, cache = hidden.states, state.cache.fill(hidden.kv, prompt.lengths, prompt.rows)
+            seen = _mark_prompt(jnp.zeros((P, state.seen.shape[1]), jnp.uint8), prompt)
+            position = prompt.lengths
+        logits = lm.head(params, states[jnp.arange(P), prompt.lengths - 1])
+        token, logprob = sample(logits, prompt.sampling, position=position, seen=seen)
         seen = mark_seen(seen, token[:, None], IN_OUTPUT, jnp.ones((P, 1), bool))
         remaining = prompt.remaining - 1
 
@@ -126,7 +170,7 @@ def make_prefill(lm: Any, skip: SkipAttention | None = None) -> Callable:
             return old.at[prompt.rows].set(new.astype(old.dtype), mode="drop")
 
         state = state.replace(
-            cache=fill_rows(state.cache, hidden.kv, prompt.rows, prompt.lengths),
+            cache=cache,
             token=put(state.token, token),
             done=put(state.done, _is_eos(token, prompt.eos) | (remaining <= 0)),
             remaining=put(state.remaining, remaining),
@@ -134,15 +178,16 @@ def make_prefill(lm: Any, skip: SkipAttention | None = None) -> Callable:
             sampling=jax.tree.map(put, state.sampling, prompt.sampling),
             seen=put(state.seen, seen),
         )
-        return state, Sampled(token=token, logprob=logprob, valid=prompt.rows < state.done.shape[0])
+        valid = prompt.rows < state.done.shape[0]
+        return state, Sampled(token, logprob, valid, most_probable(logits, top) if top else None)
 
     return prefill
 
 
-def make_step(lm: Any, skip: SkipAttention | None = None) -> Callable:
+def make_step(lm: Any, skip: SkipAttention | None = None, *, top: int = 0) -> Callable:
     """`step(params, state) -> (state, Sampled [B])`: one forward pass, one token for each row that is not done.
 
-    With `skip` attention leaves out tiles of the cache.
+    With `skip` attention leaves out tiles of the cache. `top` is the number of most probable tokens to report.
     """
 
     def step(params, state: ARState) -> tuple[ARState, Sampled]:
@@ -151,8 +196,9 @@ def make_step(lm: Any, skip: SkipAttention | None = None) -> Callable:
         cache = state.cache.append(hidden.kv, live.astype(jnp.int32))
         # What a row that is done asked for must not cost its neighbours the work of drawing and filtering.
         greedy = Sampling.stack([SamplingOptions()] * live.shape[0])
+        logits = lm.head(params, hidden.states[:, 0])
         token, logprob = sample(
-            lm.head(params, hidden.states[:, 0]),
+            logits,
             jax.tree.map(lambda own, idle: jnp.where(live, own, idle), state.sampling, greedy),
             position=cache.next_positions(1)[:, 0],
             seen=state.seen,
@@ -166,15 +212,23 @@ def make_step(lm: Any, skip: SkipAttention | None = None) -> Callable:
             remaining=remaining,
             seen=mark_seen(state.seen, token[:, None], IN_OUTPUT, live[:, None]),
         )
-        return state, Sampled(token=token, logprob=logprob, valid=live)
+        return state, Sampled(token, logprob, live, most_probable(logits, top) if top else None)
 
     return step
 
 
-def make_steps(step: Callable, n: int) -> Callable:
+def as_chunk(sampled: Sampled) -> SampledChunk:
+    """The tokens of one prefill or step as a chunk of one."""
+    top = jax.tree.map(lambda x: x[:, None], sampled.top)
+    counts = sampled.valid.astype(jnp.int32)
+    return SampledChunk(sampled.token[:, None], sampled.logprob[:, None], counts, top)
+
+
+def make_steps(step: Callable, n: int, *, top: int = 0) -> Callable:
     """`steps(params, state, active) -> (state, SampledChunk [B, n])`: n steps in one program, fewer if all rows end.
 
     Rows where bool [B] `active` is False are ended and forgotten first (a stop string was found, the user left).
+    `top` is that of `step`.
     """
     if n < 1:
         raise ValueError(f"n must be >= 1; got {n}")
@@ -186,14 +240,9 @@ def make_steps(step: Callable, n: int) -> Callable:
         B = active.shape[0]
         if n == 1:
             state, sampled = step(params, state)
-            return state, SampledChunk(
-                tokens=sampled.token[:, None],
-                logprobs=sampled.logprob[:, None],
-                counts=sampled.valid.astype(jnp.int32),
-            )
-        chunk = SampledChunk(
-            tokens=jnp.zeros((B, n), jnp.int32), logprobs=jnp.zeros((B, n)), counts=jnp.zeros(B, jnp.int32)
-        )
+            return state, as_chunk(sampled)
+        tops = Top(jnp.zeros((B, n, top), jnp.int32), jnp.zeros((B, n, top))) if top else None
+        chunk = SampledChunk(jnp.zeros((B, n), jnp.int32), jnp.zeros((B, n)), jnp.zeros(B, jnp.int32), tops)
 
         def more(carry):
             i, state, _ = carry
@@ -202,10 +251,9 @@ def make_steps(step: Callable, n: int) -> Callable:
         def once(carry):
             i, state, chunk = carry
             state, sampled = step(params, state)
-            chunk = SampledChunk(
-                tokens=chunk.tokens.at[:, i].set(sampled.token),
-                logprobs=chunk.logprobs.at[:, i].set(sampled.logprob),
-                counts=chunk.counts + sampled.valid,
+            new = as_chunk(sampled)
+            chunk = jax.tree.map(
+                lambda old, one: old.at[:, i].set(one[:, 0]) if old.ndim > 1 else old + one, chunk, new
             )
             return i + 1, state, chunk
 

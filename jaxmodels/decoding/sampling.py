@@ -207,6 +207,20 @@ def token_logprob(logits: Float[Array, "*B V"], token: Int[Array, "*B"]) -> Floa
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
+class Top(flax.struct.PyTreeNode):
+    """The k most probable tokens, most probable first, ties in the order of their ids."""
+
+    tokens: Int[Array, "*B k"]
+    logprobs: Float[Array, "*B k"]
+
+
+def most_probable(logits: Float[Array, "*B V"], k: int) -> Top:
+    """Tokens with the k largest logits and their log-probabilities; k is static."""
+    logits = logits.astype(jnp.float32)
+    values, tokens = jax.lax.top_k(logits, k)
+    return Top(tokens, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+
+
 def mark_seen(
     seen: UInt8[Array, "B V"], token: Int[Array, "B T"], bit: int, valid: Bool[Array, "B T"]
 ) -> UInt8[Array, "B V"]:

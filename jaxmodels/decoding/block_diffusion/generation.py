@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmodels.decoding.autoregressive import fill_rows
 from jaxmodels.decoding.block_diffusion.bound import require_mask_id, suppressed_ids
 from jaxmodels.decoding.block_diffusion.corruption import check_block_size
 from jaxmodels.decoding.sampling import Sampling, filter_limit
@@ -488,7 +487,7 @@ class BlockSteps:
         A row index at or beyond the batch is dropped, so R can be a fixed bucket.
         """
         hidden = self.lm.hidden(params, tokens, mask=self.decoding.prompt_mask, lengths=lengths, return_kv=True)
-        cache = fill_rows(state.cache, hidden.kv, rows, lengths)
+        cache = state.cache.fill(hidden.kv, lengths, rows)
         context = state.context
         if context is not None:
             last = jnp.maximum(lengths - 1, 0)[:, None, None]

@@ -1,14 +1,25 @@
 """Prefill and steps against full recomputation, and the promises of the state: ragged, masked, donated, one trace."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels.cache import KVCache
-from jaxmodels.decoding.autoregressive import Prompt, init_state, make_prefill, make_step, make_steps
+from jaxmodels.cache import KVCache, SinkRingCache
+from jaxmodels.decoding.autoregressive import (
+    Piece,
+    Prompt,
+    init_state,
+    make_extend,
+    make_prefill,
+    make_step,
+    make_steps,
+)
 from jaxmodels.decoding.sampling import Sampling, SamplingOptions
 from jaxmodels.qwen import QwenConfig, build
+from pallas_kernels.masks import Causal, SlidingWindow
 
 CONFIG = QwenConfig.tiny(layers=2, dim=32, mlp_dim=64, head_dim=16)
 LM = build(CONFIG)
@@ -222,3 +233,109 @@ def test_bad_sizes_are_refused(params):
     small = init_state(KVCache.init(CONFIG, batch=B, capacity=T - 1, dtype=jnp.float32), CONFIG.vocab_size)
     with pytest.raises(ValueError, match="padded to 16 tokens does not fit the cache capacity 15"):
         jax.jit(make_prefill(LM))(params, small, prompt([0], [[1]]))
+
+
+SINKS, RING, PIECE = 2, 6, 5
+EXTEND, FINISH = Counted(make_extend(LM)), Counted(make_prefill(LM, resume=True, top=3))
+TOP_STEPS = Counted(make_steps(make_step(LM, top=3), 5, top=3))
+
+
+def ring():
+    cache = SinkRingCache.init(CONFIG, batch=B, capacity=SINKS + RING, dtype=jnp.float32, num_sinks=SINKS)
+    return init_state(cache, CONFIG.vocab_size, max_eos=2)
+
+
+def read_in_pieces(params, state, rows, prompts, options=None, remaining=200):
+    """Prompts of any lengths, PIECE tokens at a time, all ending in the last piece."""
+    counts = [-(-len(ids) // PIECE) for ids in prompts]
+    filler = B - len(prompts)
+
+    def column(values, otherwise):
+        return jnp.asarray([*values, *[otherwise] * filler])
+
+    def piece(at):
+        own = [at - max(counts) + count for count in counts]  # number of the piece, negative before the first
+        parts = [ids[n * PIECE : (n + 1) * PIECE] if n >= 0 else [96] for n, ids in zip(own, prompts, strict=True)]
+        tokens = np.full((B, PIECE), 96, np.int32)
+        for i, part in enumerate(parts):
+            tokens[i, : len(part)] = part
+        return {
+            "tokens": jnp.asarray(tokens),
+            "lengths": column(map(len, parts), 1),
+            "rows": column((row if n >= 0 else B for row, n in zip(rows, own, strict=True)), B),
+            "first": column((n == 0 for n in own), True),
+        }
+
+    for at in range(max(counts) - 1):
+        state = EXTEND(params, state, Piece(**piece(at)))
+    options = [*(options or [SamplingOptions()] * len(prompts)), *[SamplingOptions()] * filler]
+    more = {"remaining": jnp.full(B, remaining), "eos": jnp.full((B, 2), -1), "sampling": Sampling.stack(options)}
+    return FINISH(params, state, Prompt(**piece(max(counts) - 1), **more))
+
+
+LONG = [list(range(3, 26)), [7, 7], list(range(40, 51))]
+
+
+@pytest.mark.parametrize("kind", ["growing", "ring"])
+def test_prompts_in_pieces_equal_full_recomputation(params, kind):
+    """Prompts of one and of several pieces, longer than the ring; then decoding until the ring has wrapped again."""
+    state, mask = (empty(), Causal()) if kind == "growing" else (ring(), SlidingWindow(RING, SINKS))
+    state, _ = read_in_pieces(params, state, [2, 0], LONG[:2])  # something to forget
+    state, first = read_in_pieces(params, state, range(3), LONG, SAMPLED)
+    state, a = TOP_STEPS(params, state, ALL)
+    state, b = TOP_STEPS(params, state, ALL)
+    tokens = np.concatenate([first.token[:, None], a.tokens, b.tokens], 1)
+    logprobs = np.concatenate([first.logprob[:, None], a.logprobs, b.logprobs], 1)
+    top_tokens, top_logprobs = (
+        np.concatenate([getattr(first.top, name)[:, None], getattr(a.top, name), getattr(b.top, name)], 1)
+        for name in ("tokens", "logprobs")
+    )
+    full = jax.jit(lambda tokens, lengths: jax.nn.log_softmax(LM.apply(params, tokens, mask=mask, lengths=lengths)))
+    whole = np.zeros((B, 40), np.int32)
+    for row, ids in enumerate(LONG):
+        whole[row, : len(ids) + 11] = [*ids, *tokens[row]]
+    lengths = jnp.asarray([len(ids) + 11 for ids in LONG])
+    every = np.asarray(full(whole, lengths))
+    for row, ids in enumerate(LONG):
+        expected = every[row, len(ids) - 1 : len(ids) + 10]
+        chosen = np.take_along_axis(expected, tokens[row][:, None], 1)[:, 0]
+        # Logits of size 10, summed in another order: float32 rounds them by a little more than 1e-5.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+        close(logprobs[row], chosen)
+        close(top_logprobs[row], -np.sort(-expected, axis=1)[:, :3])
+        close(np.take_along_axis(expected, top_tokens[row], 1), top_logprobs[row])
+    if kind == "ring":
+        dense = jax.nn.log_softmax(LM.apply(params, jnp.asarray(whole), lengths=lengths))
+        assert np.abs(dense[0, 33] - every[0, 33]).max() > 1e-3, "the window must matter"
+    # In pieces or at once: the same state, so the same tokens, whatever the options.
+    if kind == "growing":
+        state, once = PREFILL(params, empty(), prompt([1, 2], LONG[1:], SAMPLED[1:]))
+        again, _ = decode(params, state, 10)
+        np.testing.assert_array_equal(np.concatenate([once.token[None, :2], again[:, 1:]]).T, tokens[1:])
+
+
+def test_reading_in_pieces_leaves_the_other_rows_alone(params):
+    state, _ = read_in_pieces(params, ring(), range(3), LONG, SAMPLED)
+    state, a = TOP_STEPS(params, state, ALL)
+    state, b = TOP_STEPS(params, state, ALL)
+    state, _ = read_in_pieces(params, ring(), range(3), LONG, SAMPLED)
+    state, c = TOP_STEPS(params, state, ALL)
+    state, fresh = read_in_pieces(params, state, [1], [LONG[0]], [SAMPLED[0]])
+    state, d = TOP_STEPS(params, state, ALL)
+    for row in (0, 2):
+        np.testing.assert_array_equal([*c.tokens[row], *d.tokens[row]], [*a.tokens[row], *b.tokens[row]])
+    state, alone = read_in_pieces(params, ring(), [1], [LONG[0]], [SAMPLED[0]])
+    state, e = TOP_STEPS(params, state, ALL)
+    assert fresh.token[0] == alone.token[0] and d.tokens[1].tolist() == e.tokens[1].tolist()
+
+
+def test_an_endless_stream_saved_in_the_middle_continues_identically(params):
+    state, _ = read_in_pieces(params, ring(), range(3), LONG, SAMPLED)
+    state, _ = TOP_STEPS(params, state, ALL)
+    leaves, structure = jax.tree.flatten(state)
+    saved = [np.array(leaf) for leaf in leaves]
+    state, expected = TOP_STEPS(params, state, ALL)
+    _, again = TOP_STEPS(params, jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in saved]), ALL)
+    np.testing.assert_array_equal(again.tokens, expected.tokens)
+    np.testing.assert_array_equal(again.logprobs, expected.logprobs)
+    assert (EXTEND.traces, FINISH.traces, TOP_STEPS.traces) == (2, 2, 2)  # for either cache once
