@@ -21,6 +21,12 @@ LINE = CommandLine(
             "CalibrateSparsity",
             "measure skip-softmax thresholds for a model and store them in its config.json",
         ),
+        Command(
+            "calibrate-threshold",
+            "infer.text.calibrate",
+            "CalibrateThreshold",
+            "choose the confidence threshold of a block-diffusion model for a tolerated loss",
+        ),
         Command("env", "infer.env", "Env", "show versions, devices, and which kernels are active"),
         Command(
             "completions",

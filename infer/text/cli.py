@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from infer.console import CompileNotes, note, timed
-from infer.text.events import Completion, Event
+from infer.text.events import Completion, Event, Job
 from infer.text.jsonl import ResultFile, read_requests
-from infer.text.requests import SAMPLING_FIELDS, Request
+from infer.text.requests import MAX_TOP_LOGPROBS, SAMPLING_FIELDS, Request
 from jaxmodels.command_line import to_json
 
 if TYPE_CHECKING:
     from infer.text.engine import TextEngine
 
 
-REVEAL = ("threshold", "factor", "steps")
+REVEAL = ("threshold", "factor", "budget", "steps")
 """Flags that are options of a request to the diffusion decoder."""
+DIFFUSION_ONLY = (
+    *REVEAL, "mask_id", "infill", "block_length", "confidence", "prompt_attention", "align_blocks", "fused", "live",
+)  # fmt: skip
+AR_ONLY = (
+    "chunk", "window", "sinks", "prefill_chunk", "top_logprobs", "target_sparsity", "skip_scale_factor",
+    "skip_decode_scale_factor",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,25 +80,43 @@ class Text:
     """Go on after an end-of-text token."""
     logprobs: bool = False
     """Report each token's log-probability; needs --json or --jsonl."""
+    top_logprobs: int = 0
+    """Also report so many of the most probable tokens at each place (AR); needs --json or --jsonl."""
     batch: int | None = None
     """Requests decoded at a time; default 1, with --jsonl 8."""
     capacity: int | None = None
     """Cache slots per request, for prompt and new tokens; default: what the requests need, 4096 for a conversation."""
+    window: int | None = None
+    """AR: keep only the first --sinks tokens and the latest WINDOW ones, and let each token see just these: prompt and
+    text may then be of any length, in fixed memory."""
+    sinks: int | None = None
+    """AR: first tokens that stay visible with --window; default 4."""
+    prefill_chunk: int | None = None
+    """AR: read prompts longer than this in pieces of it, which takes less memory; default 8192, with a smaller --window
+    the window."""
     chunk: int | None = None
     """Tokens decoded per call of the device; default 1, with --jsonl 8. More hides the host behind a small model."""
     decoder: Literal["auto", "ar", "diffusion"] = "auto"
     """ar: one token per forward pass. diffusion: blocks of tokens, several per pass. auto: diffusion if the checkpoint
     was trained for it (its config.json has a block size and a mask token)."""
+    mask_id: int | None = None
+    """Diffusion: id of the mask token, for a model whose config.json lacks it; never guessed. May need --decoder
+    diffusion, where the training block is not in config.json either."""
+    infill: bool = False
+    """Diffusion: fill in the holes of the prompt: each <fill:N> stands for N tokens. Prints the whole text; with
+    --max-new-tokens it also goes on after it."""
     block_length: int | None = None
     """Diffusion: tokens decoded together; default: the checkpoint's training block."""
     threshold: float | None = None
     """Diffusion: reveal every token with at least this confidence; 0 decodes a block in one step, 1 a token per step.
-    Default 0.9 unless --factor or --steps is given."""
+    Default 0.9 unless --factor, --budget or --steps is given."""
     factor: float | None = None
     """Diffusion: reveal the n most confident tokens, largest n with (n + 1)(1 - n-th confidence) < factor."""
+    budget: float | None = None
+    """Diffusion: reveal the n most confident tokens, largest n whose (1 - confidence) add up to less than this."""
     steps: int | None = None
-    """Diffusion: denoising steps for all new tokens; alone it reveals equal portions, with a threshold or factor it is
-    a limit."""
+    """Diffusion: denoising steps for all new tokens; alone it reveals equal portions, with another rule it is a
+    limit."""
     confidence: Literal["prob", "top_p_margin", "neg_entropy", "random"] = "prob"
     """Diffusion: what confidence means: probability; lead over the second token; exp(-entropy); chance."""
     prompt_attention: Literal["bidirectional", "block_causal", "causal"] | None = None
@@ -125,37 +150,65 @@ class Text:
         refuse("system", self.system is not None and not self.chat, "needs --chat")
         refuse("out", self.out is not None and self.jsonl is None, "needs --jsonl")
         refuse("logprobs", self.logprobs and not (self.json or self.jsonl), "needs --json or --jsonl")
+        refuse(
+            "top-logprobs",
+            not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+            f"must lie in 0..{MAX_TOP_LOGPROBS}; got {self.top_logprobs}",
+        )
+        refuse("top-logprobs", self.top_logprobs > 0 and not (self.json or self.jsonl), "needs --json or --jsonl")
+        refuse("capacity", self.capacity is not None and self.window is not None, "cannot be combined with --window")
+        refuse("sinks", self.sinks is not None and self.window is None, "needs --window")
+        refuse("sinks", self.sinks is not None and self.sinks < 0, f"must not be negative; got {self.sinks}")
+        refuse(
+            "prefill-chunk",
+            None not in (self.prefill_chunk, self.window) and self.prefill_chunk > self.window,  # type: ignore[operator]
+            f"must be at most --window; got {self.prefill_chunk} and {self.window}",
+        )
+        refuse("infill", self.infill and bool(self.stop), "cannot be combined with --stop")
+        refuse("infill", self.infill and self.chat, 'cannot be combined with --chat; use "messages" in --jsonl')
         refuse("live", self.live and (self.json or self.jsonl is not None), "cannot be combined with --json or --jsonl")
         refuse("live", self.live and self.batch not in (None, 1), "shows one request at a time; --batch must be 1")
-        refuse("factor", self.factor is not None and self.threshold is not None, "cannot be combined with --threshold")
+        rules = self.given(("threshold", "factor", "budget"))
+        refuse(rules[-1] if rules else "", len(rules) > 1, f"cannot be combined with --{rules[0] if rules else ''}")
         refuse(
             "threshold",
             self.threshold is not None and not 0.0 <= self.threshold <= 1.0,
             f"must lie in [0, 1]; got {self.threshold}",
         )
-        refuse("factor", self.factor is not None and not self.factor > 0.0, f"must be positive; got {self.factor}")
+        for name in ("factor", "budget"):
+            value = getattr(self, name)
+            refuse(name, value is not None and not value > 0.0, f"must be positive; got {value}")
         target = self.target_sparsity
         refuse("target-sparsity", target is not None and not 0.0 <= target < 1.0, f"must lie in [0, 1); got {target}")
         for name in ("skip_scale_factor", "skip_decode_scale_factor"):
             scale, flag = getattr(self, name), name.replace("_", "-")
             refuse(flag, scale is not None and target is not None, "cannot be combined with --target-sparsity")
             refuse(flag, scale is not None and not 0.0 < scale < 1e12, f"must be positive; got {scale}")
-        if self.decoder == "ar" and (given := self.diffusion_flags()):
+            refuse(flag, scale is not None and self.window is not None, "cannot be combined with --window")
+        in_one = target is not None or self.skip_scale_factor is not None
+        for name in ("window", "prefill_chunk"):
+            clash = in_one and getattr(self, name) is not None
+            refuse(name.replace("_", "-"), clash, "cannot be combined with --target-sparsity or --skip-scale-factor")
+        if self.decoder == "ar" and (given := self.given(DIFFUSION_ONLY)):
             raise ValueError(f"--{given[0]} needs the diffusion decoder; got --decoder ar")
-        for name in ("batch", "capacity", "chunk", "max_new_tokens", "block_length", "steps"):
-            value = getattr(self, name)
-            refuse(name.replace("_", "-"), value is not None and value < 1, f"must be at least 1; got {value}")
+        if self.decoder == "diffusion" and (given := self.given(AR_ONLY)):
+            raise ValueError(f"--{given[0]} needs the autoregressive decoder; got --decoder diffusion")
+        names = ("batch", "capacity", "window", "prefill_chunk", "chunk", "max_new_tokens", "block_length", "steps")
+        for name in names:
+            value, least = getattr(self, name), 0 if name == "max_new_tokens" and self.infill else 1
+            refuse(
+                name.replace("_", "-"), value is not None and value < least, f"must be at least {least}; got {value}"
+            )
 
     def defaults(self) -> dict[str, Any]:
         """What the flags say about every request."""
-        names = ("max_new_tokens", "stop", "logprobs", *SAMPLING_FIELDS)
+        names = ("max_new_tokens", "stop", "logprobs", "top_logprobs", "infill", *SAMPLING_FIELDS)
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         reveal = {name: getattr(self, name) for name in REVEAL if getattr(self, name) is not None}
         return values | ({"eos_ids": ()} if self.ignore_eos else {}) | ({"options": reveal} if reveal else {})
 
-    def diffusion_flags(self) -> list[str]:
-        """Flags given that only the diffusion decoder has."""
-        names = (*REVEAL, "block_length", "confidence", "prompt_attention", "align_blocks", "fused", "live")
+    def given(self, names: Sequence[str]) -> list[str]:
+        """Those of these fields that are not at their default, as flags."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return [name.replace("_", "-") for name in names if getattr(self, name) != defaults[name]]
 
@@ -178,9 +231,7 @@ def main(config: Text) -> int:
         request = Request(prompt=prompt, **config.defaults())
     pretrained = _load(config)
     engine = _engine(config, pretrained, [request], batch=1)
-    completion = _stream(config, engine, request)
-    if config.json:
-        print(json.dumps(_record(None, completion), ensure_ascii=False))
+    _stream(config, engine, request, keep=config.json)
     return 0
 
 
@@ -202,21 +253,30 @@ def _load(config: Text) -> Any:
     with timed(f"loading {config.model}", config.quiet):
         from jaxmodels.pretrained import load_pretrained
 
-        return load_pretrained(config.model, dtype=config.dtype)
+        try:
+            return load_pretrained(config.model, dtype=config.dtype, mask_id=config.mask_id)
+        except ValueError as error:
+            if config.mask_id is None and "mask_token_id" in str(error):
+                raise ValueError(f"{error} (on the command line: --mask-id ID)") from None
+            raise
 
 
 def _engine(config: Text, pretrained: Any, requests: Sequence[Request], batch: int, chunk: int = 1) -> "TextEngine":
     from infer.text.engine import TextEngine
 
     skips = _skips(config, pretrained)
+    diffusion = _diffusion(config, pretrained, infill=any(request.infill for request in requests))
     return TextEngine.from_pretrained(
         pretrained,
         batch=batch if config.batch is None else config.batch,
         capacity=config.capacity,
+        window=config.window,
+        num_sinks=4 if config.sinks is None else config.sinks,
         requests=requests,
         chunk=chunk if config.chunk is None else config.chunk,
+        prefill_chunk=config.prefill_chunk,
         on_compile=CompileNotes(config.quiet),
-        diffusion=_diffusion(config, pretrained),
+        diffusion=diffusion,
         **skips,
     )
 
@@ -245,22 +305,26 @@ def _skips(config: Text, pretrained: Any) -> dict[str, Any]:
     return skips
 
 
-def _diffusion(config: Text, pretrained: Any) -> dict[str, Any] | None:
+def _diffusion(config: Text, pretrained: Any, *, infill: bool) -> dict[str, Any] | None:
     """Arguments of the diffusion decoder, or None for the autoregressive one."""
     model = pretrained.config
     trained = model.block_size is not None and model.mask_id is not None
     if config.decoder == "ar" or (config.decoder == "auto" and not trained):
-        if given := config.diffusion_flags():
+        if given := config.given(DIFFUSION_ONLY):
             raise ValueError(
                 f"--{given[0]} needs the diffusion decoder, but {config.model} has no block size and mask token in its "
                 "config.json; --decoder diffusion insists"
             )
         return None
-    if config.chunk is not None:
-        raise ValueError(f"--chunk is an option of the autoregressive decoder; got --chunk {config.chunk}")
+    if given := config.given(AR_ONLY):
+        raise ValueError(
+            f"--{given[0]} needs the autoregressive decoder, but {config.model} was trained for diffusion; "
+            "--decoder ar insists"
+        )
     if model.mask_id is None:
         raise ValueError(
-            f"--decoder diffusion: {config.model} has no mask_token_id in its config.json; none is guessed"
+            f"--decoder diffusion: {config.model} has no mask_token_id in its config.json; give --mask-id, it is not "
+            "guessed"
         )
     from jaxmodels.decoding.block_diffusion.generation import BlockDecoding
 
@@ -269,6 +333,7 @@ def _diffusion(config: Text, pretrained: Any) -> dict[str, Any] | None:
         block_length=config.block_length,
         prompt_attention=config.prompt_attention,
         confidence=config.confidence,
+        infill=infill,
     )
     options: dict[str, Any] = {"decoding": decoding, "align_blocks": config.align_blocks, "fused": config.fused}
     if config.live:
@@ -278,36 +343,51 @@ def _diffusion(config: Text, pretrained: Any) -> dict[str, Any] | None:
     return options
 
 
-def _stream(config: Text, engine: "TextEngine", request: Request) -> Completion:
-    """Runs one request, printing its text as it comes (unless --json) and what it cost."""
+def _stream(config: Text, engine: "TextEngine", request: Request, *, keep: bool) -> Completion | None:
+    """Runs one request, printing its text as it comes (unless --json) and what it cost; returns the whole if `keep`.
+
+    A stream that nobody keeps may go on for ever.
+    """
     from infer.text.engine import join_events
 
+    job = engine.prepare(request)
+    if not config.json and job.first_hole:
+        sys.stdout.write(engine.tokenizer.decode(job.prompt[: job.first_hole].tolist()))
     events: list[Event] = []
-    for event in engine.generate([request]):
-        events.append(event)
+    try:
+        for event in engine.generate([job]):
+            if keep or event.finish_reason is not None:
+                events.append(event)
+            if not config.json:
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+    finally:  # also after Ctrl-C, so that what follows starts a line of its own
         if not config.json:
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-    if not config.json:
-        print(flush=True)
-    completion = join_events(events)
+            print(flush=True)
     if not config.quiet:
-        note(_statistics(completion))
+        note(_statistics(events[-1]))
+    if not keep:
+        return None
+    completion = join_events(events)
+    if config.json:
+        print(json.dumps(_record(None, completion, job, engine.tokenizer), ensure_ascii=False), flush=True)
     return completion
 
 
-def _statistics(completion: Completion) -> str:
-    usage = completion.usage
+def _statistics(last: Event) -> str:
+    usage = last.usage
+    assert usage is not None  # of the last event
     line = (
         f"[{usage.prompt_tokens} prompt tokens in {usage.prefill_seconds:.2f} s, {usage.new_tokens} new"
-        f" ({completion.finish_reason}), {usage.tokens_per_second:.1f} tokens/s"
+        f" ({last.finish_reason}), {usage.tokens_per_second:.1f} tokens/s"
     )
     if usage.forwards and usage.forwards != usage.decode_tokens:
         line += f", {usage.tokens_per_forward:.2f} tokens per forward"
     return line + "]"
 
 
-def _record(key: str | None, completion: Completion) -> dict[str, Any]:
+def _record(key: str | None, completion: Completion, job: Job, tokenizer: Any) -> dict[str, Any]:
+    """A result line. Where a text cannot say which token it is, there are ids."""
     record: dict[str, Any] = {} if key is None else {"id": key}
     record |= {
         "text": completion.text,
@@ -317,7 +397,24 @@ def _record(key: str | None, completion: Completion) -> dict[str, Any]:
     }
     if completion.logprobs is not None:
         record["logprobs"] = list(completion.logprobs)
+    if completion.top_logprobs is not None:
+
+        def alternative(token: int, logprob: float) -> dict[str, Any]:
+            text = {} if tokenizer is None else {"text": tokenizer.decode([token], skip_special_tokens=False)}
+            return {"id": token, "logprob": logprob, **text}
+
+        record["top_logprobs"] = [[alternative(*pair) for pair in pairs] for pairs in completion.top_logprobs]
+    if job.first_hole is not None and tokenizer is not None:
+        record["prefix"] = tokenizer.decode(job.prompt[: job.first_hole].tolist())
+        record["fills"] = [tokenizer.decode(completion.tokens[a:b]) for a, b in _holes(job)]
     return record
+
+
+def _holes(job: Job) -> list[tuple[int, int]]:
+    """Where the holes begin and end among the tokens that are given out."""
+    asked = [token == job.prompt[job.first_hole] for token in job.prompt[job.first_hole :].tolist()] + [False]
+    begins = [i for i, hole in enumerate(asked) if hole and not (i and asked[i - 1])]
+    return [(i, asked.index(False, i)) for i in begins]
 
 
 def _run_conversation(config: Text) -> int:
@@ -337,9 +434,9 @@ def _run_conversation(config: Text) -> int:
         if not text:
             continue
         turns.append(text)
-        completion = _stream(config, engine, Request(messages=_conversation(config, *turns), **config.defaults()))
-        if config.json:
-            print(json.dumps(_record(None, completion), ensure_ascii=False), flush=True)
+        request = Request(messages=_conversation(config, *turns), **config.defaults())
+        completion = _stream(config, engine, request, keep=True)
+        assert completion is not None
         turns.append(completion.text)
 
 
@@ -390,7 +487,8 @@ def _run_requests(config: Text, requests: list[tuple[str, Request]], write: Any)
         parts[event.index].append(event)
         tokens += len(event.tokens)
         if event.finish_reason is not None:
-            write(_record(keys[event.index], join_events(parts[event.index])))
+            completion = join_events(parts[event.index])
+            write(_record(keys[event.index], completion, jobs[event.index], engine.tokenizer))
             parts[event.index] = []
             finished += 1
             if not config.quiet:

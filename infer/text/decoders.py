@@ -1,6 +1,7 @@
 """The decoders behind `TextEngine`: they own a batch of slots on the device and know nothing of text."""
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -9,18 +10,23 @@ import jax
 import numpy as np
 
 from infer.text.events import Chunk, Job
-from jaxmodels.cache import KVCache
+from jaxmodels.cache import KVCache, SinkRingCache
 from jaxmodels.decoding.autoregressive import (
     ARState,
+    Piece,
     Prompt,
     SampledChunk,
+    as_chunk,
     init_state,
+    make_extend,
     make_prefill,
     make_step,
     make_steps,
 )
 from jaxmodels.decoding.sampling import Sampling, SamplingOptions
 from jaxmodels.sparse_attention import SkipAttention
+
+log = logging.getLogger("jaxstream")
 
 OnCompile = Callable[[str, float | None], None]
 
@@ -31,12 +37,18 @@ class Decoder(Protocol):
 
     batch: int
     """number of slots"""
-    capacity: int
-    """tokens that fit in a slot"""
     prefill_rows: int
     """most rows that one call of `start` takes"""
     in_flight: int
     """chunks that the engine may leave unread when it asks for the next one: 1, or 0 to be read at once"""
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that fit in a slot; None: a slot never fills up."""
+
+    @property
+    def mask_id(self) -> int | None:
+        """Token that stands for one to be filled in; None: prompts have no holes."""
 
     def check(self, job: Job) -> None:
         """Raises ValueError, naming argument and value, if the job can not be run."""
@@ -87,10 +99,13 @@ class Programs:
         return program
 
 
-def prefill_buckets(capacity: int, smallest: int = 32) -> tuple[int, ...]:
-    """Padded prompt lengths: powers of two from `smallest`, the last one being the capacity itself."""
-    sizes = [smallest << i for i in range(32) if smallest << i < capacity]
-    return (*sizes, capacity)
+DEFAULT_PREFILL_CHUNK = 8192
+
+
+def prefill_buckets(longest: int, smallest: int = 32) -> tuple[int, ...]:
+    """Padded lengths: powers of two from `smallest`, the last one being `longest` itself."""
+    sizes = [smallest << i for i in range(32) if smallest << i < longest]
+    return (*sizes, longest)
 
 
 @functools.lru_cache(maxsize=16)
@@ -127,8 +142,7 @@ def _as_chunk(prefill: Callable) -> Callable:
 
     def run(params: Any, state: ARState, prompt: Prompt) -> tuple[ARState, SampledChunk]:
         state, sampled = prefill(params, state, prompt)
-        counts = sampled.valid.astype(np.int32)
-        return state, SampledChunk(sampled.token[:, None], sampled.logprob[:, None], counts)
+        return state, as_chunk(sampled)
 
     return run
 
@@ -140,17 +154,26 @@ class ARDecoder:
       lm: jaxmodels CausalLM.
       params: its parameters; stacked ones are unstacked on a CPU, where slices of them would be copied.
       batch: slots, that is requests in flight.
-      capacity: cache slots per request: prompt and new tokens.
+      capacity: cache slots per request: prompt and new tokens. None: with a window.
+      window: each token sees the first `num_sinks` tokens and the latest `window` ones, itself among them; the cache
+        holds no more than these, so that neither prompt nor output has a longest length.
+      num_sinks: see `window`.
       chunk: decode steps per call. More hides the host behind a small model, and streams that many tokens at once.
       prefill_rows: prompts per prefill call, padded to the longest; 1 wastes nothing once the slots are full.
-      buckets: padded prompt lengths; each one in use is compiled once. None: `prefill_buckets(capacity)`.
+      prefill_chunk: longer prompts are read in pieces of this many tokens, through the cache: less memory for long
+        prompts, and no longer programs. At most the window or capacity; None: that or 8192, whichever is less (with
+        `skip` the capacity).
+      buckets: padded lengths of prompts and last pieces; each one in use is compiled once, at most twice (first and
+        later pieces). None: `prefill_buckets(prefill_chunk)`.
       max_eos: most EOS ids that a request may have.
-      skip: read prompts with skip-softmax attention; its numbers are Python floats here.
-      decode_skip: leave out tiles of the cache in decode steps.
+      skip: read prompts with skip-softmax attention, in one piece; its numbers are Python floats here.
+      decode_skip: leave out tiles of the cache in decode steps; not with a window.
+      top_logprobs: most alternatives per token that a request may ask for; 0 leaves them out of the programs.
       on_compile: see `Programs.get`.
     """
 
     in_flight = 1
+    mask_id = None
 
     def __init__(
         self,
@@ -158,86 +181,156 @@ class ARDecoder:
         params: Any,
         *,
         batch: int = 1,
-        capacity: int,
+        capacity: int | None = None,
+        window: int | None = None,
+        num_sinks: int = 4,
         chunk: int = 1,
         prefill_rows: int = 1,
+        prefill_chunk: int | None = None,
         buckets: Sequence[int] | None = None,
         max_eos: int = 8,
         skip: SkipAttention | None = None,
         decode_skip: SkipAttention | None = None,
+        top_logprobs: int = 0,
         on_compile: OnCompile | None = None,
     ):
-        for name, value in (("batch", batch), ("capacity", capacity), ("chunk", chunk)):
-            if value < 1:
+        if (capacity is None) == (window is None):
+            raise ValueError(f"give capacity or window, one of them; got {capacity} and {window}")
+        sizes = (("batch", batch), ("capacity", capacity), ("window", window), ("chunk", chunk))
+        for name, value in (*sizes, ("prefill_chunk", prefill_chunk)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1; got {value}")
+        if num_sinks < 0:
+            raise ValueError(f"num_sinks must be >= 0; got {num_sinks}")
         if not 1 <= prefill_rows <= batch:
             raise ValueError(f"prefill_rows must lie in [1, batch = {batch}]; got {prefill_rows}")
-        if capacity > lm.config.max_positions:
-            raise ValueError(f"capacity {capacity} exceeds the model's {lm.config.max_positions} positions")
-        buckets = prefill_buckets(capacity) if buckets is None else tuple(sorted(set(buckets)))
-        if not buckets or buckets[0] < 1 or buckets[-1] != capacity:
-            raise ValueError(f"buckets must be >= 1 and end with the capacity {capacity}; got {buckets}")
+        limit = lm.config.max_positions
+        if window is None:
+            self.slots = most = capacity or 0
+            if self.slots > limit:
+                raise ValueError(f"capacity {capacity} exceeds the model's {limit} positions")
+        else:
+            self.slots, most = window + num_sinks, window
+            if self.slots > limit:
+                raise ValueError(f"window {window} and num_sinks {num_sinks} exceed the model's {limit} positions")
+        if not 0 <= top_logprobs <= lm.config.vocab_size:
+            raise ValueError(f"top_logprobs must lie in [0, vocab_size={lm.config.vocab_size}]; got {top_logprobs}")
+        if skip is not None and (window is not None or prefill_chunk is not None):
+            raise NotImplementedError(
+                "skip cannot be combined with window or prefill_chunk: it judges prompts read in one piece"
+            )
+        if decode_skip is not None and window is not None:
+            raise NotImplementedError("decode_skip cannot be combined with window: tiles are skipped in full attention")
+        if prefill_chunk is None:
+            prefill_chunk = most if skip is not None else DEFAULT_PREFILL_CHUNK
+        prefill_chunk = min(most, prefill_chunk)
+        buckets = prefill_buckets(prefill_chunk) if buckets is None else tuple(sorted(set(buckets)))
+        if not buckets or buckets[0] < 1 or buckets[-1] != prefill_chunk:
+            raise ValueError(f"buckets must be >= 1 and end with the longest piece {prefill_chunk}; got {buckets}")
         self.lm, self.batch, self.capacity, self.chunk = lm, batch, capacity, chunk
-        self.prefill_rows, self.buckets, self.max_eos = prefill_rows, buckets, max_eos
+        self.window, self.num_sinks, self.top_logprobs = window, num_sinks, top_logprobs
+        self.prefill_rows, self.prefill_chunk, self.buckets = prefill_rows, prefill_chunk, buckets
+        self.max_eos = max_eos
         self.on_compile = on_compile
         on_cpu = jax.tree.leaves(params)[0].devices().pop().platform == "cpu"
         self.params = lm.unstack(params) if on_cpu and isinstance(params["layers"], dict) else params
         leaves, structure = jax.tree.flatten(self.params)
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
-        skips = skip, decode_skip
-        self.programs = _programs(lm, batch, capacity, chunk, prefill_rows, max_eos, structure, shapes, skips)
-        self._prefill = _as_chunk(make_prefill(lm, skip))
-        self._steps = make_steps(make_step(lm, decode_skip), chunk)
+        static = (batch, capacity, window, num_sinks, chunk, prefill_rows, max_eos, top_logprobs)
+        self.programs = _programs(lm, *static, structure, shapes, (skip, decode_skip))
+        self._prefill = _as_chunk(make_prefill(lm, skip, top=top_logprobs))
+        self._extend = make_extend(lm)
+        self._finish = _as_chunk(make_prefill(lm, resume=True, top=top_logprobs))
+        self._steps = make_steps(make_step(lm, decode_skip, top=top_logprobs), chunk, top=top_logprobs)
         self._all_rows = tuple(range(batch))
+        self._warned = False
         self.state = self._new_state()
 
     def _new_state(self) -> ARState:
-        config, dtype = self.lm.config, self.params["embed"].dtype
+        config = self.lm.config
+        sizes: dict[str, Any] = {"batch": self.batch, "capacity": self.slots, "dtype": self.params["embed"].dtype}
 
         def init() -> ARState:
-            cache = KVCache.init(config, batch=self.batch, capacity=self.capacity, dtype=dtype)
+            if self.window is None:
+                return init_state(KVCache.init(config, **sizes), config.vocab_size, self.max_eos)
+            cache = SinkRingCache.init(config, **sizes, num_sinks=self.num_sinks)
             return init_state(cache, config.vocab_size, self.max_eos)
 
         return jax.jit(init)()
 
     def check(self, job: Job) -> None:
-        """Raises ValueError for options (there are none), too many EOS ids, and ids outside the vocabulary."""
+        """Raises ValueError for what it does not have: options, more EOS ids or alternatives, ids of no token."""
         if job.options:
             raise ValueError(f"unknown options {sorted(job.options)}: an autoregressive decoder has none")
         if len(job.eos_ids) > self.max_eos:
             raise ValueError(f"at most {self.max_eos} EOS ids are possible; got {len(job.eos_ids)}")
-        vocab_size = self.lm.config.vocab_size
-        bad = job.prompt[(job.prompt < 0) | (job.prompt >= vocab_size)]
-        if len(bad):
-            raise ValueError(f"prompt token {bad[0]} lies outside the vocabulary of {vocab_size}")
+        if job.top_logprobs > self.top_logprobs:
+            raise ValueError(f"top_logprobs must be at most {self.top_logprobs} here; got {job.top_logprobs}")
+        check_vocabulary(job, self.lm.config.vocab_size)
+        limit = self.lm.config.max_positions
+        if not self._warned and len(job.prompt) + job.max_new_tokens > limit:
+            self._warned = True
+            log.warning(
+                "prompt (%d tokens) and max_new_tokens (%d) go beyond the model's %d positions: distances inside the "
+                "window stay those of training, those to the sinks do not", len(job.prompt), job.max_new_tokens, limit,
+            )  # fmt: skip
 
     def start(self, rows: Sequence[int], jobs: Sequence[Job]) -> Chunk:
-        """One prefill of up to `prefill_rows` prompts; the chunk holds each row's first token."""
-        T = self._bucket(max(len(job.prompt) for job in jobs))
-        prompt = self._prompt(rows, jobs, T)
+        """Prefills up to `prefill_rows` prompts; the chunk holds each row's first token."""
+        pieces = max(self._pieces(len(job.prompt)) for job in jobs)
+        # Every prompt ends in the last piece; shorter ones begin later.
+        for back in range(pieces - 1, 0, -1):
+            piece = self._piece(rows, jobs, back)
+            self.state = self._extend_program(piece)(self.params, self.state, piece)
+        T = self._bucket(max(self._rest(len(job.prompt)) for job in jobs))
+        prompt = self._prompt(rows, jobs, T, resume=pieces > 1)
         self.state, out = self._prefill_program(T, prompt)(self.params, self.state, prompt)
-        none = np.zeros(self.prefill_rows, np.int32)
-        return Chunk(tuple(rows), out.tokens, out.counts, out.logprobs, forwards=none)
+        return self._chunk(tuple(rows), out, np.zeros(self.prefill_rows, np.int32))
 
     def advance(self, active: np.ndarray) -> Chunk:
         """Up to `chunk` decode steps; the program ends early when every row is done."""
         self.state, out = self._decode_program()(self.params, self.state, active)
-        return Chunk(self._all_rows, out.tokens, out.counts, out.logprobs, forwards=out.counts)
+        return self._chunk(self._all_rows, out, out.counts)
+
+    def _chunk(self, rows: tuple[int, ...], out: SampledChunk, forwards: Any) -> Chunk:
+        top = {} if out.top is None else {"top_tokens": out.top.tokens, "top_logprobs": out.top.logprobs}
+        return Chunk(rows, out.tokens, out.counts, out.logprobs, forwards=forwards, **top)
 
     def warm(self, prompt_lengths: Iterable[int]) -> None:
-        """Compiles the decode program and the prefill of each bucket in use."""
+        """Compiles the decode program and those that prompts of these lengths need."""
         if self.state.token.is_deleted():  # an interrupt came between giving the state away and getting the next one
             self.state = self._new_state()
-        for T in sorted({self._bucket(length) for length in prompt_lengths}):
-            self._prefill_program(T, self._prompt([], [], T))
+        lengths = set(prompt_lengths)
+        long = {length for length in lengths if length > self.prefill_chunk}
+        if long:
+            self._extend_program(self._piece([], [], 1))
+        # In a prefill of several rows a short prompt may go along with a long one.
+        for resume, some in ((False, lengths - long), (True, lengths if self.prefill_rows > 1 and long else long)):
+            for T in sorted({self._bucket(self._rest(length)) for length in some}):
+                self._prefill_program(T, self._prompt([], [], T, resume=resume))
         self._decode_program()
+
+    def _pieces(self, length: int) -> int:
+        return -(-length // self.prefill_chunk)
+
+    def _rest(self, length: int) -> int:
+        """Tokens of a prompt's last piece."""
+        return length - (self._pieces(length) - 1) * self.prefill_chunk
 
     def _bucket(self, length: int) -> int:
         return next(size for size in self.buckets if size >= length)
 
-    def _prefill_program(self, T: int, prompt: Prompt) -> Callable:
+    def _extend_program(self, piece: Piece) -> Callable:
+        name = f"piece {self.prefill_chunk}"
         return self.programs.get(
-            f"prefill {T}", self._prefill, self.params, self.state, prompt, donate=(1,), on_compile=self.on_compile
+            name, self._extend, self.params, self.state, piece, donate=(1,), on_compile=self.on_compile
+        )
+
+    def _prefill_program(self, T: int, prompt: Prompt) -> Callable:
+        resume = prompt.first is not None
+        name, function = (f"last piece {T}", self._finish) if resume else (f"prefill {T}", self._prefill)
+        return self.programs.get(
+            name, function, self.params, self.state, prompt, donate=(1,), on_compile=self.on_compile
         )
 
     def _decode_program(self) -> Callable:
@@ -246,21 +339,46 @@ class ARDecoder:
             "decode", self._steps, self.params, self.state, active, donate=(1,), on_compile=self.on_compile
         )
 
-    def _prompt(self, rows: Sequence[int], jobs: Sequence[Job], T: int) -> Prompt:
+    def _piece(self, rows: Sequence[int], jobs: Sequence[Job], back: int) -> Piece:
+        """The piece of each prompt that has `back` pieces after it; filler for those that begin later."""
+        shape = (self.prefill_rows, self.prefill_chunk)
+        tokens, first = np.zeros(shape, np.int32), np.zeros(shape[0], bool)
+        where = np.full(shape[0], self.batch, np.int32)
+        for i, (row, job) in enumerate(zip(rows, jobs, strict=True)):
+            number = self._pieces(len(job.prompt)) - 1 - back
+            if number >= 0:
+                begin = number * self.prefill_chunk
+                tokens[i] = job.prompt[begin : begin + self.prefill_chunk]
+                where[i], first[i] = row, number == 0
+        lengths = np.full(shape[0], self.prefill_chunk, np.int32)
+        return Piece(**jax.device_put({"tokens": tokens, "lengths": lengths, "rows": where, "first": first}))
+
+    def _prompt(self, rows: Sequence[int], jobs: Sequence[Job], T: int, *, resume: bool) -> Prompt:
+        """The prompts' last pieces: the whole of them unless `resume`."""
         filler = self.prefill_rows - len(jobs)
         tokens = np.zeros((self.prefill_rows, T), np.int32)
         eos = np.full((self.prefill_rows, self.max_eos), -1, np.int32)
+        lengths = [self._rest(len(job.prompt)) for job in jobs]
         for i, job in enumerate(jobs):
-            tokens[i, : len(job.prompt)] = job.prompt
+            tokens[i, : lengths[i]] = job.prompt[len(job.prompt) - lengths[i] :]
             eos[i, : len(job.eos_ids)] = job.eos_ids
         columns = {
             "tokens": tokens,
-            "lengths": np.array([*(len(job.prompt) for job in jobs), *[1] * filler], np.int32),
+            "lengths": np.array([*lengths, *[1] * filler], np.int32),
             "rows": np.array([*rows, *[self.batch] * filler], np.int32),
             "remaining": np.array([*(job.max_new_tokens for job in jobs), *[1] * filler], np.int32),
             "eos": eos,
         }
+        if resume:
+            columns["first"] = np.array([*(self._pieces(len(job.prompt)) == 1 for job in jobs), *[True] * filler])
         return Prompt(
             **jax.device_put(columns),
             sampling=Sampling.stack([*(job.sampling for job in jobs), *[SamplingOptions()] * filler]),
         )
+
+
+def check_vocabulary(job: Job, vocab_size: int) -> None:
+    """Raises ValueError when a prompt token has no embedding."""
+    bad = job.prompt[(job.prompt < 0) | (job.prompt >= vocab_size)]
+    if len(bad):
+        raise ValueError(f"prompt token {bad[0]} lies outside the vocabulary of {vocab_size}")

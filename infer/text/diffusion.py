@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from infer.text.decoders import OnCompile
+from infer.text.decoders import OnCompile, check_vocabulary
 from infer.text.events import Chunk, Job
 from jaxmodels.decoding.block_diffusion.generation import Block, BlockDecoding, RevealOptions, RowOptions
 from jaxmodels.decoding.block_diffusion.stream import BlockStream, Plan, plan_request, prefill_length
 from jaxmodels.decoding.sampling import SamplingOptions
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(RevealOptions))
-"""What a request may say about its decoding: threshold, factor, steps."""
+"""What a request may say about its decoding."""
 
 
 def reveal_options(options: Mapping[str, Any], default: RevealOptions) -> RevealOptions:
@@ -86,6 +86,7 @@ class DiffusionDecoder:
             prefill_rows=self.prefill_rows,
             eos_slots=max_eos,
         )
+        self.mask_id = self.decoding.mask_id if self.decoding.infill else None
         self._rows = tuple(range(batch))
 
     def check(self, job: Job) -> None:
@@ -94,10 +95,9 @@ class DiffusionDecoder:
         if len(job.eos_ids) > self.max_eos:
             raise ValueError(f"at most {self.max_eos} EOS ids are possible; got {len(job.eos_ids)}")
         RowOptions.stack([reveal], [1], [job.eos_ids], [job.sampling])
-        vocab_size = self.lm.config.vocab_size
-        bad = job.prompt[(job.prompt < 0) | (job.prompt >= vocab_size)]
-        if len(bad):
-            raise ValueError(f"prompt token {bad[0]} lies outside the vocabulary of {vocab_size}")
+        if job.top_logprobs:
+            raise ValueError(f"top_logprobs needs an autoregressive decoder; got {job.top_logprobs}")
+        check_vocabulary(job, self.lm.config.vocab_size)
         self.stream.check(self._plan(job))
 
     def _plan(self, job: Job) -> Plan:

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from infer.text.decoders import ARDecoder, Decoder, OnCompile
-from infer.text.events import Chunk, Completion, Event, FinishReason, Job, Usage
-from infer.text.requests import SAMPLING_FIELDS, Request
+from infer.text.events import Alternatives, Chunk, Completion, Event, FinishReason, Job, Usage
+from infer.text.requests import SAMPLING_FIELDS, Request, split_holes
 from infer.text.stops import StopScanner
 from jaxmodels.decoding.sampling import SamplingOptions
 from jaxmodels.sparse_attention import SkipAttention
@@ -28,25 +28,40 @@ DEFAULT_MAX_NEW_TOKENS = 256
 DEFAULT_CAPACITY = 4096
 
 
-def encode(request: Request, tokenizer: Any) -> np.ndarray:
-    """The request's prompt as int32 ids [P]."""
+def encode(request: Request, tokenizer: Any, mask_id: int | None = None) -> np.ndarray:
+    """The request's prompt as int32 ids [P]; `mask_id` stands for tokens to fill in, None where there can be none."""
+    if request.infill and mask_id is None:
+        raise ValueError("infill needs a diffusion decoder made for it; got a decoder without")
     if request.ids is not None:
-        return np.asarray(request.ids, np.int32).reshape(-1)
+        try:
+            ids = np.asarray(request.ids, np.int32).reshape(-1)
+        except OverflowError:
+            raise ValueError(f"ids must fit into 32 bits; got {max(request.ids, key=abs)}") from None
+        if request.infill and not (ids == mask_id).any():
+            raise ValueError(f"infill: the ids have no hole; the mask token {mask_id} marks a token to be filled in")
+        return ids
     if tokenizer is None:
         raise ValueError("a prompt given as text needs a tokenizer; this checkpoint has none, give token ids")
-    if request.messages is not None:
+    if request.messages is not None and not request.infill:
         return np.asarray(tokenizer.chat(list(request.messages)), np.int32)
-    return np.asarray(tokenizer.encode(request.prompt), np.int32)
+    if not request.infill:
+        return np.asarray(tokenizer.encode(request.prompt), np.int32)
+    text = request.prompt if request.prompt is not None else tokenizer.chat_text(list(request.messages or ()))
+    parts: list[Any] = []
+    for piece in split_holes(text):
+        first = not parts and request.prompt is not None
+        parts += [mask_id] * piece if isinstance(piece, int) else tokenizer.encode(piece, add_special_tokens=first)
+    return np.asarray(parts, np.int32)
 
 
 def resolve_max_new_tokens(request: Request, default: int | None, generation: Any) -> int:
-    """The request's, the engine's, the checkpoint's, or 256: the first that is given."""
-    for value in (request.max_new_tokens, default, getattr(generation, "max_new_tokens", None)):
-        if value is not None:
-            if value < 1:
-                raise ValueError(f"max_new_tokens must be >= 1; got {value}")
-            return int(value)
-    return DEFAULT_MAX_NEW_TOKENS
+    """The request's, the engine's, the checkpoint's, or 256: the first given; with holes the request's, or 0."""
+    others = [0] if request.infill else [default, getattr(generation, "max_new_tokens", None), DEFAULT_MAX_NEW_TOKENS]
+    value = next(value for value in (request.max_new_tokens, *others) if value is not None)
+    least = 0 if request.infill else 1
+    if not least <= value < 2**31:
+        raise ValueError(f"max_new_tokens must be >= {least} and < 2**31; got {value}")
+    return int(value)
 
 
 def needed_capacity(pretrained: Any, requests: Sequence[Request], max_new_tokens: int | None = None) -> int:
@@ -54,7 +69,7 @@ def needed_capacity(pretrained: Any, requests: Sequence[Request], max_new_tokens
     needed = 128
     for request in requests:
         try:
-            prompt = len(encode(request, pretrained.tokenizer))
+            prompt = len(encode(request, pretrained.tokenizer, pretrained.config.mask_id))
             needed = max(needed, prompt + resolve_max_new_tokens(request, max_new_tokens, pretrained.generation))
         except ValueError:
             continue  # `prepare` will report it
@@ -157,9 +172,13 @@ class TextEngine:
         *,
         batch: int = 1,
         capacity: int | None = None,
+        window: int | None = None,
+        num_sinks: int = 4,
         requests: Sequence[Request] = (),
         chunk: int = 1,
         prefill_rows: int = 1,
+        prefill_chunk: int | None = None,
+        top_logprobs: int | None = None,
         max_new_tokens: int | None = None,
         on_compile: OnCompile | None = None,
         diffusion: Mapping[str, Any] | None = None,
@@ -170,28 +189,30 @@ class TextEngine:
 
         Without a `capacity` the slots are as large as the `requests` need (rounded up so that similar ones share
         compiled programs), or 4096 tokens where there are none, and never larger than the model's `max_positions`.
-        With `diffusion`, the further arguments of a `DiffusionDecoder`, tokens are decoded in blocks. The other
-        arguments are those of `ARDecoder` and of the engine; the skips are for the autoregressive decoder only.
+        `top_logprobs` None reports as many alternatives as the `requests` ask for. With `diffusion`, the further
+        arguments of a `DiffusionDecoder`, tokens are decoded in blocks. The other arguments are those of `ARDecoder`
+        and of the engine; the skips are for the autoregressive decoder only.
         """
         if diffusion is not None and (skip is not None or decode_skip is not None):
             raise NotImplementedError("skip-softmax exists for the autoregressive decoder only; leave out the skips")
         limit = pretrained.config.max_positions
-        if capacity is None:
+        if capacity is None and window is None:
             capacity = min(DEFAULT_CAPACITY, limit)
             if requests:
                 capacity = min(limit, needed_capacity(pretrained, requests, max_new_tokens))
         options: dict[str, Any] = {"batch": batch, "capacity": capacity, "prefill_rows": prefill_rows}
         if diffusion is None:
+            if top_logprobs is None:
+                top_logprobs = max((request.top_logprobs for request in requests), default=0)
             decoder: Decoder = ARDecoder(
-                pretrained.lm,
-                pretrained.params,
-                chunk=chunk,
-                skip=skip,
-                decode_skip=decode_skip,
-                on_compile=on_compile,
-                **options,
-            )
+                pretrained.lm, pretrained.params, chunk=chunk, on_compile=on_compile, window=window,
+                num_sinks=num_sinks, prefill_chunk=prefill_chunk, top_logprobs=top_logprobs, skip=skip,
+                decode_skip=decode_skip, **options,
+            )  # fmt: skip
         else:
+            for name, value in (("window", window), ("prefill_chunk", prefill_chunk), ("top_logprobs", top_logprobs)):
+                if value is not None:
+                    raise ValueError(f"{name} is an option of the autoregressive decoder; got {value}")
             from infer.text.diffusion import DiffusionDecoder
 
             decoder = DiffusionDecoder(pretrained.lm, pretrained.params, on_compile=on_compile, **options, **diffusion)
@@ -205,14 +226,18 @@ class TextEngine:
 
     def prepare(self, request: Request) -> Job:
         """Encodes a request and resolves its defaults; every error a request can have is raised here."""
+        prompt_ids = encode(request, self.tokenizer, self.decoder.mask_id)
+        holes = np.flatnonzero(prompt_ids == self.decoder.mask_id) if request.infill else ()
         job = Job(
-            prompt=encode(request, self.tokenizer),
+            prompt=prompt_ids,
             max_new_tokens=resolve_max_new_tokens(request, self.max_new_tokens, self.generation),
             sampling=self._sampling(request),
             eos_ids=self.eos_ids if request.eos_ids is None else tuple(request.eos_ids),
             stop=tuple(request.stop),
             logprobs=request.logprobs,
+            top_logprobs=request.top_logprobs,
             options=request.options,
+            first_hole=int(holes[0]) if len(holes) else None,
         )
         StopScanner(job.stop)
         if job.stop and self.tokenizer is None:
@@ -220,9 +245,9 @@ class TextEngine:
         if len(job.prompt) == 0:
             raise ValueError("the prompt is empty; give at least one token")
         prompt, new, capacity = len(job.prompt), job.max_new_tokens, self.decoder.capacity
-        if prompt > capacity:
+        if capacity is not None and prompt > capacity:
             raise ValueError(f"the prompt has {prompt} tokens, more than the cache capacity {capacity}")
-        if prompt + new > capacity:
+        if capacity is not None and prompt + new > capacity:
             raise ValueError(
                 f"prompt ({prompt} tokens) and max_new_tokens ({new}) need {prompt + new} cache slots, "
                 f"the capacity is {capacity}"
@@ -324,16 +349,17 @@ class TextEngine:
                     )
                 part = {
                     name: chunk[name][i, :count].tolist() if chunk[name] is not None else None
-                    for name in ("tokens", "logprobs", "reveal")
+                    for name in ("tokens", "logprobs", "top_tokens", "top_logprobs", "reveal")
                 }
                 yield self._event(owner, part, flight.prefill, now)
 
     def _event(self, owner: _Running, part: dict[str, Any], prefill: bool, now: float) -> Event:
         job = owner.job
-        tokens = part["tokens"][: job.max_new_tokens - owner.tokens]
-        reason: FinishReason | None = "length" if owner.tokens + len(tokens) >= job.max_new_tokens else None
+        tokens = part["tokens"][: job.total - owner.tokens]
+        reason: FinishReason | None = "length" if owner.tokens + len(tokens) >= job.total else None
         visible = len(tokens)
-        end = next((i for i, token in enumerate(tokens) if token in job.eos_ids), None)
+        given = [step < 0 for step in part["reveal"]] if part["reveal"] is not None else [False] * visible
+        end = next((i for i, token in enumerate(tokens) if token in job.eos_ids and not given[i]), None)
         if end is not None:
             tokens, visible, reason = tokens[: end + 1], end, "eos"
         text, used, stopped = owner.text(tokens[:visible])
@@ -353,10 +379,16 @@ class TextEngine:
             text=text,
             tokens=tuple(tokens),
             logprobs=tuple(part["logprobs"][:count]) if job.logprobs else None,
+            top_logprobs=_alternatives(part, count, job.top_logprobs) if job.top_logprobs else None,
             reveal=tuple(part["reveal"][:count]) if part["reveal"] is not None else None,
             finish_reason=reason,
             usage=owner.usage(now) if reason is not None else None,
         )
+
+
+def _alternatives(part: dict[str, Any], count: int, k: int) -> tuple[Alternatives, ...]:
+    pairs = zip(part["top_tokens"][:count], part["top_logprobs"][:count], strict=True)
+    return tuple(tuple(zip(tokens[:k], logprobs[:k], strict=True)) for tokens, logprobs in pairs)
 
 
 def join_events(events: Sequence[Event]) -> Completion:
@@ -368,5 +400,8 @@ def join_events(events: Sequence[Event]) -> Completion:
     logprobs = None
     if last.logprobs is not None:
         logprobs = tuple(value for event in events for value in event.logprobs or ())
+    top = None
+    if last.top_logprobs is not None:
+        top = tuple(value for event in events for value in event.top_logprobs or ())
     text = "".join(event.text for event in events)
-    return Completion(last.index, text, tokens, logprobs, last.finish_reason, last.usage)
+    return Completion(last.index, text, tokens, logprobs, last.finish_reason, last.usage, top)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 FinishReason = Literal["eos", "stop", "length"]
+Alternatives = tuple[tuple[int, float], ...]
+"""Tokens and their log-probabilities, most probable first."""
 
 
 @dataclasses.dataclass
@@ -24,6 +26,10 @@ class Chunk:
     """float32 [R, n], log-probability (confidence, for a diffusion decoder) of each token under the raw logits"""
     forwards: Any
     """int32 [R], forward passes over the row's new tokens; 0 in the chunk of a prefill"""
+    top_tokens: Any = None
+    """int32 [R, n, k], the k most probable tokens at each place (autoregressive, if the decoder reports them)"""
+    top_logprobs: Any = None
+    """float32 [R, n, k]"""
     commits: Any = None
     """int32 [R], those forwards that only wrote a finished block to the cache (diffusion)"""
     reveal: Any = None
@@ -42,8 +48,16 @@ class Job:
     eos_ids: tuple[int, ...]
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """options of the decoder, checked by it"""
+    first_hole: int | None = None
+    """infilling: position of the first token to fill in; all tokens from there on are given out"""
+
+    @property
+    def total(self) -> int:
+        """Most tokens that are given out."""
+        return self.max_new_tokens + (0 if self.first_hole is None else len(self.prompt) - self.first_hole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +110,8 @@ class Event:
     """new tokens, EOS included; the text may lag behind them"""
     logprobs: tuple[float, ...] | None = None
     """one per token, if the request asked for them"""
+    top_logprobs: tuple[Alternatives, ...] | None = None
+    """one per token: its most probable alternatives, itself among them or not, if the request asked for them"""
     reveal: tuple[int, ...] | None = None
     """diffusion: denoising step of each token within its block"""
     finish_reason: FinishReason | None = None
@@ -114,3 +130,4 @@ class Completion:
     logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
     usage: Usage
+    top_logprobs: tuple[Alternatives, ...] | None = None

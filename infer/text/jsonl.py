@@ -14,7 +14,10 @@ _NUMBER = ("a number", lambda v: isinstance(v, int | float) and not isinstance(v
 _INTEGER = ("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
 _STRING = ("a string", lambda v: isinstance(v, str))
 _STRINGS = ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v))
-_IDS = ("a list of integers", lambda v: isinstance(v, list) and all(_INTEGER[1](i) for i in v))
+_IDS = (
+    "a list of integers from 0 to 2**31 - 1",
+    lambda v: isinstance(v, list) and all(_INTEGER[1](i) and 0 <= i < 2**31 for i in v),
+)
 _MESSAGES = (
     'a list of objects with "role" and "content"',
     lambda v: isinstance(v, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in v),
@@ -34,6 +37,8 @@ FIELDS = {
     "seed": _INTEGER,
     "eos_ids": _IDS,
     "logprobs": ("true or false", lambda v: isinstance(v, bool)),
+    "top_logprobs": _INTEGER,
+    "infill": ("true or false", lambda v: isinstance(v, bool)),
     "options": ("an object", lambda v: isinstance(v, dict)),
 }
 
@@ -71,6 +76,12 @@ def read_requests(lines: Iterable[bytes], source: str, defaults: Mapping[str, An
                 raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+            except RecursionError:
+                raise ValueError("not JSON that can be read (nested too deeply)") from None
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError("holds half of a UTF-16 surrogate pair, which is no character") from None
             if not isinstance(record, dict):
                 raise ValueError(f"must be a JSON object; got {type(record).__name__}")
             key = record.pop("id", number)

@@ -1,5 +1,6 @@
 """The block that is being decoded, redrawn in place on a terminal after every denoising pass."""
 
+import shutil
 import sys
 from typing import Any, TextIO
 
@@ -45,6 +46,10 @@ class BlockView:
         if not self.out.isatty():
             print(text.replace("\n", "\\n"), file=sys.stderr, flush=True)
             return
-        # Save the cursor, clear what follows, draw dimmed, go back.
-        self.out.write(f"\x1b7\x1b[J\x1b[2m{text}\x1b[0m\x1b8" + ("" if masked.any() else "\x1b[J"))
+        # Make room below, so that drawing cannot scroll the saved place away; save the cursor, clear what follows, draw
+        # dimmed, go back.
+        columns, lines = shutil.get_terminal_size()
+        rows = min(lines - 1, sum(1 + len(line) // columns for line in text.split("\n")))
+        room = "\x1bD" * rows + f"\x1b[{rows}A"
+        self.out.write(f"{room}\x1b7\x1b[J\x1b[2m{text}\x1b[0m\x1b8" + ("" if masked.any() else "\x1b[J"))
         self.out.flush()

@@ -1,10 +1,12 @@
 """What a user asks of the text engine. Imports no JAX."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed")
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Request:
     """token ids that end the text; None takes the checkpoint's, () runs to max_new_tokens"""
     logprobs: bool = False
     """report the log-probability of each token under the model (before penalties, temperature and filters)"""
+    top_logprobs: int = 0
+    """report so many of the most probable tokens at each place, with their log-probabilities; autoregressive decoders
+    have them if made so"""
+    infill: bool = False
+    """each <fill:N> in the prompt stands for N tokens to fill in, in `ids` the mask token for one; max_new_tokens, then
+    by default 0, come after the end; needs a diffusion decoder"""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """options of the decoder behind the engine; an autoregressive one has none"""
 
@@ -46,3 +54,26 @@ class Request:
             raise ValueError(f"a request needs exactly one of prompt, ids and messages; got {given or 'none'}")
         if isinstance(self.stop, str):
             raise ValueError(f"stop must be a sequence of strings; got the string {self.stop!r}")
+        if self.infill and self.stop:
+            raise ValueError(f"stop cannot be combined with infill; got {list(self.stop)!r}")
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(f"top_logprobs must lie in 0..{MAX_TOP_LOGPROBS}; got {self.top_logprobs}")
+
+
+_HOLE = re.compile(r"<fill:(\d+)>")
+
+
+def split_holes(text: str) -> list[str | int]:
+    """The text cut at each <fill:N>, which becomes the integer N; empty pieces are left out.
+
+    >>> split_holes("a = <fill:3> + b")
+    ['a = ', 3, ' + b']
+    """
+    pieces: list[str | int] = list(_HOLE.split(text))
+    for i in range(1, len(pieces), 2):
+        pieces[i] = int(pieces[i])
+        if pieces[i] == 0:
+            raise ValueError("infill: a hole must have at least one token; got <fill:0>")
+    if len(pieces) == 1:
+        raise ValueError("infill: the prompt has no hole; write <fill:N> where N tokens are to be filled in")
+    return [piece for piece in pieces if piece != ""]

@@ -35,5 +35,15 @@ def tiny_directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_diffusion_directory(tmp_path_factory):
+    """The same as a block-diffusion model."""
+    directory = tmp_path_factory.mktemp("model") / "tiny-diffusion"
+    lm = build(QwenConfig.tiny(vocab_size=260, layers=2, dim=32, mlp_dim=64, head_dim=16, eos_ids=(1,), block_size=4))
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, lm.init(jax.random.key(0)))
+    save_pretrained(directory, lm, params, tokenizer=byte_tokenizer())
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_directory) -> Pretrained:
     return load_pretrained(tiny_directory)

@@ -69,7 +69,7 @@ def test_calibrates_checks_and_is_used(model, capsys, tmp_path):
     code, _, err = run(capsys, *text)
     assert code == 0 and "has calibrated skip-softmax thresholds; --target-sparsity uses them" in err
     code, _, err = run(capsys, *text, "--decoder", "diffusion", "--target-sparsity", "0.2")
-    assert code == 1 and "autoregressive decoder only" in err
+    assert code == 2 and "--target-sparsity needs the autoregressive decoder" in err
 
 
 def test_writes_nothing_when_told_or_when_it_fails(model, capsys, tmp_path):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -58,7 +60,7 @@ def test_every_flag_is_documented(capsys):
     "args, message",
     [
         ([], "usage: python -m infer TASK"),
-        (["txet"], "task must be one of .*text, env.*did you mean 'text'"),
+        (["txet"], "task must be one of .*text, .*env.*did you mean 'text'"),
         (["text"], "model"),
         (["text", "--model", "m", "--tempreature", "1"], "tempreature"),
         (["text", "--model", "m", "--top-k", "many"], "many"),
@@ -82,7 +84,7 @@ def test_usage_errors_exit_with_2(capsys, args, message):
     "args, message",
     [
         (["--model", "/nowhere/model", "--prompt", "a"], "nowhere"),
-        (["--prompt", "", *SHORT], "request 0: the prompt is empty; give at least one token"),
+        (["--prompt", "", *SHORT], "the prompt is empty; give at least one token"),
         (["--prompt", "x" * 65, *SHORT], "the prompt has 65 tokens, more than the cache capacity 64"),
         (["--prompt", "a", "--temperature", "-1", *SHORT], "temperature must be >= 0; got -1.0"),
         (["--prompt", "a", "--capacity", "9999"], "capacity 9999 exceeds the model's 256 positions"),
@@ -185,10 +187,164 @@ def test_one_impossible_request_does_not_stop_the_others(capsys, tiny_directory,
     assert len(records["1"]["ids"]) == len(records["3"]["ids"]) == 6
 
 
+def test_a_window_and_alternatives(capsys, tiny_directory):
+    """A prompt of 300 tokens, more than the model has positions, with a cache of 24."""
+    args = ["--prompt", "0123456789" * 30, "--window", "20", "--max-new-tokens", "6", "--ignore-eos", "--quiet"]
+    code, out, _ = run(capsys, "text", "--model", tiny_directory, *args, "--json", "--top-logprobs", "2")
+    record = json.loads(out)
+    assert code == 0 and record["usage"]["prompt_tokens"] == 300 and len(record["ids"]) == 6
+    for token, pairs in zip(record["ids"], record["top_logprobs"], strict=True):
+        assert len(pairs) == 2 and pairs[0]["id"] == token and pairs[0]["logprob"] >= pairs[1]["logprob"]
+        assert isinstance(pairs[0]["text"], str)
+    code, again, _ = run(capsys, "text", "--model", tiny_directory, *args, "--prefill-chunk", "16")
+    assert (code, again) == (0, record["text"] + "\n")
+
+
+def test_infilling(capsys, tiny_diffusion_directory, tmp_path):
+    model = ["text", "--model", tiny_diffusion_directory, "--quiet", "--capacity", "64"]
+    code, out, _ = run(capsys, *model, "--infill", "--prompt", "ab<fill:3>cd<fill:2>")
+    assert code == 0 and out.startswith("ab") and "cd" in out
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "ab<fill:3>cd<fill:2>", "infill": true}\n{"prompt": "ab", "max_new_tokens": 3}\n')
+    code, lines, _ = run(capsys, *model, "--jsonl", source)
+    record, plain = sorted(map(json.loads, lines.splitlines()), key=lambda record: record["id"])
+    assert code == 0 and record["prefix"] == "ab" and "fills" not in plain and len(plain["ids"]) <= 3
+    assert record["fills"][0] + "cd" + record["fills"][1] == record["text"] and out == "ab" + record["text"] + "\n"
+    for prompt, message in (("ab", "the prompt has no hole; write <fill:N>"), ("a<fill:0>", "at least one token")):
+        code, _, err = run(capsys, *model, "--infill", "--prompt", prompt)
+        assert code == 1 and message in err
+
+
+def test_a_model_without_a_mask_token_needs_its_id(capsys, tiny_diffusion_directory, tmp_path):
+    directory = tmp_path / "relative"
+    shutil.copytree(tiny_diffusion_directory, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "mask_token_id"}))
+    args = ["--prompt", "a", "--max-new-tokens", "3", "--quiet"]
+    code, _, err = run(capsys, "text", "--model", directory, "--decoder", "diffusion", *args)
+    assert code == 1 and "field 'mask_token_id' is missing" in err and "--mask-id" in err
+    code, out, _ = run(capsys, "text", "--model", directory, "--mask-id", "2", *args)
+    assert (code, out) == run(capsys, "text", "--model", tiny_diffusion_directory, *args)[:2]
+    code, _, err = run(capsys, "text", "--model", directory, "--mask-id", "260", *args)
+    assert code == 1 and "mask_id must lie in [0, vocab_size=260); got 260" in err
+
+
+def test_calibrating_a_threshold(capsys, tiny_diffusion_directory, tiny_directory, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"prompt": "line {i}", "answer": "a"}}\n' for i in range(4)))
+    args = ["calibrate-threshold", "--model", tiny_diffusion_directory, "--max-new-tokens", "8", "--data", data]
+    args += ["--batch", "2", "--thresholds", "0", "1"]
+    code, out, err = run(capsys, *args, "--tolerance", "1", "--json")
+    record = json.loads(out)
+    one, sure, blind = record["trials"]
+    assert code == 0 and record["threshold"] == 0 and record["prompts"] == 4
+    assert (one["threshold"], one["quality"], one["tokens_per_step"]) == (None, 1.0, 1.0)
+    assert (sure["threshold"], sure["loss"]) == (1.0, 0.0)
+    assert blind["threshold"] == 0 and blind["loss"] > 0 and blind["tokens_per_step"] > 2
+    assert "threshold 0: " in err
+    code, out, _ = run(capsys, *args, "--tolerance", "0", "--quiet")
+    assert code == 0 and "no threshold loses at most 0: decode one token per pass" in out
+    code, out, _ = run(capsys, *args, "--tolerance", "9", "--quiet", "--score", "judge", "--judge", tiny_directory)
+    assert code == 0 and out.splitlines()[-1].endswith("chosen")
+    code, out, _ = run(capsys, *args, "--tolerance", "1", "--quiet", "--score", "answer", "--json")
+    assert code == 0 and 0 <= json.loads(out)["trials"][0]["quality"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "code", "message"),
+    [
+        ("", [], 1, "holds no request"),
+        ('{"prompt": "a", "options": {"threshold": 1}}', [], 1, "line 1: options are what is calibrated"),
+        ('{"prompt": "a"}', ["--score", "answer"], 1, "line 1: answer must be a string that is not empty; got None"),
+        ('{"prompt": 3}', [], 1, "line 1: prompt must be a string; got 3"),
+        ("{", [], 1, "line 1: not JSON"),
+        ('{"prompt": "a"}', ["--score", "judge"], 2, "--judge and --score judge belong together"),
+        ('{"prompt": "a"}', ["--thresholds", "2"], 2, "--thresholds must lie in [0, 1]; got (2.0,)"),
+        ('{"prompt": "a"}', ["--tolerance", "-1"], 2, "--tolerance must not be negative; got -1.0"),
+    ],
+)
+def test_calibration_refuses_what_it_cannot_use(capsys, tmp_path, line, flags, code, message):
+    data = tmp_path / "data.jsonl"
+    data.write_text(line + "\n")
+    args = ["calibrate-threshold", "--model", "/nowhere", "--data", data, "--tolerance", "1", *flags]
+    got, out, err = run(capsys, *args)
+    assert (got, out) == (code, "") and message in " ".join(err.split())
+
+
 def test_a_closed_pipe_is_no_traceback():
     command = f"{sys.executable} -m infer text --help | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("end", ["ctrl-c", "closed pipe"])
+def test_an_endless_stream_ends_without_a_traceback(tiny_directory, end):
+    flags = ["--prompt", "on", "--window", "16", "--max-new-tokens", "1000000000", "--ignore-eos"]
+    # A shell may have started the tests in the background, where SIGINT is ignored, also by every process they start.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from infer.__main__ import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "text", "--model", str(tiny_directory), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert len(process.stdout.read(50)) == 50
+        if end == "ctrl-c":
+            process.send_signal(signal.SIGINT)
+            rest, err = process.communicate(timeout=300)
+            assert rest.endswith(b"\n") and err.decode().splitlines()[-1] == "error: interrupted"
+        else:
+            process.stdout.close()
+            err = process.stderr.read()
+        assert process.wait(timeout=300) == 1 and b"Traceback" not in err
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.stdout.close()
+        process.wait()
+
+
+def break_model(directory, what):
+    weights = directory / "model.safetensors"
+    if what == "no config":
+        (directory / "config.json").unlink()
+    elif what == "no tokenizer":
+        (directory / "tokenizer.json").unlink()
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "no header":
+        weights.write_bytes(weights.read_bytes()[:5])
+    elif what == "config":
+        (directory / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no config", "has no config.json"),
+        ("no tokenizer", "this checkpoint has none, give token ids"),
+        ("no weights", "safetensors"),
+        ("truncated", "model.safetensors"),
+        ("no header", "model.safetensors"),
+        ("config", "config.json"),
+    ],
+)
+def test_a_damaged_model_is_one_line(capsys, tiny_directory, tmp_path, what, message):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory)
+    break_model(directory, what)
+    code, out, err = run(capsys, "text", "--model", directory, "--prompt", "a", "--quiet")
+    assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(capsys, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    for out in (tmp_path, source / "out.jsonl", "/proc/none/out.jsonl"):
+        code, text, err = run(capsys, "text", "--model", "/nowhere", "--jsonl", source, "--out", out)
+        assert ((code, text) == (1, "") and err.startswith("error: ") and str(out) in err) or str(source) in err
 
 
 def test_env_reports_versions_devices_and_kernels(capsys):

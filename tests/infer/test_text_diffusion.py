@@ -1,6 +1,9 @@
 """The block-diffusion decoder behind the text engine."""
 
 import functools
+import io
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -91,16 +94,65 @@ def test_block_view_writes_a_sign_per_masked_token(capsys):
     assert captured.out == "" and captured.err.count("\n") == 2 and captured.err.count(MASK) == 2
 
 
+def test_holes_are_filled_in_and_the_rest_is_kept():
+    """Against `generate`: holes inside and across blocks, an end token in the text after them, new tokens behind."""
+    lm, params = model()
+    decoding = BlockDecoding.for_model(lm.config, infill=True)
+    own = engine(decoding=decoding)
+    asked = [
+        ([5, 6, 2, 2, 9, 10, 2, 1, 11], None, 7),
+        ([2, 2, 8], 4, 7),
+        ([5, 6, 7, 8, 9, 2], 0, 1),
+    ]
+    jobs = [own.prepare(Request(ids=ids, infill=True, max_new_tokens=new, eos_ids=(1,))) for ids, new, _ in asked]
+    assert [job.total for job in jobs] == [total for *_, total in asked]
+    for job, completion, (ids, new, _) in zip(jobs, own.complete(jobs), asked, strict=True):
+        want, _ = generate(
+            lm, lm.unstack(params), [ids], max_new_tokens=new or 0, capacity=64, eos_ids=(1,), decoding=decoding,
+            reveal=RevealOptions(threshold=0.1),
+        )  # fmt: skip
+        assert list(completion.tokens) == want[0].tokens
+        for token, known in zip(completion.tokens, ids[job.first_hole :], strict=False):
+            assert token == known if known != 2 else token not in (1, 2)
+    with pytest.raises(ValueError, match="the ids have no hole; the mask token 2"):
+        own.prepare(Request(ids=[5], infill=True))
+    with pytest.raises(ValueError, match=r"max_new_tokens must be >= 0 .* got -1"):
+        own.prepare(Request(ids=[5, 2], infill=True, max_new_tokens=-1))
+    with pytest.raises(ValueError, match="infill needs a diffusion decoder made for it"):
+        engine().prepare(Request(ids=[5, 2], infill=True))
+
+
+def test_block_view_makes_room_before_it_draws(monkeypatch):
+    """Else drawing on the last line of a terminal scrolls, and the saved cursor points into older text."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setenv("LINES", "24")
+    terminal = Terminal()
+    tokens, masked = np.arange(12)[None], np.ones((1, 12), bool)
+    block = SimpleNamespace(tokens=tokens, masked=masked, skip=np.zeros(1, int))
+    monkeypatch.setattr(sys, "stdout", terminal)
+    BlockView(None)(block)
+    assert terminal.getvalue() == "\x1bD" * 2 + "\x1b[2A\x1b7\x1b[J\x1b[2m" + MASK * 12 + "\x1b[0m\x1b8"
+    block.masked = np.zeros((1, 12), bool)
+    BlockView(None)(block)
+    assert terminal.getvalue().endswith("\x1b8\x1b[J")  # nothing is left when the block is done
+
+
 BAD = [
     ({"options": {"threshold": 1.5}}, r"threshold must lie in \[0, 1\]; got 1.5"),
     ({"options": {"threshold": "high"}}, "threshold must be a number; got 'high'"),
     ({"options": {"steps": 2.5}}, "steps must be an integer; got 2.5"),
-    ({"options": {"speed": 3}}, "unknown option 'speed'; a diffusion decoder has threshold, factor, steps"),
+    ({"options": {"speed": 3}}, "unknown option 'speed'; a diffusion decoder has threshold, factor, budget"),
     ({"repetition_penalty": 1.1}, "repetition_penalty must be 1.0 .off."),
     ({"ids": [3, 2, 4]}, "the prompt contains the mask token 2 at position 1"),
     ({"ids": [300]}, "prompt token 300 lies outside the vocabulary of 97"),
     ({"eos_ids": range(3, 20)}, "at most 8 EOS ids are possible; got 17"),
     ({"ids": []}, "the prompt is empty"),
+    ({"top_logprobs": 1}, "top_logprobs needs an autoregressive decoder; got 1"),
     ({"ids": [3] * 65}, "the prompt has 65 tokens, more than the cache capacity 64"),
 ]
 
@@ -120,6 +172,20 @@ def test_bad_requests(fields, message):
         ({"block_length": 0}, "--block-length must be at least 1; got 0"),
         ({"steps": 0}, "--steps must be at least 1; got 0"),
         ({"decoder": "ar", "align_blocks": True}, "--align-blocks needs the diffusion decoder"),
+        ({"budget": 0.0}, "--budget must be positive; got 0.0"),
+        ({"factor": 1.0, "budget": 0.5}, "--budget cannot be combined with --factor"),
+        ({"window": 9, "target_sparsity": 0.5}, "--window cannot be combined with --target-sparsity"),
+        ({"decoder": "ar", "mask_id": 5}, "--mask-id needs the diffusion decoder"),
+        ({"decoder": "diffusion", "window": 5}, "--window needs the autoregressive decoder"),
+        ({"window": 5, "capacity": 9}, "--capacity cannot be combined with --window"),
+        ({"window": 0}, "--window must be at least 1; got 0"),
+        ({"sinks": 2}, "--sinks needs --window"),
+        ({"sinks": -1, "window": 5}, "--sinks must not be negative; got -1"),
+        ({"prefill_chunk": 9, "window": 5}, "--prefill-chunk must be at most --window; got 9 and 5"),
+        ({"top_logprobs": 21, "json": True}, r"--top-logprobs must lie in 0..20; got 21"),
+        ({"top_logprobs": 2}, "--top-logprobs needs --json or --jsonl"),
+        ({"infill": True, "chat": True}, "--infill cannot be combined with --chat"),
+        ({"infill": True, "stop": ("a",)}, "--infill cannot be combined with --stop"),
         ({"live": True, "json": True}, "--live cannot be combined with --json"),
         ({"live": True, "batch": 2}, "--batch must be 1"),
     ],

@@ -12,6 +12,7 @@ from infer.text.decoders import ARDecoder, prefill_buckets
 from infer.text.engine import TextEngine, join_events
 from infer.text.requests import Request
 from jaxmodels.pretrained import GenerationDefaults
+from pallas_kernels.masks import SlidingWindow
 
 CAPACITY = 64
 
@@ -169,10 +170,14 @@ BAD = [
     ({"ids": [], "max_new_tokens": 1}, "the prompt is empty"),
     ({"prompt": "x" * 65, "max_new_tokens": 1}, "prompt has 65 tokens, more than the cache capacity 64"),
     ({"prompt": "x" * 60, "max_new_tokens": 5}, "need 65 cache slots, the capacity is 64"),
-    ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens must be >= 1; got 0"),
+    ({"prompt": "x", "max_new_tokens": 0}, r"max_new_tokens must be >= 1 and < 2\*\*31; got 0"),
+    ({"prompt": "x", "max_new_tokens": 2**31}, r"max_new_tokens must be >= 1 and < 2\*\*31; got 2147483648"),
+    ({"prompt": "x", "max_new_tokens": 1, "top_logprobs": 2}, "top_logprobs must be at most 0 here; got 2"),
+    ({"prompt": "x<fill:2>", "infill": True}, "infill needs a diffusion decoder made for it"),
     ({"prompt": "x", "temperature": -1.0}, "temperature must be >= 0; got -1.0"),
     ({"prompt": "x", "stop": [""]}, "stop strings must not be empty"),
     ({"ids": [260], "max_new_tokens": 1}, "prompt token 260 lies outside the vocabulary of 260"),
+    ({"ids": [5, 2**40], "max_new_tokens": 1}, "ids must fit into 32 bits; got 1099511627776"),
     ({"ids": [-1], "max_new_tokens": 1}, "prompt token -1 lies outside"),
     ({"prompt": "x", "max_new_tokens": 1, "eos_ids": range(9)}, "at most 8 EOS ids are possible; got 9"),
     ({"prompt": "x", "max_new_tokens": 1, "options": {"threshold": 0.9}}, "unknown options .'threshold'."),
@@ -229,11 +234,86 @@ def test_a_decoder_checks_its_sizes(tiny):
         make(batch=0)
     with pytest.raises(ValueError, match="capacity 512 exceeds the model's 256 positions"):
         make(capacity=512)
+    with pytest.raises(ValueError, match="give capacity or window, one of them; got 64 and 8"):
+        make(window=8)
+    with pytest.raises(ValueError, match="window 250 and num_sinks 7 exceed the model's 256 positions"):
+        make(capacity=None, window=250, num_sinks=7)
+    with pytest.raises(ValueError, match="num_sinks must be >= 0; got -1"):
+        make(capacity=None, window=8, num_sinks=-1)
+    with pytest.raises(ValueError, match="prefill_chunk must be >= 1; got 0"):
+        make(prefill_chunk=0)
+    with pytest.raises(ValueError, match="top_logprobs must lie in"):
+        make(top_logprobs=-1)
     with pytest.raises(ValueError, match=r"prefill_rows must lie in \[1, batch = 1\]; got 2"):
         make(prefill_rows=2)
-    with pytest.raises(ValueError, match=r"buckets must be >= 1 and end with the capacity 64; got \(16, 32\)"):
+    with pytest.raises(ValueError, match=r"buckets must be >= 1 and end with the longest piece 64; got \(16, 32\)"):
         make(buckets=[32, 16])
     assert prefill_buckets(100) == (32, 64, 100) and prefill_buckets(32) == (32,) and prefill_buckets(8) == (8,)
+
+
+@pytest.mark.parametrize("prefill_rows", [pytest.param(1, marks=pytest.mark.slow), 2])  # both passed 2026-11-25
+def test_long_prompts_in_pieces_change_nothing(tiny, plain, prefill_rows):
+    """Prompts of one and of two pieces mixed, with alternatives: the tokens are those of whole prompts."""
+    requests = [
+        dataclasses.replace(request, prompt=request.prompt * times)
+        for request, times in zip(some_requests(), (1, 2, 3, 1, 2, 1), strict=False)
+    ]
+    expected = plain.complete(requests)
+    heard = []
+    engine = TextEngine.from_pretrained(
+        tiny, batch=2, capacity=CAPACITY, chunk=3, prefill_rows=prefill_rows, prefill_chunk=16,
+        top_logprobs=2, on_compile=lambda name, seconds: heard.append(name) if seconds is None else None,
+    )  # fmt: skip
+    done = engine.complete([dataclasses.replace(r, top_logprobs=i % 3) for i, r in enumerate(requests)])
+    for i, (one, other) in enumerate(zip(done, expected, strict=True)):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-5, atol=1e-5)
+        if i % 3 == 0:
+            assert one.top_logprobs is None
+            continue
+        assert [len(pairs) for pairs in one.top_logprobs] == [i % 3] * len(one.tokens)
+        if requests[i].temperature is None:  # greedy: the best alternative is the token itself
+            assert [pairs[0] for pairs in one.top_logprobs] == list(zip(one.tokens, one.logprobs, strict=True))
+    assert sorted(heard) == ["decode", "last piece 16", "piece 16", "prefill 16"]
+
+
+def test_a_window_runs_prompt_and_text_beyond_every_length(tiny, caplog):
+    """Prompt and text longer than the cache, the window and the model's positions; equal to recomputation."""
+    window, sinks, new = 24, 3, 40
+    engine = TextEngine.from_pretrained(tiny, batch=2, window=window, num_sinks=sinks, chunk=4, prefill_chunk=16)
+    assert engine.decoder.state.cache.capacity == window + sinks
+    prompt = np.random.default_rng(0).integers(4, 260, 300).tolist()
+    requests = [
+        Request(ids=prompt, max_new_tokens=new, eos_ids=(), logprobs=True),
+        Request(ids=prompt[:70], max_new_tokens=new, eos_ids=(), logprobs=True, temperature=1.0),
+    ]
+    done = engine.complete(requests)
+    assert "go beyond the model's 256 positions" in caplog.text
+    score = jax.jit(lambda t: jax.nn.log_softmax(tiny.lm.apply(tiny.params, t, mask=SlidingWindow(window, sinks))))
+    for request, completion in zip(requests, done, strict=True):
+        tokens = np.array(completion.tokens)
+        whole = np.zeros((1, 340), np.int32)  # causal: what follows does not matter
+        whole[0, : len(request.ids) + new] = [*request.ids, *tokens]
+        logprobs = np.asarray(score(whole))[0, len(request.ids) - 1 : len(request.ids) + new - 1]
+        np.testing.assert_allclose(completion.logprobs, logprobs[np.arange(new), tokens], rtol=1e-5, atol=2e-5)
+        if request.temperature is None:
+            assert tokens.tolist() == logprobs.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_an_endless_stream_compiles_once_and_keeps_memory_flat(tiny, steps):
+    engine = TextEngine.from_pretrained(tiny, window=24, num_sinks=3)
+    events = engine.generate([Request(prompt="on and on", max_new_tokens=2**31 - 100, eos_ids=(), temperature=1.0)])
+    for _ in range(20):
+        next(events)
+    programs, arrays = dict(engine.decoder.programs.seconds), len(jax.live_arrays())
+    size = sum(array.nbytes for array in jax.live_arrays())
+    for _ in range(steps):
+        next(events)
+    assert engine.decoder.programs.seconds == programs and len(programs) == 2
+    assert len(jax.live_arrays()) == arrays
+    assert sum(array.nbytes for array in jax.live_arrays()) == size
+    events.close()
 
 
 @pytest.mark.slow  # 45 s on two busy cores, passed 2026-11-23
