@@ -1,5 +1,7 @@
 """Set-up of every test run: shape annotations are checked, and no test depends on another's JAX state."""
 
+import os
+
 from jaxtyping import install_import_hook
 
 # Before anything of the project is imported: every annotated function then checks its arguments' shapes.
@@ -9,8 +11,20 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_configure() -> None:
+    # On a CPU the tests compile far more than they compute: without LLVM's expensive passes, in less than half the
+    # time. JAX_DISABLE_MOST_OPTIMIZATIONS=0 brings them back; README and notebook are run with them.
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and not _has_gpu():
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests start
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def _has_gpu() -> bool:
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if any(device.platform == "gpu" for device in jax.devices()):
+    if _has_gpu():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU; none is visible to JAX")
     for item in items:

@@ -50,6 +50,7 @@ def clean_env(tmp_path_factory):
     cache = tmp_path_factory.mktemp("xla")
     return env | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "0"),  # as here
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "PYTHONPATH": str(HERE.parent.parent),
