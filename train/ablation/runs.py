@@ -165,7 +165,7 @@ class Bench:
             self._training(arm)
             for block in (*BLOCKS, None):
                 self._score((block, arm.objective.token_shift))
-            for decode in arm.decodes:
+            for decode in arm.decodes if self.prompts else ():
                 self._decoder(arm, decode)
 
     def _training(self, arm: Arm | None) -> Future:
@@ -353,7 +353,7 @@ class Bench:
         record: dict[str, Any] = {}
         tokens: dict[str, np.ndarray] = {}
         weights = self._for_decoding(params)
-        for decode in arm.decodes:
+        for decode in arm.decodes if self.prompts else ():
             self._decoder(arm, decode).result()
             record[decode.name] = {}
             for name, reveal in reveals(self.sizes.new_tokens).items():

@@ -66,7 +66,7 @@ class Ablation:
     eval_samples: int = 2
     """Draws of the bound per row; the same ones for all runs."""
     prompts: int = 256
-    """Held-out prompts that are completed."""
+    """Held-out prompts that are completed; 0: bounds only."""
     prompt_tokens: int = 256
     """Longest prompt; a multiple of 32."""
     new_tokens: int = 128
@@ -85,9 +85,11 @@ class Ablation:
         names = [arm.name for arm in ARMS]
         if unknown := [name for name in self.arms if name not in names]:
             raise ValueError(f"arms must be among {', '.join(names)}; got {', '.join(unknown)}")
-        for name in ("seeds", "eval_rows", "eval_samples", "prompts", "new_tokens", "ar_steps", "batch_size"):
+        for name in ("seeds", "eval_rows", "eval_samples", "new_tokens", "ar_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.prompts < 0:
+            raise ValueError(f"prompts must not be negative; got {self.prompts}")
         largest = max(BLOCKS)
         for name in ("seq_len", "prompt_tokens"):
             if getattr(self, name) < 1 or getattr(self, name) % largest:

@@ -99,6 +99,7 @@ def test_rows_are_taken_in_shuffled_passes():
         ({"seeds": 0}, "seeds must be at least 1; got 0"),
         ({"seq_len": 100}, "seq_len must be a multiple of 32; got 100"),
         ({"prompt_tokens": 448}, r"at most seq_len = 512; got 448 \+ 128"),
+        ({"prompts": -1}, "prompts must not be negative; got -1"),
         ({"workers": 0}, "workers must be at least 1 or None; got 0"),
     ],
 )
