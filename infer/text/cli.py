@@ -92,8 +92,8 @@ class Text:
     sinks: int | None = None
     """AR: first tokens that stay visible with --window; default 4."""
     prefill_chunk: int | None = None
-    """AR: read prompts longer than this in pieces of it, which takes less memory; default 8192, with a smaller --window
-    the window."""
+    """AR: read prompts longer than this in pieces of it, which takes less memory; default: in one piece, with --window
+    the window or 8192, whichever is less."""
     chunk: int | None = None
     """Tokens decoded per call of the device; default 1, with --jsonl 8. More hides the host behind a small model."""
     decoder: Literal["auto", "ar", "diffusion"] = "auto"

@@ -100,6 +100,7 @@ class Programs:
 
 
 DEFAULT_PREFILL_CHUNK = 8192
+"""With a window, whose prompts may have any length."""
 
 
 def prefill_buckets(longest: int, smallest: int = 32) -> tuple[int, ...]:
@@ -161,8 +162,7 @@ class ARDecoder:
       chunk: decode steps per call. More hides the host behind a small model, and streams that many tokens at once.
       prefill_rows: prompts per prefill call, padded to the longest; 1 wastes nothing once the slots are full.
       prefill_chunk: longer prompts are read in pieces of this many tokens, through the cache: less memory for long
-        prompts, and no longer programs. At most the window or capacity; None: that or 8192, whichever is less (with
-        `skip` the capacity).
+        prompts, and no longer programs. None: one piece, with a window at most the window and 8192.
       buckets: padded lengths of prompts and last pieces; each one in use is compiled once, at most twice (first and
         later pieces). None: `prefill_buckets(prefill_chunk)`.
       max_eos: most EOS ids that a request may have.
@@ -222,7 +222,7 @@ class ARDecoder:
         if decode_skip is not None and window is not None:
             raise NotImplementedError("decode_skip cannot be combined with window: tiles are skipped in full attention")
         if prefill_chunk is None:
-            prefill_chunk = most if skip is not None else DEFAULT_PREFILL_CHUNK
+            prefill_chunk = most if window is None else DEFAULT_PREFILL_CHUNK
         prefill_chunk = min(most, prefill_chunk)
         buckets = prefill_buckets(prefill_chunk) if buckets is None else tuple(sorted(set(buckets)))
         if not buckets or buckets[0] < 1 or buckets[-1] != prefill_chunk:
