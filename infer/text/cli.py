@@ -450,7 +450,11 @@ def _run_jsonl(config: Text) -> int:
             requests = read_requests(lines, str(config.jsonl), config.defaults())
     except OSError as error:
         raise ValueError(f"--jsonl {config.jsonl}: {error.strerror}") from None
-    with nullcontext() if config.out is None else ResultFile(config.out) as results:
+    try:
+        output = nullcontext() if config.out is None else ResultFile(config.out)
+    except OSError as error:
+        raise ValueError(f"--out {config.out}: {error.strerror}") from None
+    with output as results:
         if results is not None:
             write_json(results.path.with_name(results.path.name + ".config.json"), to_json(config))
             total = len(requests)
