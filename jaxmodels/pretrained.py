@@ -247,7 +247,8 @@ def load_pretrained(
             hf_config, checkpoint.names(), mask_id=mask_id, block_size=block_size, ignore=ignore_config
         )
         block = hf_config.get(SPARSE_ATTENTION)
-        sparse_attention = None if block is None else SkipSoftmaxConfig.from_hf(block)
+        unread = block is None or SPARSE_ATTENTION in ignore_config
+        sparse_attention = None if unread else SkipSoftmaxConfig.from_hf(block)
     except ValueError as error:
         if str(error).startswith(str(directory)):
             raise

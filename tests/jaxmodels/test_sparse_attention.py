@@ -394,3 +394,5 @@ def test_a_checkpoints_calibration_is_used(tmp_path):
     path.write_text(json.dumps(content | {"sparse_attention_config": group(algorithm="rocket")}))
     with pytest.raises(ValueError, match=r"config.json: .*algorithm 'rocket' is not implemented"):
         load_pretrained(tmp_path / "model")
+    ignoring = load_pretrained(tmp_path / "model", ignore_config=["sparse_attention_config"])
+    assert ignoring.sparse_attention is None
