@@ -60,12 +60,14 @@ class Config:
       block_k: keys of one tile; it also holds all own keys.
       stages: slots of the K and V rings; even, since two warpgroups may take turns on them.
       code_stages: slots of the rings of codes before their conversion.
+      converters: warpgroups that load and convert codes: 1 for K and V, or 2, one for each.
       num_sms: multiprocessors that the work is split for.
     """
 
     block_k: int = 64
     stages: int = 4
     code_stages: int = 6
+    converters: int = 1
     num_sms: int = 132
 
     def __post_init__(self):
@@ -75,6 +77,8 @@ class Config:
             raise ValueError(f"stages must be even and at least 2; got {self.stages}")
         if self.code_stages < 2 or self.code_stages % 2:
             raise ValueError(f"code_stages must be even and at least 2; got {self.code_stages}")
+        if self.converters not in (1, 2):
+            raise ValueError(f"converters must be 1 or 2; got {self.converters}")
         if self.num_sms < 1:
             raise ValueError(f"num_sms must be at least 1; got {self.num_sms}")
 
@@ -419,6 +423,10 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
     tile = (ROWS, block_k)
     log2_scale = scale * LOG2E
     num_items = plan.items.shape[0]
+    # What each loading warpgroup brings; the one of K also brings positions and scales.
+    loads: list[tuple[str, ...]] = [("k",), ("v",)] if has_codes and config.converters == 2 else [("k", "v")]
+    # Registers of compute and loading warpgroups; together they may not exceed 512 per lane.
+    compute_registers, load_registers = (224, 56) if not has_codes else (208, 88) if len(loads) == 1 else (168, 80)
     code_columns = min(head_dim, 128)
     clean_columns = compat.swizzled(dtype, head_dim)[0].tiling[1]
     i32 = jnp.int32
@@ -444,7 +452,7 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
 
         @pl.when((warpgroup < COMPUTE_WARPGROUPS) & (row >= 0))
         def compute():
-            plgpu.set_max_registers(208 if has_codes else 224, action="increase")
+            plgpu.set_max_registers(compute_registers, action="increase")
             lane = warpgroup if form.alternate else i32(0)
             row0 = 0 if form.alternate else (part * COMPUTE_WARPGROUPS + warpgroup) * ROWS
             rows = pl.ds(row0, ROWS)
@@ -575,9 +583,9 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
             plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], lse_ref.at[where, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when((warpgroup == COMPUTE_WARPGROUPS) & (row >= 0))
-        def load():
-            plgpu.set_max_registers(88 if has_codes else 56, action="decrease")
+        def load(names):
+            plgpu.set_max_registers(load_registers, action="decrease")
+            with_lines = lines if "k" in names else {}
             first_slot = (layer * form.batch + row) * form.capacity
             columns = pl.ds(head * head_dim, head_dim)
 
@@ -585,25 +593,25 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
                 @pl.when(step >= stages)
                 def _():
                     plgpu.barrier_wait(smem[f"{name}_free"].at[lax.rem(step, i32(stages))])
-                    if lines or not has_codes:
+                    if with_lines or not has_codes:
                         plgpu.commit_smem()  # ordinary reads and writes of the slot before the next TMA
 
             def load_lines(step):
                 """Positions and scales of a cached tile."""
                 slot = lax.rem(step, i32(line_slots))
                 keys = pl.ds(cached_tile(step)[0] * block_k, block_k)
-                for name in lines:
+                for name in with_lines:
                     where = (row, keys) if name == "positions" else (layer, row, head, keys)
                     plgpu.copy_gmem_to_smem(refs[name].at[where], smem[name].at[slot], smem["lines_ready"].at[slot])
 
             def load_own():
-                for name in ("k", "v"):
+                for name in names:
                     plgpu.copy_gmem_to_smem(
                         refs[f"own_{name}"].at[row, pl.ds(0, block_k), head],
                         smem[name].at[0],
                         smem[f"{name}_ready"].at[0],
                     )
-                for name in lines:
+                for name in with_lines:
                     if name == "positions":
                         plgpu.copy_gmem_to_smem(
                             refs["own_positions"].at[row], smem[name].at[0], smem["lines_ready"].at[0]
@@ -687,28 +695,31 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
 
                 @pl.loop(num_own, jnp.minimum(num_steps, num_own + code_stages))
                 def first_codes(step):
-                    load_codes("k", step)
-                    load_codes("v", step)
-                    if lines:
+                    for name in names:
+                        load_codes(name, step)
+                    if with_lines:
                         load_lines(step)
 
                 @pl.loop(num_own, num_steps)
                 def convert_and_refill(step):
-                    for name in ("k", "v"):
+                    for name in names:
                         convert(name, step)
 
                         @pl.when(step + code_stages < num_steps)
                         def _(name=name):
                             load_codes(name, step + code_stages)
-                            if name == "k" and lines:
+                            if name == "k" and with_lines:
                                 load_lines(step + code_stages)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
             def _(step):
                 slot = lax.rem(step, i32(stages))
-                plgpu.barrier_wait(smem["k_free"].at[slot])
-                plgpu.barrier_wait(smem["v_free"].at[slot])
+                for name in names:
+                    plgpu.barrier_wait(smem[f"{name}_free"].at[slot])
+
+        for index, names in enumerate(loads):
+            pl.when((warpgroup == COMPUTE_WARPGROUPS + index) & (row >= 0))(functools.partial(load, names))
 
     layers = k_cache.shape[0]
     flat = (layers * form.batch * form.capacity, form.num_kv_heads * head_dim)
@@ -757,7 +768,7 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
         # The last axis varies fastest: CTAs that run at the same time read neighbouring memory.
         grid=(num_items, form.num_kv_heads, form.row_parts),
         grid_names=("item", "head", "part"),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=COMPUTE_WARPGROUPS + len(loads),
         thread_name="warpgroup",
         scratch_types=list(buffers.values()),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -850,11 +861,14 @@ def compile_cases():
         *((f"H=128 T={t} {c} per {kind}", t, 128, bf16, c, kind, None)
           for t, c, kind in ((1, int8, "head"), (32, int8, "token"), (1, fp8, "token"), (32, fp8, "head"))),
         ("H=128 T=32 int8 per token, window", 32, 128, bf16, int8, "token", 4096),
+        *((f"H=128 T={t} {c} per {kind}, two converters", t, 128, bf16, c, kind, None)
+          for t, c, kind in ((1, int8, "head"), (32, int8, "token"), (32, fp8, "head"))),
     ]  # fmt: skip
     layers, batch, capacity, kv_heads, group = 4, 2, 8192, 8, 4
     for name, num_queries, head_dim, dtype, cache_dtype, kind, window in forms:
+        converters = 2 if "two converters" in name else 1
 
-        def call(q, k, v, layer, lengths, own_k, own_v, *scales, window=window):
+        def call(q, k, v, layer, lengths, own_k, own_v, *scales, window=window, converters=converters):
             k_scale, v_scale = scales or (None, None)
             operands = Operands(
                 layer=layer,
@@ -871,6 +885,7 @@ def compile_cases():
             )
             form = _form(q, k, operands)
             config = heuristic_config(form.head_dim, codes=form.code_dtype is not None)
+            config = dataclasses.replace(config, converters=converters)
             options = {"own_mask": Causal(), "scale": form.head_dim**-0.5, "config": config, "interpret": None}
             return _attend(q, k, v, operands, _plan(operands, form, config), form, **options)
 
@@ -889,6 +904,7 @@ def compile_cases():
                 *[own] * 2,
                 *([] if shape is None else [array(shape, jnp.float32)] * 2),
             ),
+            shipped=converters == 1,
         )
     for head_dim in (64, 128, 256):
 

@@ -23,6 +23,7 @@ from pallas_kernels.decode_attention.mosaic_sm90 import Config
 from pallas_kernels.decode_attention.operands import Operands
 
 SMALL = Config(stages=2, code_stages=2, num_sms=2)
+TWO_CONVERTERS = dataclasses.replace(SMALL, converters=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,8 @@ CALLS = {
     "int8 per token, ring": Call((500,), 2, codes="int8", per_token=True, ring=True),
     "fp8 per head": Call((370,), 20, 400, head_dim=128, codes="float8_e4m3fn"),
     "fp8 per token, window": Call((370,), 1, 400, codes="float8_e4m3fn", per_token=True, window=100),
+    "int8 per token, two converters": Call((370,), 2, 400, codes="int8", per_token=True, config=TWO_CONVERTERS),
+    "fp8 per head, two converters, ring": Call((500,), 17, codes="float8_e4m3fn", ring=True, config=TWO_CONVERTERS),
     "float16": Call((150,), 2, dtype="float16"),
     "96": Call((150,), head_dim=96),
     "128, wide tiles": Call((150,), head_dim=128, config=Config(block_k=128, stages=2, num_sms=2)),
@@ -202,8 +205,8 @@ class Sabotaged:
 @pytest.mark.parametrize(
     "function, chosen",
     [
-        pytest.param("barrier_wait", {10}, id="a load of V does not wait for its slot", marks=pytest.mark.slow),
-        pytest.param("commit_smem", {0}, id="the store does not wait for the output", marks=pytest.mark.slow),
+        pytest.param("barrier_wait", {5}, id="a load of K does not wait for its slot", marks=pytest.mark.slow),
+        pytest.param("commit_smem", {2}, id="the store does not wait for the output", marks=pytest.mark.slow),
         pytest.param("barrier_arrive", {0}, id="a slot of K is never released", marks=pytest.mark.slow),
     ],
 )
@@ -385,6 +388,7 @@ def test_an_unsupported_call_is_explained(changes, message):
         ({"block_k": 96}, "block_k.*96"),
         ({"stages": 3}, "stages.*3"),
         ({"code_stages": 1}, "code_stages.*1"),
+        ({"converters": 3}, "converters.*3"),
         ({"num_sms": 0}, "num_sms.*0"),
     ],
 )
