@@ -2,7 +2,7 @@
 
 The interpreter is slow (10 to 70 ms per tile and head), so sizes are a few tiles; what varies is the edge. By default
 few cases run; the others are slow. Of the slow ones lowering and in-place reading last passed on 2026-11-25. The
-interpreted cases passed on that day by their values; the races of the attention kernel, and not of the merge alone, were
+interpreted cases passed on that day by their values; the races of the attention kernel, not of the merge alone, were
 looked at in "ring and window", the two with two converters, and the sabotaged ones.
 """
 
