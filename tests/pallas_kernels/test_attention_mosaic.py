@@ -281,15 +281,19 @@ def test_a_missing_synchronisation_of_the_backward_is_caught(interpreter, monkey
     assert sabotaged.count > max(chosen)
 
 
-def lower(mask, *, head_dim=64, kind="", num_queries=129, num_keys=201, dtype="bfloat16", gradients=True):
+def lower(mask, *, head_dim=64, kind="", num_queries=129, num_keys=201, dtype="bfloat16", gradients=True, skip=None):
     """Lowers a call for CUDA: catches what the interpreter accepts and the compiler does not."""
     limits = make_limits(kind, 2, num_queries, num_keys)
-    call = functools.partial(mosaic_sm90.run, mask=mask, scale=0.3)
+    call = functools.partial(mosaic_sm90.run, mask=mask, scale=0.3, skip=skip)
     q, k, v = make_arrays(2, num_queries, num_keys, 4, 2, head_dim, dtype)
 
     def with_gradients(q, k, v, limits):
-        results, pull = jax.vjp(functools.partial(call, limits=limits), q, k, v)
-        return results, pull(results)
+        def differentiable(q, k, v):
+            results = call(q, k, v, limits=limits)
+            return results[:2], results
+
+        cotangents, pull, results = jax.vjp(differentiable, q, k, v, has_aux=True)
+        return results, pull(cotangents)
 
     jitted = jax.jit(with_gradients if gradients else lambda q, k, v, limits: call(q, k, v, limits=limits))
     return jitted.trace(q, k, v, limits).lower(lowering_platforms=("cuda",)).as_text()
@@ -307,6 +311,11 @@ def test_lowers_for_cuda_and_every_tile_of_log_sum_exp_ends_inside_its_row(head_
     text = lower(masks.Causal(), head_dim=head_dim, num_queries=num_queries, dtype="float16", gradients=False)
     tile = 128
     assert log_sum_exp_length(text) == -(-num_queries // tile) * tile
+
+
+def test_skipping_lowers_for_cuda():
+    skip = Skip(jnp.asarray([-1.0, -2.0]), SkipTile())
+    assert lower(masks.Causal(), num_queries=65, skip=skip).count("@mosaic_gpu") == 3
 
 
 @pytest.mark.slow
