@@ -266,8 +266,6 @@ def test_a_missing_synchronisation_of_the_forward_is_caught(interpreter, monkeyp
         pytest.param("barrier_wait", {1}, id="dK and dV do not wait for Q"),
         pytest.param("barrier_wait", {2}, id="the load of Q does not wait for its slot"),
         pytest.param("barrier_wait", {7}, id="the load of K does not wait for its slot"),
-        pytest.param("commit_smem", {0}, id="the store does not wait for dK and dV"),
-        pytest.param("commit_smem", {1}, id="the load does not wait for the reads of the statistics"),
     ],
 )
 def test_a_missing_synchronisation_of_the_backward_is_caught(interpreter, monkeypatch, function, chosen):
