@@ -71,7 +71,7 @@ def make_figure(arms: Sequence["Arm"], prompts: int, device: str, recorded: dict
             "Block diffusion: several tokens per forward pass", x=0.01, ha="left", fontsize=14, fontweight="bold"
         )
         figure.supxlabel(
-            f"{device} · {prompts} prompts, one request at a time, greedy · labels: confidence threshold",
+            f"{device} · {prompts} prompts, one request at a time, greedy · labels: threshold, or rule by name",
             x=0.01, ha="left", fontsize=9, color=QUIET,
         )  # fmt: skip
     return figure
@@ -106,7 +106,7 @@ def _quality(panel: "Axes", arms: Sequence["Arm"], prompts: int, recorded: dict[
         count, what = recorded["prompts"], "valid completions"
         for name, arm in results.items():
             if "tokens_per_forward" in arm:
-                label = {"ar": "AR", "dlm-one": "one a pass"}.get(name, name.removeprefix("dlm-"))
+                label = {"ar": "AR", "dlm-one": "one a pass"}.get(name, name.removeprefix("dlm-").replace("-", " "))
                 points.append((arm["tokens_per_forward"], arm["valid"], tuple(arm["valid_interval"]), label))
     else:
         count, what = prompts, "completions that parse, ≥ 3 statements"

@@ -2,6 +2,7 @@
 
     pip install ".[gpu-compile]"                 # the CUDA plugin of JAX, ptxas and nvdisasm; no driver, no GPU
     python -m pallas_kernels.compile_gate        # the shipped configurations; --all adds the exploratory ones
+    python -m pallas_kernels.compile_gate --quick    # one of each kind, as on every change
 
 XLA compiles against a textual description of an H100 instead of a device, down to SASS for sm_90a, so whatever XLA
 or ptxas would reject on the real machine is rejected here. For each kernel the report shows spilled bytes, shared
@@ -34,6 +35,22 @@ from pallas_kernels import compat
 
 # Each of these has `compile_cases()`, an iterator of CompileCase.
 MODULES = ("pallas_kernels.attention.mosaic_sm90", "pallas_kernels.decode_attention.mosaic_sm90")
+
+# One of each kind of kernel: what every change compiles. Names of shipped cases.
+QUICK = (
+    "attention forward causal bfloat16 H=64 tiles 64 128 4",
+    "attention backward causal bfloat16 H=64 tiles 128 128 3 3",
+    "attention forward causal bfloat16 H=128 tiles 64 128 2",
+    "attention backward causal bfloat16 H=128 tiles 64 128 3 2",
+    "attention forward doubled bfloat16 H=128 tiles 64 128 2",
+    "attention backward doubled bfloat16 H=128 tiles 64 128 3 2",
+    "attention forward causal bfloat16 H=256 tiles 64 64 2",
+    "attention forward causal bfloat16 H=128 tiles 64 128 2 skipping",
+    "decode attention H=128 T=1",
+    "decode attention H=128 T=32",
+    "decode attention H=128 T=32 int8 per token",
+    "decode attention merge H=128",
+)
 
 GPUS = {  # name, memory bandwidth in bytes/s, memory in bytes
     "h100": ("NVIDIA H100 80GB HBM3", 3352320000000, 84929347584),
@@ -282,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--all", action="store_true", help="also the exploratory configurations")
+    parser.add_argument("--quick", action="store_true", help="only one of each kind of kernel")
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
@@ -293,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     # The CUDA client must not start: there is no GPU.
     jax.config.update("jax_platforms", "cpu")
     selected = list(cases(shipped_only=not arguments.all, name_contains=arguments.filter))
+    if arguments.quick:
+        selected = [case for case in selected if case.name in QUICK]
     if not selected:
         print(f"no case matches {arguments.filter!r}", file=sys.stderr)
         return 3

@@ -23,6 +23,12 @@ GOOD = KernelReport(
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
+def test_the_quick_cases_are_shipped_ones():
+    names = [case.name for case in compile_gate.cases()]
+    assert len(set(names)) == len(names)
+    assert set(compile_gate.QUICK) <= set(names)
+
+
 def test_a_good_kernel_passes():
     assert GOOD.failures(CASE) == []
 
