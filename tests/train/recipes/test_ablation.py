@@ -36,6 +36,7 @@ def small(monkeypatch):
     return few
 
 
+@pytest.mark.slow  # a minute; last passed on 2026-11-26
 def test_runs_are_written_once_and_repeat_exactly(small, compiled_programs, tmp_path, capsys):
     config = Ablation(
         directory=tmp_path, seeds=2, vocab_size=280, dim=64, layers=1, heads=1, kv_heads=1, mlp_dim=64, seq_len=64,
