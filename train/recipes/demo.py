@@ -83,7 +83,8 @@ class DistillConfig:
     """How the converted model learns its own completions, see `train.recipes.distill`."""
 
     prompts: int
-    """Places in training files that the teacher completes."""
+    """Places in training files that the teacher completes; where there are fewer, they are used again with prompts of
+    other lengths, and prompts that come out equal are completed once."""
     stage: StageConfig
     """The training run of one round."""
     rounds: int = 1

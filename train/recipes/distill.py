@@ -57,7 +57,7 @@ class Teaching:
             seed: of the choice of prompts.
 
         Raises:
-            ValueError: the files have fewer places for prompts than asked for, or nothing was accepted.
+            ValueError: the files have no place for a prompt, or nothing was accepted.
         """
         import jax
 
@@ -100,18 +100,17 @@ class Teaching:
         return pairs
 
     def _prompts(self, seed: int, workers: concurrent.futures.Executor) -> list[CodePrompt]:
-        """Prompts of random lengths from random places where a statement of a training file ends."""
+        """Different prompts of random lengths from random places where a statement of a training file ends."""
         settings, block = self.settings, self.block_size
         if not self._cuts:
             texts = [self.tokenizer.decode(ids.tolist()) for ids in self.store.documents()]
             found = workers.map(find_cuts, map(str, range(len(texts))), texts, chunksize=4)
             self._cuts = [cut for own in found for cut in own]
-        if len(self._cuts) < settings.prompts:
-            raise ValueError(
-                f"distill.prompts must be at most the {len(self._cuts)} places there are; got {settings.prompts}"
-            )
+        if not self._cuts:
+            raise ValueError("the training files have no place where a statement ends: nothing to complete")
         rng = np.random.default_rng(seed)
-        chosen = rng.permutation(len(self._cuts))[: settings.prompts]
+        rounds = -(-settings.prompts // len(self._cuts))
+        chosen = np.concatenate([rng.permutation(len(self._cuts)) for _ in range(rounds)])[: settings.prompts]
         shortest = -(-settings.shortest_prompt // block)
         longest = max(shortest, settings.longest_prompt // block)
         lengths = rng.integers(shortest, longest + 1, settings.prompts) * block
@@ -119,7 +118,7 @@ class Teaching:
             prompt_at(self.tokenizer, self._cuts[i], "", max_tokens=int(length), multiple=block)
             for i, length in zip(chosen, lengths, strict=True)
         )
-        return [prompt for prompt in prompts if prompt.ids]
+        return list({prompt.ids: prompt for prompt in prompts if prompt.ids}.values())
 
 
 def _distinct(context: str, completion: str, ended: bool) -> float:

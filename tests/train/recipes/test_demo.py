@@ -104,9 +104,25 @@ def test_the_converted_model_learns_its_own_accepted_completions(config, library
 
     monkeypatch.setattr(distill, "complete_blocks", None)  # nothing is made again
     assert demo.run(own, "distil") == 0
-    with pytest.raises(ValueError, match=r"distill\.prompts must be at most"):
-        too_many = dataclasses.replace(settings, prompts=10**6)
-        demo.run(dataclasses.replace(own, directory=root / "too-many", distill=too_many), "distil")
+
+
+def test_places_are_used_again_with_prompts_of_other_lengths(config, library):
+    """Of the store that the chain above made."""
+    from train.recipes import distill
+
+    store, tokenizer = RowStore(config.directory / "store"), Tokenizer.from_directory(config.directory / "tokenizer")
+
+    def prompts(count: int) -> list[tuple[int, ...]]:
+        settings = DistillConfig(count, config.ar, shortest_prompt=4, longest_prompt=16, new_tokens=16)
+        teaching = distill.Teaching(store, tokenizer, settings, config.block_size, report=None)
+        with distill.concurrent.futures.ThreadPoolExecutor(1) as workers:
+            return [prompt.ids for prompt in teaching._prompts(0, workers)]
+
+    few, many = prompts(1), prompts(2000)
+    assert len(few) == 1 and few[0] in many
+    assert len(set(many)) == len(many) < 2000
+    longer = [long for short in many for long in many if len(long) > len(short) and long[len(long) - len(short) :] == short]
+    assert longer, "no place was used with two lengths"
 
 
 @pytest.mark.parametrize(
