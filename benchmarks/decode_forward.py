@@ -12,6 +12,7 @@ implementation of the attention to the cache; without it the automatic choice ru
 import argparse
 import functools
 import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ def bytes_of(tree) -> int:
 
 def measure(
     lm, params, *, batch: int, length: int, block: int, path: str, profile: bool, bandwidth: float
-) -> list[dict]:
+) -> Iterator[dict]:
+    """One row per kind of step, as soon as it is measured."""
     config = lm.config
     capacity = length + 256
     unroll = path != "scanned"
@@ -82,7 +84,6 @@ def measure(
         return state["token"]
 
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, block)), jnp.int32)
-    rows = []
     for name, call in (
         ("ar", call_ar),
         (f"block {block}", lambda: denoise(params, state["cache"], tokens)),
@@ -92,14 +93,14 @@ def measure(
         row["percent_of_floor_bandwidth"] = 100 * floor_ms / row["median_ms"]
         if profile:
             row["profile"] = report.device_profile(call)
-        rows.append(row)
         print(
             f"batch {batch} length {length:6d} {name:10s} {path:8s} {row['median_ms']:8.3f} ms "
-            f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  floor {floor_ms:.3f} ms"
+            f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  floor {floor_ms:.3f} ms",
+            flush=True,
         )
         for operation in row.get("profile", {}).get("operations", []):
             print(f"    {100 * operation['share']:5.1f} %  {operation['ms']:8.4f} ms  {operation['name'][:100]}")
-    return rows
+        yield row
 
 
 def params_embedding_bytes(params) -> int:
