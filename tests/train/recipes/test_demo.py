@@ -11,6 +11,8 @@ import pytest
 from jaxmodels import load_pretrained
 from jaxmodels.demo.corpus import Corpus
 from jaxmodels.qwen import QwenConfig, build
+from jaxmodels.tokenizer import Tokenizer
+from train.data.rows import RowStore
 from train.objectives.next_token import make_next_token_loss
 from train.recipes import demo
 from train.recipes.demo import DistillConfig, StageConfig, make_dropped_input_loss
@@ -121,8 +123,8 @@ def test_places_are_used_again_with_prompts_of_other_lengths(config, library):
     few, many = prompts(1), prompts(2000)
     assert len(few) == 1 and few[0] in many
     assert len(set(many)) == len(many) < 2000
-    longer = [long for short in many for long in many if len(long) > len(short) and long[len(long) - len(short) :] == short]
-    assert longer, "no place was used with two lengths"
+    ends = [(short, long) for short in many for long in many if len(short) < len(long)]
+    assert any(long[-len(short) :] == short for short, long in ends), "no place was used with two lengths"
 
 
 @pytest.mark.parametrize(
