@@ -11,10 +11,10 @@ keeping what it has; the shapes that matter most come first.
 
 Timing: all contestants of a shape take turns, `repeats` rounds; one sample is a batch of calls queued back to back,
 long enough that dispatch is hidden, divided by their number. `device ms` beside it is the profiler's sum of device
-time per call. Later shapes are compiled meanwhile, which can disturb the first but not the second. Rates count the
-floating-point operations of the pairs that the mask allows, 4 H each forward and 2.5 times that backward, so a
-contestant that visits masked tiles shows a lower rate. Percentages refer to a bf16 matrix product measured in the
-same run.
+time per call: the median of `profiles` profiles of 5 calls each, taken in turns too (of PyTorch one, at the end).
+Later shapes are compiled meanwhile, which can disturb the first but not the second. Rates count the floating-point
+operations of the pairs that the mask allows, 4 H each forward and 2.5 times that backward, so a contestant that visits
+masked tiles shows a lower rate. Percentages refer to a bf16 matrix product measured in the same run.
 """
 
 import argparse
@@ -568,18 +568,25 @@ def measure(
     for turn in range(arguments.repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             seconds[name].append(sample(calls[name], batch[name]))
+    # In turn as well: the clock falls and rises with what ran before. PyTorch's come later, see run_timing.
+    profiles: dict[str, list[dict[str, Any]]] = {name: [] for name in calls if not name.startswith("torch")}
+    names = [*profiles]
+    for turn in range(arguments.profiles):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            profiles[name].append(report.device_profile(calls[name]))
     results: dict[str, Any] = {}
-    for name, call in calls.items():
+    for name in calls:
         row = report.spread(seconds[name])
         flops = shape.flops()
         if name.startswith("cudnn, causal"):
             flops = dataclasses.replace(shape, mask=masks.Causal(), limits="").flops()
         row["flops"] = flops * (3.5 if name.endswith(WITH_GRADIENTS) else 1.0)
         row["percent_of_matmul_by_wall"] = 1e5 * row["flops"] / row["median_ms"] / ceiling
-        if not name.startswith("torch"):  # see run_timing
-            profile = report.device_profile(call)
-            row["operations"] = profile["operations"]
-            add_device_time(row, profile["device_ms"], ceiling)
+        if name in profiles:
+            taken = sorted(profiles[name], key=lambda profile: profile["device_ms"])
+            row["operations"] = taken[len(taken) // 2]["operations"]
+            row["device_samples_ms"] = [profile["device_ms"] for profile in profiles[name]]
+            add_device_time(row, statistics.median(row["device_samples_ms"]), ceiling)
         results[name] = row
         device = f"device {row['device_ms']:8.4f} ms  {row['tflops']:6.1f} TFLOP/s" if "device_ms" in row else ""
         spread = f"[{row['min_ms']:.4f}, {row['max_ms']:.4f}]"
@@ -587,7 +594,15 @@ def measure(
         if name.startswith("mosaic") and len(row["operations"]) > 1:
             print("    " + ", ".join(f"{op['name'][:40]} {op['ms']:.4f}" for op in row["operations"]), flush=True)
     torch_calls = {name: call for name, call in calls.items() if name.startswith("torch")}
-    return {"shape": shape.name, "pairs": shape.pairs(), "results": results, "failures": failures}, torch_calls
+    record = {"shape": shape.name, "pairs": shape.pairs(), "results": results, "failures": failures}
+    if shape.small is not None and "mosaic" in calls:
+        kept = calls["mosaic"]()[2]
+        visited = xla.visited_tiles(
+            shape.mask, shape.make_limits(), shape.batch, shape.num_queries, shape.keys, SKIP_TILE
+        )
+        record["skipped"] = 1.0 - float(kept.sum()) / float(visited.sum() * shape.num_heads)
+        print(f"  skipped {record['skipped']:.3f} of the tiles")
+    return record, torch_calls
 
 
 def add_device_time(row: dict[str, Any], device_ms: float, ceiling: float) -> None:
@@ -658,6 +673,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=12, help="processes of `check`, compiling threads of `time`")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--profiles", type=int, default=5, help="profiles of each contestant, in turn")
     arguments = parser.parse_args(argv)
     if jax.default_backend() != "gpu":
         print(f"needs an NVIDIA GPU; the default backend is {jax.default_backend()}", file=sys.stderr)
