@@ -18,6 +18,7 @@ from pallas_kernels import compat, flash_attention, masks
 from pallas_kernels.attention import mosaic_sm90, reference, xla
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.mosaic_sm90 import BackwardConfig, Config, backward, forward
+from pallas_kernels.attention.mosaic_sm90.operands import prepare
 from pallas_kernels.attention.skip import Skip, SkipTile
 
 SMALL = Config(block_q=64, block_k=64, stages=2)
@@ -356,6 +357,16 @@ def test_an_unsupported_call_is_explained():
         flash_attention(q, k, v, skip_tile=SkipTile(rows=32), **skipping)
     with pytest.raises(NotImplementedError, match="default device is cpu"):
         flash_attention(q, k, v, **skipping)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+def test_padding_in_a_tile_does_not_join_it_to_other_segments(by_key):
+    segments = jnp.repeat(jnp.asarray([[1, 2, 3, -1]], jnp.int32), jnp.asarray([64, 64, 96, 160]), axis=1)
+    limits = Limits(q_segments=segments, k_segments=segments)
+    _, runs = prepare(masks.Full(), limits, 384, 384, tile_q=64, tile_k=64, by_key=by_key)
+    table = np.asarray(runs.table)[0]
+    visits = dict(zip(table[:, 0].tolist(), table[:, 2::2].sum(axis=1).tolist(), strict=True))
+    assert visits == {0: 1, 1: 1, 2: 2, 3: 2, 4: 0, 5: 0}  # tile 3 is half of segment 3, half padding
 
 
 def attend(*arrays, **options):

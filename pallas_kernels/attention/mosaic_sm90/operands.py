@@ -108,8 +108,13 @@ def _runs(
     if operands.q_segments is not None and operands.k_segments is not None:
         q_min, q_max = (x[:, :, None] for x in _extremes(operands.q_segments, tile_q))
         k_min, k_max = (x[:, None] for x in _extremes(operands.k_segments, tile_k))
-        live = both(live, (q_min <= k_max) & (k_min <= q_max))
         full = both(full, (q_min == q_max) & (k_min == k_max) & (q_min == k_min))
+        # Empty slots count for nothing: the range of a tile that has some would reach over all segments below.
+        q_min, k_min = (
+            _extremes(jnp.where(x < 0, jnp.iinfo(jnp.int32).max, x), tile)[0]
+            for x, tile in ((operands.q_segments, tile_q), (operands.k_segments, tile_k))
+        )
+        live = both(live, (q_min[:, :, None] <= k_max) & (k_min[:, None] <= q_max))
     if live is None or full is None:
         return runs
     shape = (live.shape[0], num_q_tiles, num_k_tiles)
