@@ -55,10 +55,18 @@ def _cpu_name() -> str:
 
 
 def _nvidia_smi() -> dict[str, str]:
-    fields = ["name", "driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem"]
+    return _query(["name", "driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem"])
+
+
+def _query(fields: list[str]) -> dict[str, str]:
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
     values = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
     return dict(zip(fields, values, strict=True))
+
+
+def clocks() -> dict[str, str]:
+    """Clocks, power and temperature of the first GPU at this moment."""
+    return _query(["clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"])
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
