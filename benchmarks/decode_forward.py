@@ -129,16 +129,16 @@ def main() -> None:
     record = report.Record("decode_forward", preset=arguments.preset, copy_bytes_per_second=bandwidth)
     for path in arguments.paths:
         weights = lm.unstack(params) if path == "unstacked" else params
-        choices = [(name,) for name in arguments.attention] if arguments.attention else [decode_api.AUTOMATIC]
+        choices = arguments.attention or ["automatic"]
         for batch, length, choice in itertools.product(arguments.batches, arguments.lengths, choices):
             if arguments.attention:
-                decode_api.AUTOMATIC, decode_api.UNMEASURED = choice, {}
-            print(f"attention: {', '.join(choice)}")
+                decode_api.automatic = lambda *_, choice=choice, **__: (choice, "")  # models name no implementation
+            print(f"attention: {choice}")
             for row in measure(
                 lm, weights, batch=batch, length=length, block=arguments.block, path=path,
                 profile=on_gpu, bandwidth=bandwidth,
             ):  # fmt: skip
-                record.add(row | {"attention": choice})
+                record.add(row | {"attention": [choice]})
 
 
 if __name__ == "__main__":

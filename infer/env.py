@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 PACKAGES = ("jaxstream", "jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors")
@@ -109,43 +109,66 @@ def _driver() -> str:
 
 
 def kernels() -> dict[str, str]:
-    """Per operation and implementation: "active" (what a typical call gets), "available by name", or why not.
+    """What a typical call of each operation gets, and why not the others.
 
-    Asks by tracing a call of each implementation by name; nothing is computed.
+    Typical are 4096 causal tokens, and one token against a cache of 8192, bfloat16, 32 heads on 8, of 128. Per
+    operation and implementation: "active" (chosen when none is named; perhaps only with or without gradients),
+    "available by name" and why it was not chosen, or "not active" and why it cannot run. Asks by tracing; nothing is
+    computed.
     """
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.attention import api as attention
+    from pallas_kernels.attention.limits import Limits
     from pallas_kernels.decode_attention import api as decode
+    from pallas_kernels.decode_attention.operands import Operands
+    from pallas_kernels.masks import Causal
 
-    q = jax.ShapeDtypeStruct((1, 256, 8, 128), jnp.bfloat16)
-    kv = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
-    one_q = jax.ShapeDtypeStruct((1, 1, 8, 128), jnp.bfloat16)
-    cache = jax.ShapeDtypeStruct((1, 1, 256, 2, 128), jnp.bfloat16)
+    found: dict[str, dict[str, str]] = {"flash_attention": {}, "decode_attention": {}}
+    chosen: dict[str, dict[str, list[str]]] = {op: {} for op in found}
+    reasons: dict[str, str] = {}
 
-    def run_decode(name: str) -> None:
-        def call(q, k_cache, v_cache):
-            lengths = jnp.full(1, 100)
-            return decode.decode_attention(q, k_cache, v_cache, layer=0, kv_lengths=lengths, implementation=name)
+    def ask_flash(q, k, v):
+        options: dict[str, Any] = {
+            "mask": Causal(),
+            "limits": Limits(),
+            "scale": 1.0,
+            "return_lse": False,
+            "skip": None,
+        }
+        for name, module in attention.IMPLEMENTATIONS.items():
+            found["flash_attention"][name] = module.unsupported(q, k, v, **options)
+        choice = attention.automatic(q, k, v, **options)
+        chosen["flash_attention"].setdefault(choice.forward, []).append("without gradients")
+        chosen["flash_attention"].setdefault(choice.gradient, []).append("with gradients")
+        reasons["flash_attention"] = "; ".join(dict.fromkeys(reason for reason in choice.reasons.values() if reason))
 
-        jax.eval_shape(call, one_q, cache, cache)
+    def ask_decode(q, k_cache, v_cache, own, lengths):
+        operands = Operands(jnp.int32(0), lengths, None, lengths[:, None], own, own, None, None, 0)
+        options: dict[str, Any] = {"operands": operands, "own_mask": Causal(), "scale": 1.0, "skip": None}
+        for name, module in decode.IMPLEMENTATIONS.items():
+            found["decode_attention"][name] = module.unsupported(q, k_cache, v_cache, **options)
+        name, reasons["decode_attention"] = decode.automatic(q, k_cache, v_cache, **options)
+        chosen["decode_attention"][name] = ["without gradients", "with gradients"]
 
-    def run_flash(name: str) -> None:
-        jax.eval_shape(lambda q, k, v: attention.flash_attention(q, k, v, implementation=name), q, kv, kv)
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-    return _reasons("flash_attention", attention, run_flash) | _reasons("decode_attention", decode, run_decode)
+    jax.eval_shape(ask_flash, array(1, 4096, 32, 128), array(1, 4096, 8, 128), array(1, 4096, 8, 128))
+    cache, own = array(1, 1, 8192, 8, 128), array(1, 1, 8, 128)
+    jax.eval_shape(ask_decode, array(1, 1, 32, 128), cache, cache, own, array(1, dtype=jnp.int32))
 
-
-def _reasons(op: str, api: Any, run: Callable[[str], None]) -> dict[str, str]:
-    report, chosen = {}, False
-    for name in api.IMPLEMENTATIONS:
-        try:
-            run(name)
-        except NotImplementedError as error:
-            report[f"{op} {name}"] = f"not active: {_one_line(error)}"
-            continue
-        active = name in api.AUTOMATIC and not chosen
-        report[f"{op} {name}"] = "active" if active else "available by name"
-        chosen |= active
+    report = {}
+    for op, implementations in found.items():
+        for name, why_not in implementations.items():
+            if uses := chosen[op].get(name):
+                state = "active" if len(uses) == 2 else f"active {uses[0]}"
+            elif why_not is not None:
+                state = f"not active: {_one_line(why_not)}"
+            elif name != "reference" and reasons[op]:
+                state = f"available by name: {_one_line(reasons[op])}"
+            else:
+                state = "available by name"
+            report[f"{op} {name}"] = state
     return report

@@ -65,6 +65,12 @@ def missing_hopper() -> str | None:
     return None
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """Mesh axes that `x` varies over inside a `shard_map` that follows this (`check_vma`); else none."""
+    kind = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
 def swizzled(dtype: Any, minor: int) -> tuple[Any, ...]:
     """Tiling and swizzle of a matrix operand in shared memory whose last axis has `minor` elements."""
     itemsize = jax.numpy.dtype(dtype).itemsize

@@ -1,22 +1,32 @@
 """`flash_attention`: argument checks and the choice of implementation."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import cudnn, mosaic_sm90, reference, xla
 from pallas_kernels.attention import skip as rule
 from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array_or_none
 from pallas_kernels.attention.limits import Limits
-from pallas_kernels.attention.skip import SkipTile
+from pallas_kernels.attention.skip import Skip, SkipTile
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
 
 # Each module has `unsupported(q, k, v, *, mask, limits, scale, return_lse, skip)`: None, or why not, in words; and
 # `run(...)` without `return_lse`, returning (output, log-sum-exp), with a `skip` (output, log-sum-exp, kept tiles).
 # `run` of a module that never skips need not know `skip`.
 IMPLEMENTATIONS: dict[str, Any] = {"mosaic": mosaic_sm90, "cudnn": cudnn, "xla": xla, "reference": reference}
-# Tried in this order when implementation is None. A GPU kernel joins once a committed GPU result covers it.
-AUTOMATIC = ("xla",)
+
+
+class Choice(NamedTuple):
+    """What `implementation=None` runs, and why no other was preferred, in words."""
+
+    forward: str
+    gradient: str  # where a gradient is taken
+    spec: PartitionSpec | None  # of q, k and v, which a kernel must be cut by; XLA cuts its own work
+    reasons: dict[str, str]  # for "forward" and "gradient"
 
 
 def flash_attention(
@@ -72,7 +82,8 @@ def flash_attention(
       return_lse: also return the natural log-sum-exp of the scaled visible scores in kept tiles, float32 `[B, N, T]`.
       return_stats: also return `SkipStats`, exact counts of visited and skipped tiles; costs time.
       return_selection: also return which tiles were kept, bool `[B, N, ceil(T / rows), ceil(S / width)]`.
-      implementation: None chooses; a name runs that or raises. "mosaic" (Hopper) has gradients up to head dim 128.
+      implementation: None chooses what was measured to be fastest (`automatic`), perhaps one for a call and another for
+        a call whose gradient is taken; a name runs that or raises. "mosaic" (Hopper) has gradients up to head dim 128.
 
     Returns:
       The output `[B, T, N, Hv]`; if anything else was asked for, a tuple of output, log-sum-exp, statistics and
@@ -122,22 +133,94 @@ def flash_attention(
     elif return_stats or return_selection:
         raise ValueError("return_stats and return_selection tell of skipped tiles: give a threshold")
     options: dict[str, Any] = {"mask": mask, "limits": limits, "scale": check_scale(scale, q.shape[-1])}
-    reason = None
-    for name in AUTOMATIC if implementation is None else (implementation,):
-        reason = IMPLEMENTATIONS[name].unsupported(q, k, v, **options, return_lse=return_lse, skip=skip)
+    if implementation is None:
+        choice = automatic(q, k, v, **options, return_lse=return_lse, skip=skip)
+    else:
+        reason = IMPLEMENTATIONS[implementation].unsupported(q, k, v, **options, return_lse=return_lse, skip=skip)
         if reason is not None:
-            continue
-        if skip is None:
-            out, lse = IMPLEMENTATIONS[name].run(q, k, v, **options)
-            return (out, lse) if return_lse else out
-        out, lse, keep = IMPLEMENTATIONS[name].run(q, k, v, **options, skip=skip)
-        results = [out]
-        if return_lse:
-            results.append(lse)
-        if return_stats:
-            visited = xla.visited_tiles(mask, limits, batch, num_queries, num_keys, skip.tile)
-            results.append(rule.stats(keep, visited, skip))
-        if return_selection:
-            results.append(keep)
-        return tuple(results) if len(results) > 1 else out
-    raise NotImplementedError(f"flash_attention {implementation!r}: {reason}")
+            raise NotImplementedError(f"flash_attention {implementation!r}: {reason}")
+        choice = Choice(implementation, implementation, None, {})
+    out, lse, keep = _run(choice, q, k, v, limits, mask=mask, scale=options["scale"], skip=skip)
+    results: list[Any] = [out]
+    if return_lse:
+        results.append(lse)
+    if skip is not None and keep is not None and return_stats:
+        visited = xla.visited_tiles(mask, limits, batch, num_queries, num_keys, skip.tile)
+        results.append(rule.stats(keep, visited, skip))
+    if return_selection:
+        results.append(keep)
+    return tuple(results) if len(results) > 1 else out
+
+
+def automatic(
+    q: Any, k: Any, v: Any, *, mask: Mask, limits: Limits, scale: float, return_lse: bool, skip: Skip | None
+) -> Choice:
+    """What `implementation=None` runs for a call, by the rules of `pallas_kernels.dispatch`. Needs shapes only."""
+    batch, num_queries, num_heads, head_dim = q.shape
+    kind = dispatch.Kind(
+        mask=type(mask).__name__ + "(token)" * (getattr(mask, "clean", "") == "token"),
+        dtype=str(q.dtype),
+        head_dims=f"{head_dim}/{v.shape[3]}",
+        limits=_names(limits),
+        skip="" if skip is None else f"{skip.tile.rows}x{skip.tile.width}",
+        square=num_queries == k.shape[1],
+    )
+    sizes = {"queries": num_queries, "keys": k.shape[1], "work": batch * num_heads * num_queries}
+    if batch == 0:
+        return Choice("xla", "xla", None, {"forward": "nothing to do", "gradient": "nothing to do"})
+    spec, unable = dispatch.partition(q, k, v)
+    chosen: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for use in ("forward", "gradient"):
+        names: tuple[str, ...] = ("xla",)
+        reason = unable or ""
+        if unable is None:
+            names, reason = dispatch.preferred("flash_attention", kind, sizes, gradients=use == "gradient")
+        for name in names:
+            why_not = IMPLEMENTATIONS[name].unsupported(
+                q, k, v, mask=mask, limits=limits, scale=scale, return_lse=return_lse, skip=skip
+            )
+            if why_not is None:
+                chosen[use], reasons[use] = name, reason
+                break
+            reason = f"{name}: {why_not}"
+        else:
+            raise NotImplementedError(f"flash_attention: {reason}")
+    return Choice(**chosen, spec=spec, reasons=reasons)
+
+
+def _names(limits: Limits) -> str:
+    """The run-time limits that are given, in the words of the checks, which give both sides of a pair."""
+    given = {name for name, limit in limits._asdict().items() if limit is not None}
+    pairs = {"segments": {"q_segments", "k_segments"}, "positions": {"q_positions", "k_positions"}}
+    for name, both in pairs.items():
+        if both <= given:
+            given = (given - both) | {name}
+    return " ".join(sorted("lengths" if name == "kv_lengths" else name for name in given))
+
+
+def _run(
+    choice: Choice, q: Array, k: Array, v: Array, limits: Limits, *, mask: Mask, scale: float, skip: Skip | None
+) -> tuple[Array, Array | None, Array | None]:
+    """Output, log-sum-exp and kept tiles; None is what the implementation does not give."""
+
+    def named(name: str) -> Callable[..., Any]:
+        def call(q, k, v, limits, log_threshold):
+            if skip is None:
+                results = (*IMPLEMENTATIONS[name].run(q, k, v, mask=mask, limits=limits, scale=scale), None)
+            else:
+                here = skip._replace(log_threshold=log_threshold)
+                results = IMPLEMENTATIONS[name].run(q, k, v, mask=mask, limits=limits, scale=scale, skip=here)
+            # Both sides of `by_derivative` must return the same; cuDNN is taken where no log-sum-exp is wanted.
+            return (results[0], None, None) if without_lse else results
+
+        return call
+
+    without_lse = choice.forward != choice.gradient and "cudnn" in choice[:2]
+    call = named(choice.forward)
+    if choice.forward != choice.gradient:
+        call = dispatch.by_derivative(call, named(choice.gradient))
+    arguments = (q, k, v, limits, None if skip is None else skip.log_threshold)
+    if choice.spec is None or choice.forward == choice.gradient == "xla":
+        return call(*arguments)
+    return dispatch.sharded(call, choice.spec)(*arguments)

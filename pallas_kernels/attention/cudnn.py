@@ -1,6 +1,6 @@
 """cuDNN's fused attention through `jax.nn.dot_product_attention`, for the calls whose meaning it shares.
 
-Taken only on request: `api.AUTOMATIC` leaves it out until a committed GPU result shows where it agrees and is faster.
+Taken by name, or where a committed GPU check shows that it agrees and a timing that it is faster (`dispatch`).
 """
 
 import jax

@@ -6,21 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import skip as rule
 from pallas_kernels.attention.checks import check_choice, check_heads, check_scale, int_array, int_array_or_none
-from pallas_kernels.attention.skip import DECODE_TILE, SkipStats, SkipTile
+from pallas_kernels.attention.skip import DECODE_TILE, Skip, SkipStats, SkipTile
 from pallas_kernels.decode_attention import mosaic_sm90, reference, xla
 from pallas_kernels.decode_attention.operands import CODES, Operands
 from pallas_kernels.masks import BlockDiffusion, Causal, Mask
 
-# Fastest first. Each module has `unsupported(q, k_cache, v_cache, *, operands, own_mask, scale, skip)`: None, or why
+# Each module has `unsupported(q, k_cache, v_cache, *, operands, own_mask, scale, skip)`: None, or why
 # not, in words; and `run(...)` of the same arguments, returning (output, log-sum-exp), with a `skip` (output,
 # log-sum-exp, kept tiles bool [B, K, tiles]). `run` of a module that never skips need not know `skip`.
 IMPLEMENTATIONS: dict[str, Any] = {"mosaic": mosaic_sm90, "xla": xla, "reference": reference}
-# Tried in this order when implementation is None; a kernel only for calls that a committed GPU result covers, that is
-# when its entry of UNMEASURED, of (q, k_cache, operands), gives no reason against it.
-AUTOMATIC = ("mosaic", "xla")
-UNMEASURED: dict[str, Any] = {"mosaic": mosaic_sm90.unmeasured}
 
 
 def decode_attention(
@@ -91,8 +88,7 @@ def decode_attention(
         key head vote together. Part of the meaning, never tuned.
       return_lse: also return the natural log-sum-exp of the scaled visible scores, float32 `[B, N, T]`.
       return_stats: also return `SkipStats` with counts per key head `[B, K]`; needs a threshold.
-      implementation: None chooses; a name runs that or raises. On a Hopper GPU None takes "mosaic"
-        for the calls that were measured to be faster so, and "xla" for all others.
+      implementation: None chooses what was measured to be fastest (`automatic`); a name runs that or raises.
 
     Returns:
       The output `[B, T, N, H]`; or a tuple of it and what `return_lse` and `return_stats` ask for, in this order.
@@ -152,7 +148,7 @@ def decode_attention(
         k_scale=k_scale,
         v_scale=v_scale,
     )
-    options = {"operands": operands, "own_mask": own_mask, "scale": check_scale(scale, q.shape[-1])}
+    options: dict[str, Any] = {"operands": operands, "own_mask": own_mask, "scale": check_scale(scale, q.shape[-1])}
     check_choice(implementation, IMPLEMENTATIONS)
     keys = rule.number_of_keys(capacity, batch, lengths, operands.k_positions)
     if own_k is not None:
@@ -164,25 +160,64 @@ def decode_attention(
         raise ValueError("return_stats tells of skipped tiles: give a threshold")
     if skip is not None and window is not None:
         raise ValueError("tiles are skipped in full attention only; leave the skip options out with a window")
-    reason = None
-    for name in AUTOMATIC if implementation is None else (implementation,):
-        reason = IMPLEMENTATIONS[name].unsupported(q, k_cache, v_cache, **options, skip=skip)
-        if reason is None and implementation is None and name in UNMEASURED:
-            reason = UNMEASURED[name](q, k_cache, operands)
-        if reason is not None:
-            continue
-        if skip is None:
-            out, lse = IMPLEMENTATIONS[name].run(q, k_cache, v_cache, **options)
-            return (out, lse) if return_lse else out
-        out, lse, keep = IMPLEMENTATIONS[name].run(q, k_cache, v_cache, **options, skip=skip)
-        results = [out, lse] if return_lse else [out]
-        if return_stats:
-            visited = reference.visited_tiles(operands, capacity, skip.tile)
-            total = jnp.broadcast_to(visited[:, None], keep.shape[:2])
-            guarded = (skip.log_threshold == -jnp.inf).sum()
-            results.append(SkipStats(total, total - keep.sum(axis=2), guarded))
-        return tuple(results) if len(results) > 1 else out
-    raise NotImplementedError(f"decode_attention {implementation!r}: {reason}")
+    if implementation is None:
+        implementation, _ = automatic(q, k_cache, v_cache, **options, skip=skip)
+    elif (reason := IMPLEMENTATIONS[implementation].unsupported(q, k_cache, v_cache, **options, skip=skip)) is not None:
+        raise NotImplementedError(f"decode_attention {implementation!r}: {reason}")
+    if skip is None:
+        out, lse = IMPLEMENTATIONS[implementation].run(q, k_cache, v_cache, **options)
+        return (out, lse) if return_lse else out
+    out, lse, keep = IMPLEMENTATIONS[implementation].run(q, k_cache, v_cache, **options, skip=skip)
+    results = [out, lse] if return_lse else [out]
+    if return_stats:
+        visited = reference.visited_tiles(operands, capacity, skip.tile)
+        total = jnp.broadcast_to(visited[:, None], keep.shape[:2])
+        guarded = (skip.log_threshold == -jnp.inf).sum()
+        results.append(SkipStats(total, total - keep.sum(axis=2), guarded))
+    return tuple(results) if len(results) > 1 else out
+
+
+def automatic(
+    q: Any, k_cache: Any, v_cache: Any, *, operands: Operands, own_mask: Mask, scale: float, skip: Skip | None
+) -> tuple[str, str]:
+    """What `implementation=None` runs for a call, by the rules of `pallas_kernels.dispatch`, and why nothing else.
+
+    Needs shapes only.
+    """
+    batch, num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[3]
+    forms = {scales.ndim: "head" if scales.ndim == 2 else "token" for scales in operands[-2:] if scales is not None}
+    given = {
+        "own_lengths": operands.own_lengths is not None,
+        "positions": operands.k_positions is not None,
+        "window": operands.window is not None,
+    }
+    kind = dispatch.Kind(
+        mask=dispatch.OWN_KEYS if operands.own_k is not None else f"no {dispatch.OWN_KEYS}",
+        dtype=str(q.dtype),
+        head_dims=f"{head_dim}/{head_dim}",
+        limits=" ".join(name for name, value in given.items() if value),
+        # Scales of two forms are checked as neither, so nothing covers them.
+        cache=f"{k_cache.dtype} per {' and '.join(forms.values())}" if forms else "",
+        skip="" if skip is None else f"{skip.tile.width} chains {skip.tile.chains}",
+    )
+    sizes = {"batch": batch, "rows": num_queries * (num_heads // num_kv_heads), "keys": k_cache.shape[2]}
+    spec, reason = dispatch.partition(q)
+    names: tuple[str, ...] = ("xla",)
+    if batch == 0:
+        reason = "nothing to do"
+    elif spec is not None:
+        reason = "a mesh of explicit axes: call the kernel by name under shard_map"
+    elif reason is None:
+        names, reason = dispatch.preferred("decode_attention", kind, sizes, gradients=False)
+    for name in names:
+        why_not = IMPLEMENTATIONS[name].unsupported(
+            q, k_cache, v_cache, operands=operands, own_mask=own_mask, scale=scale, skip=skip
+        )
+        if why_not is None:
+            return name, reason or ""
+        reason = f"{name}: {why_not}"
+    raise NotImplementedError(f"decode_attention: {reason}")
 
 
 def _scales(name: str, scales: Array | None, cache_name: str, cache: Array) -> Array | None:

@@ -247,24 +247,6 @@ def unsupported(
     return compat.missing_hopper()
 
 
-def unmeasured(q: Array, k_cache: Array, operands: Operands) -> str | None:
-    """Why the automatic choice leaves a call that could run here to others: no committed timing covers its class.
-
-    Covered by `benchmarks/results/decode_attention_gpu-*-2026-11-25.json` (README.md): 3 to 9 times faster than XLA.
-    """
-    if jax.device_count() > 1:
-        return "several devices: XLA cannot partition a kernel; call it under shard_map by name"
-    if q.shape[0] != 1:
-        return f"timed at batch 1 only; got {q.shape[0]}"
-    if str(q.dtype) != "bfloat16" or q.shape[3] != 128:
-        return f"timed for bfloat16 heads of 128 only; got {q.dtype} heads of {q.shape[3]}"
-    if (rows := q.shape[1] * (q.shape[2] // k_cache.shape[3])) > 128:
-        return f"timed for up to 128 queries per key head only; got {rows}"
-    if operands.k_positions is not None or operands.window is not None:
-        return "timed without positions and windows only"
-    return None
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The work list
 

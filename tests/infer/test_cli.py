@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 import infer.__main__ as cli
+from infer import env
 from infer.text.jsonl import ResultFile
 from jaxmodels import command_line
+from pallas_kernels import compat, dispatch
 
 SHORT = ["--max-new-tokens", "6", "--ignore-eos", "--capacity", "64"]
 
@@ -357,5 +359,29 @@ def test_env_reports_versions_devices_and_kernels(capsys):
         states = [state for name, state in report["kernels"].items() if name.startswith(op)]
         assert states.count("active") == 1
         assert all(s in ("active", "available by name") or s.startswith("not active: ") for s in states)
+
+
+def test_env_tells_what_the_automatic_choice_takes_and_why_not(monkeypatch):
+    """As on a Hopper GPU, with a table where the kernel wins with gradients only and decoding was never checked."""
+    kinds = {"forward": [], "gradients": ["Causal bfloat16 128/128"]}
+    point = {"kind": "Causal bfloat16 128/128", "sizes": {"queries": 4096, "keys": 4096, "work": 2**17}}
+    timed = [
+        point | {"gradients": taken, "ms": {"mosaic": 2.0, "xla": 3.0 if taken else 1.0}} for taken in (False, True)
+    ]
+    table = {"flash_attention": {"fast": {"checked": {"mosaic": kinds}, "timed": timed}}, "decode_attention": {}}
+    monkeypatch.setattr(dispatch, "table", lambda: table)
+    device = SimpleNamespace(platform="gpu", device_kind="fast", compute_capability="9.0")
+    monkeypatch.setattr(dispatch, "default_device", lambda: device)
+    monkeypatch.setattr(compat, "missing_hopper", lambda: None)
+    report = env.kernels()
+    assert report["flash_attention mosaic"] == "active with gradients"
+    assert report["flash_attention xla"] == "active without gradients"
+    assert report["flash_attention cudnn"].startswith("not active: cuDNN needs an NVIDIA GPU")
+    assert report["decode_attention xla"] == "active"
+    assert report["decode_attention mosaic"] == "available by name: nothing is measured on fast"
+    assert report["decode_attention reference"] == "available by name"
+
+
+def test_env_in_words(capsys):
     code, out, _ = run(capsys, "env")
     assert code == 0 and "kernels" in out and "compilation cache" in out

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention, flash_attention, masks
-from pallas_kernels.decode_attention import api, xla
+from pallas_kernels.decode_attention import xla
 from pallas_kernels.decode_attention.cases import CASES as REAL_CASES
 
 LAYERS, BATCH, HEAD_DIM, SCALE = 3, 3, 8, 0.4
@@ -536,10 +536,6 @@ def test_bad_calls_are_explained(plain_calls, name):
     )
     with pytest.raises(ValueError, match=match):
         decode_attention(**(arguments | changes))
-
-
-def test_automatic_choice_names_only_known_implementations():
-    assert set(api.AUTOMATIC) <= set(api.IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

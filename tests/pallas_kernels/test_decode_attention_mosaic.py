@@ -20,7 +20,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, decode_attention, masks
-from pallas_kernels.decode_attention import api, mosaic_sm90, reference, xla
+from pallas_kernels.decode_attention import mosaic_sm90, reference
 from pallas_kernels.decode_attention.mosaic_sm90 import Config
 from pallas_kernels.decode_attention.operands import Operands
 
@@ -416,33 +416,3 @@ def test_empty_batch():
     q, k, v, operands = Call((), config=SMALL).arguments()
     out, lse = mosaic_sm90.run(q, k, v, operands=operands, own_mask=masks.Full(), scale=1.0)
     assert out.shape == q.shape and lse.shape == (0, 4, 1)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({}, None),
-        ({"codes": "int8"}, None),
-        ({"lengths": (150, 150)}, "batch 1 only; got 2"),
-        ({"head_dim": 64}, "bfloat16 heads of 128 only; got bfloat16 heads of 64"),
-        ({"dtype": "float16"}, "got float16 heads of 128"),
-        ({"num_queries": 33}, "up to 128 queries per key head only; got 132"),
-        ({"ring": True}, "without positions and windows"),
-        ({"window": 9}, "without positions and windows"),
-    ],
-)
-def test_the_automatic_choice_keeps_to_what_was_timed(monkeypatch, changes, message):
-    q, k, v, operands = dataclasses.replace(Call((150,), head_dim=128), **changes).arguments()
-    reason = mosaic_sm90.unmeasured(q, k, operands)
-    assert reason is None if message is None else message in reason
-    # And the api follows it, on a machine that could run the kernel.
-    monkeypatch.setattr(compat, "missing_hopper", lambda: None)
-    taken = []
-    xla_run = xla.run
-    for name, module in api.IMPLEMENTATIONS.items():
-        monkeypatch.setattr(module, "run", lambda *a, name=name, **o: taken.append(name) or xla_run(*a, **o))
-    given = {name: x for name, x in operands._asdict().items() if x is not None}
-    if "window" not in given:
-        del given["num_sinks"]
-    decode_attention(q, k, v, own_mask=masks.Full(), **given)
-    assert taken == ["mosaic" if message is None else "xla"]
