@@ -1,12 +1,16 @@
-"""Milliseconds of the attention operations alone, by named case.
+"""Every benchmark of attention, by its first argument.
 
-    python -m benchmarks.attention --filter tiny gpt2 qwen2_5_0_5b
+    python -m benchmarks.attention --filter tiny gpt2 qwen2_5_0_5b   # named cases on any device, a CPU included
+    python -m benchmarks.attention check | time | memory ...         # on a GPU: see benchmarks.attention_gpu
+    python -m benchmarks.attention page                              # docs/benchmarks/attention.md from the results
 
-Training cases time forward + backward of one layer, decode cases the attention of all layers of one step. Beside
-wall time stands the processor time of the process (all threads), which other work on the machine disturbs less.
+Of the named cases, training ones time forward + backward of one layer, decode cases the attention of all layers of one
+step. Beside wall time stands the processor time of the process (all threads), which other work on the machine disturbs
+less.
 """
 
 import argparse
+import sys
 import time
 
 import jax
@@ -48,12 +52,25 @@ def decode_call(case, dtype):
     return lambda: step(x, k_cache, v_cache, lengths)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["page"]:
+        from benchmarks import attention_page
+
+        return attention_page.main(argv[1:])
+    if argv[:1] in (["check"], ["time"], ["memory"]):
+        from benchmarks import attention_gpu  # sets JAX up for a GPU
+
+        return attention_gpu.main(argv)
+    return named_cases(argv)
+
+
+def named_cases(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", nargs="*", default=[""], help="beginnings of case names")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--repeats", type=int, default=10)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rows = []
     for kind, cases, make in (("forward + backward", TRAINING, training_call), ("decode", DECODING, decode_call)):
         for case in cases:
@@ -76,7 +93,8 @@ def main() -> None:
             print(f"{case.name:30} {kind:20} wall {wall['median_ms']:8.2f} ms (min {wall['min_ms']:.2f}), ", end="")
             print(f"processor {row['processor_min_ms']:.2f} ms", flush=True)
     report.write("attention", {"rows": rows})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

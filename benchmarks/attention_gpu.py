@@ -26,6 +26,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
+import json
 import multiprocessing
 import os
 import statistics
@@ -726,7 +727,30 @@ def run_timing(arguments: argparse.Namespace) -> int:
                 row["failures"][f"profile of {name}"] = f"{type(error).__name__}: {str(error)[:300]}"
     record.save()
     summarise(record.rows)
+    compare(record)
     return 0 if record.rows else 1
+
+
+def compare(record: report.Record) -> None:
+    """Prints each device time over that of the last committed run of the same shape on the same device."""
+    earlier: dict[tuple[str, str], tuple[str, float]] = {}
+    files = []
+    for path in report.RESULTS.glob("attention_gpu-*.json"):
+        if path.resolve() != record.path.resolve():
+            files.append(json.loads(path.read_text()))
+    device = jax.devices()[0].device_kind
+    for content in sorted(files, key=lambda content: content["environment"]["date"]):
+        if content["environment"]["device"] == device:
+            for row in content["rows"]:
+                for name, result in row.get("results", {}).items():
+                    if "device_ms" in result:
+                        date = content["environment"]["date"][:10]
+                        earlier[row["shape"], name] = (date, result["device_ms"])
+    for row in record.rows:
+        for name, result in row["results"].items():
+            if "device_ms" in result and (row["shape"], name) in earlier:
+                date, ms = earlier[row["shape"], name]
+                print(f"{row['shape']}: {name} takes {result['device_ms'] / ms:.3f} of its time of {date}")
 
 
 def memory(arguments: argparse.Namespace) -> int:
