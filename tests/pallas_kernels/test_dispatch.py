@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks import attention_gpu, decode_attention_gpu, dispatch_table
-from pallas_kernels import compat, decode_attention, dispatch, flash_attention
+from pallas_kernels import compat, decode_attention, dispatch, flash_attention, masks
 from pallas_kernels.attention import api, cudnn, mosaic_sm90, xla
+from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.dispatch import Kind
@@ -352,6 +353,24 @@ def test_cudnn_gives_way_where_a_log_sum_exp_is_wanted(taken, monkeypatch):
     ran = taken("cudnn", "mosaic")
     jax.grad(loss(flash_attention))(*inputs())
     assert ran == ["mosaic"]
+
+
+def test_the_kernels_under_vmap_are_the_kernels_row_by_row():
+    """Interpreted: an automatic choice may take a kernel under `jax.vmap`, which adds an axis to its grid."""
+    options = {"mask": masks.Causal(), "scale": 0.1, "interpret": compat.interpret_params(detect_races=False)}
+
+    def row(q, k, v, lengths):
+        return mosaic_sm90.run(q, k, v, limits=Limits(kv_lengths=lengths), **options)[0]
+
+    def with_gradients(*given):
+        total = lambda *given: (row(*given).astype(jnp.float32) ** 2).sum()  # noqa: E731
+        return row(*given), *jax.grad(total, argnums=(0, 1, 2))(*given)
+
+    given = (*(x[:, None] for x in inputs()), jnp.asarray([[128], [37]]))
+    got = jax.vmap(with_gradients)(*given)
+    want = [with_gradients(*one) for one in zip(*given, strict=True)]
+    for a, rows in zip(got, zip(*want, strict=True), strict=True):
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (a, jnp.stack(rows))))
 
 
 def test_a_name_is_never_replaced(taken):
