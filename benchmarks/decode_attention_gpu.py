@@ -144,7 +144,7 @@ class Shape:
         first = mosaic_sm90.heuristic_config(self.head_dim, codes=bool(self.cache))
         configs = {"mosaic": first}
         if self.cache:
-            configs["mosaic, 2 converters"] = dataclasses.replace(first, converters=2)
+            configs["mosaic, 1 converter"] = dataclasses.replace(first, converters=1)
         return configs
 
     def call(self, implementation: str) -> Callable[..., Any]:

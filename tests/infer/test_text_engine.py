@@ -280,8 +280,8 @@ def test_long_prompts_in_pieces_change_nothing(tiny, plain, prefill_rows):
 def test_a_window_runs_prompt_and_text_beyond_every_length(tiny, caplog):
     """Prompt and text longer than the cache, the window and the model's positions; equal to recomputation."""
     window, sinks, new = 24, 3, 40
-    # With the weights of `tiny` one unit in the last place of float32 moves some of these values by 5e-4; with a quarter
-    # of them by 3e-6 at most, so that the tolerance can tell a wrong key from rounding.
+    # With the weights of `tiny` one unit in the last place of float32 moves some of these values by 5e-4; with a
+    # quarter of them by 3e-6 at most, so that the tolerance can tell a wrong key from rounding.
     tiny = dataclasses.replace(tiny, params=jax.tree.map(lambda x: x / 4 if x.ndim > 1 else x, tiny.params))
     engine = TextEngine.from_pretrained(tiny, batch=2, window=window, num_sinks=sinks, chunk=4, prefill_chunk=16)
     assert engine.decoder.state.cache.capacity == window + sinks
