@@ -548,7 +548,10 @@ def contestants(shape: Shape, arguments: argparse.Namespace) -> dict[str, Callab
     add("cudnn" if same else "cudnn, causal", cudnn, (), d_out)
     if same and not (arguments.dispatch and shape.num_queries < 4096) and importlib.util.find_spec("tokamax"):
         import tokamax
+        from absl import flags
 
+        if not flags.FLAGS.is_parsed():  # tokamax reads its options from absl's flags, which must not read ours
+            flags.FLAGS.mark_as_parsed()
         peer = functools.partial(tokamax.dot_product_attention, is_causal=causal, implementation="mosaic_gpu")
         add("tokamax", peer, (), d_out)
     if same and not arguments.dispatch and importlib.util.find_spec("torch"):
