@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 
@@ -157,8 +158,8 @@ def cases(*, shipped_only: bool = True, name_contains: str = "") -> Iterator[Com
                 yield case
 
 
-def hopper_sharding(gpu: str = "h100") -> jax.sharding.Sharding:
-    """A sharding on one imaginary GPU; arguments that carry it make `jit` compile for that GPU."""
+def hopper_mesh(gpu: str = "h100", count: int = 1) -> jax.sharding.Mesh:
+    """A mesh of imaginary GPUs with one automatic axis; arguments laid out on it make `jit` compile for them."""
     from jax.experimental import topologies
 
     name, bandwidth, memory = GPUS[gpu]
@@ -166,7 +167,7 @@ def hopper_sharding(gpu: str = "h100") -> jax.sharding.Sharding:
         topology = topologies.get_topology_desc(
             platform="cuda",
             topology_name="",
-            topology="1x1x1",
+            topology=f"1x1x{count}",
             target_config=_TARGET.format(name=name, bandwidth=bandwidth, memory=memory),
         )
     except Exception as error:  # the plugin's loader raises whatever its entry point raises
@@ -174,7 +175,43 @@ def hopper_sharding(gpu: str = "h100") -> jax.sharding.Sharding:
             f"the CUDA plugin of JAX {jax.__version__} cannot be used ({type(error).__name__}: {str(error)[:200]}); "
             f"install the extra gpu-compile, jax-cuda13-plugin and jax-cuda13-pjrt in exactly that version"
         ) from error
-    return jax.sharding.NamedSharding(topologies.make_mesh(topology, (1,), ("gpu",)), jax.sharding.PartitionSpec())
+    return topologies.make_mesh(topology, (count,), ("gpu",))
+
+
+def hopper_sharding(gpu: str = "h100") -> jax.sharding.Sharding:
+    """A sharding on one imaginary GPU."""
+    return jax.sharding.NamedSharding(hopper_mesh(gpu), jax.sharding.PartitionSpec())
+
+
+def uncut(gpu: str = "h100") -> str | None:
+    """Why the kernels of a program for two GPUs do not each see half of the rows, None when they do.
+
+    Compiles flash attention with its gradients on a mesh of an automatic axis, so through `partitioning.cut`.
+    """
+    from pallas_kernels.attention import mosaic_sm90
+    from pallas_kernels.attention.limits import Limits
+    from pallas_kernels.masks import Causal
+
+    mesh = hopper_mesh(gpu, 2)
+
+    def loss(q, k, v, lengths):
+        limits = Limits(kv_lengths=lengths)
+        return mosaic_sm90.run(q, k, v, mask=Causal(), limits=limits, scale=0.1)[0].astype("float32").sum()
+
+    def halves(*shape, dtype="bfloat16"):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("gpu"))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    avals = (halves(4, 1024, 8, 128), *[halves(4, 1024, 2, 128)] * 2, halves(4, dtype="int32"))
+    with mock.patch.object(jax, "device_count", lambda: 2):  # this machine's own would be one CPU
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*avals)
+        text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    kernels = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
+    halved = [line for line in kernels if re.search(r"bf16\[2,1024,[28],128\]", line) and "[4,1024" not in line]
+    exchanged = sorted(set(re.findall(r"\b(all-gather|all-reduce|all-to-all|collective-permute)", text)))
+    if len(kernels) != 3 or halved != kernels or exchanged:
+        return f"{len(halved)} of {len(kernels)} kernels see half of the rows, of 3; exchanges: {exchanged}"
+    return None
 
 
 def _cuda_root() -> Path:
@@ -338,6 +375,12 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  FAILS: {'; '.join(failures)}")
                 status = max(status, 1)
             results.append({"case": case.name, "failures": failures, **dataclasses.asdict(report)})
+    if not arguments.filter:
+        print("flash attention with gradients, on two GPUs", flush=True)
+        failure = uncut(arguments.gpu)
+        print(f"  FAILS: {failure}" if failure else "  each runs the kernels on its half of the rows and sends nothing")
+        status = max(status, 1 if failure else 0)
+        results.append({"case": "flash attention on two GPUs", "failures": [failure] if failure else []})
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{len(selected)} cases, exit code {status}")

@@ -9,8 +9,8 @@ implementation took (`timed`). From it:
    times of its like (`Kind.alike`); without any, or for sizes below or outside what was timed, XLA is taken.
 3. A device that the table does not know borrows what was measured on another one of compute capability 9.0 if it has
    that, since both run the same machine code; all others take XLA.
-4. XLA cannot partition a kernel, so with several devices in sight a GPU implementation is considered only inside
-   `shard_map`, or when explicit axes tell how the operands lie (`partition`).
+4. XLA cannot partition a kernel. With several devices in sight a GPU implementation is considered inside `shard_map`,
+   when explicit axes tell how the operands lie (`partition`), and when it tells XLA itself (`partitioning.cut`).
 
 So an automatic choice may be slower than the best one, never wrong. A choice by name does not come here.
 """
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels import compat
+from pallas_kernels import compat, partitioning
 
 TABLE = Path(__file__).with_name("measured.json")
 # Sizes that may exceed every timed one: more of the same work. Others must not.
@@ -157,8 +157,10 @@ def nearest(
 # Several devices
 
 
-def partition(q: Any, *others: Any) -> tuple[PartitionSpec | None, str | None]:
+def partition(q: Any, *others: Any, is_cut: bool = False) -> tuple[PartitionSpec | None, str | None]:
     """How a kernel must be called on the devices in sight, for `q [B, T, N, H]` and others of these axes.
+
+    `is_cut` says that the kernel tells XLA by `partitioning.cut` how it may be divided.
 
     Returns (None, None) to call it as it is; (spec, None) for a `shard_map` with this spec of batch and heads; or
     (None, why it cannot be called).
@@ -171,8 +173,10 @@ def partition(q: Any, *others: Any) -> tuple[PartitionSpec | None, str | None]:
         if compat.varying_axes(q):
             return None, "inside shard_map a kernel has gradients only with check_vma=False"
         return None, None
+    if partitioning.is_automatic():
+        return (None, None) if is_cut else (None, f"{jax.device_count()} devices: XLA cannot partition this kernel")
     if kinds != {AxisType.Explicit}:
-        return None, f"{jax.device_count()} devices and no explicit mesh: XLA cannot partition a kernel"
+        return None, "a mesh with axes of several types: XLA cannot partition a kernel there"
     spec, *rest = (jax.typeof(x).sharding.spec for x in (q, *others))
     if spec[1] is not None or spec[3] is not None or any(other != spec for other in rest):
         lie = ", ".join(str(x) for x in (spec, *rest))

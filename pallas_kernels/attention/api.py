@@ -168,7 +168,7 @@ def automatic(
     sizes = {"queries": num_queries, "keys": k.shape[1], "work": batch * num_heads * num_queries}
     if batch == 0:
         return Choice("xla", "xla", None, {"forward": "nothing to do", "gradient": "nothing to do"})
-    spec, unable = dispatch.partition(q, k, v)
+    spec, unable = dispatch.partition(q, k, v, is_cut=True)
     chosen: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for use in ("forward", "gradient"):

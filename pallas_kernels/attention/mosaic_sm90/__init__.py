@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import compat, masks
+from pallas_kernels import compat, masks, partitioning
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.mosaic_sm90 import backward, forward
 from pallas_kernels.attention.mosaic_sm90.backward import (
@@ -32,6 +32,19 @@ from pallas_kernels.masks import Mask
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 BACKWARD_HEAD_DIMS = ((64, 64), (96, 96), (128, 128))
 DTYPES = ("bfloat16", "float16")
+
+# How `partitioning.cut` may divide each array.
+AXES = {
+    **dict.fromkeys(("q", "dq"), "b t (k g) h"),
+    **dict.fromkeys(("k", "dk"), "b s k h"),
+    **dict.fromkeys(("v", "dv"), "b s k d"),
+    **dict.fromkeys(("out", "d_out"), "b t (k g) d"),
+    **dict.fromkeys(("lse", "d_lse"), "b (k g) t"),
+    **dict.fromkeys(("q_segments", "q_positions"), "b t"),
+    **dict.fromkeys(("k_segments", "k_positions"), "b s"),
+    **dict.fromkeys(("kv_lengths", "log_threshold"), "b"),
+    "keep": "b (k g) query_tiles key_tiles",
+}
 
 # Shipped kernels (is forward, head dim, form of masking) that spill a few scalars, in the walk over partial tiles only.
 SPILLING = frozenset(
@@ -120,7 +133,15 @@ def _attention(
 ) -> tuple[Array, Array, Array | None]:
     mask, scale, config, _, interpret = static
     options: dict[str, Any] = {"mask": mask, "scale": scale, "config": config, "interpret": interpret}
-    return forward.run(q, k, v, limits, **options, log_threshold=log_threshold)
+
+    def call(*, q, k, v, log_threshold=None, **limits):
+        results = forward.run(q, k, v, Limits(**limits), **options, log_threshold=log_threshold)
+        return results if log_threshold is not None else results[:2]
+
+    operands = {"q": q, "k": k, "v": v, "log_threshold": log_threshold, **limits._asdict()}
+    names = ("out", "lse") if log_threshold is None else ("out", "lse", "keep")
+    out, lse, *keep = partitioning.cut(call, operands, axes=AXES, results=names, group=q.shape[2] // k.shape[2])
+    return out, lse, keep[0] if keep else None
 
 
 def _attention_fwd(static, q, k, v, limits, log_threshold):
@@ -147,7 +168,14 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def _first_order(static: _Static, q, k, v, limits, out, lse, keep, d_out, d_lse):
     mask, scale, _, config, interpret = static
     options: dict[str, Any] = {"mask": mask, "scale": scale, "config": config, "interpret": interpret}
-    return backward.run(q, k, v, limits, out, lse, d_out, d_lse, keep=keep, **options)
+
+    def call(*, q, k, v, out, lse, d_out, d_lse, keep=None, **limits):
+        return backward.run(q, k, v, Limits(**limits), out, lse, d_out, d_lse, keep=keep, **options)
+
+    operands = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "d_out": d_out, "d_lse": d_lse, "keep": keep}
+    operands |= limits._asdict()
+    names = ("dq", "dk", "dv")
+    return partitioning.cut(call, operands, axes=AXES, results=names, group=q.shape[2] // k.shape[2])
 
 
 @_first_order.defjvp
