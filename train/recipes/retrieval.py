@@ -43,11 +43,13 @@ class Retrieval:
     directory: Path = Path("runs/retrieval")
     results: Path | None = None
     """File of the results; None: results.json in the directory."""
-    lengths: tuple[int, ...] = (64, 512, 2048)
-    """Tokens per row, growing; the last is the length that is tested."""
-    steps: tuple[int, ...] = (4000, 500, 300)
+    lengths: tuple[int, ...] = (17, 33, 64, 128, 256, 512, 2048)
+    """Tokens per row, growing; the last is the length that is tested. The short ones hold as many pairs as they can and no
+    noise: there a model finds out within hundreds of updates that the value stands behind the key, which it did not in
+    thousands of updates on noisy rows."""
+    steps: tuple[int, ...] = (2000, 3000, 3000, 1500, 1000, 800, 400)
     """Updates at each length."""
-    batch_sizes: tuple[int, ...] = (512, 64, 32)
+    batch_sizes: tuple[int, ...] = (1024, 512, 512, 256, 128, 64, 32)
     """Rows per update at each length."""
     tune_steps: int = 300
     """Updates of each of the two copies, at the last length."""
@@ -58,7 +60,7 @@ class Retrieval:
     width: int = 64
     """Keys of a tile."""
     pairs: int = 16
-    """Pairs hidden in each row; all are asked for."""
+    """Pairs hidden in each row, as far as it holds them; all are asked for."""
     keys: int = 128
     """Different keys; a row asks for some of them."""
     values: int = 128
@@ -145,7 +147,7 @@ def main(config: Retrieval) -> int:
 
     started = time.perf_counter()
     sizes = config.keys, config.values, config.noise
-    tasks = [Recall(length, min(config.pairs, (length - 1) // 8), *sizes) for length in config.lengths]
+    tasks = [Recall(length, min(config.pairs, (length - 1) // 4), *sizes) for length in config.lengths]
     task = tasks[-1]
     if task.num_pairs != config.pairs:
         raise ValueError(f"pairs must be at most {task.num_pairs} in rows of {task.length} tokens; got {config.pairs}")
