@@ -491,12 +491,14 @@ def dispatch_shapes() -> Iterator[Shape]:
     yield grouped(mask=masks.BlockDiffusion(512, 64), num_queries=1024)
     yield grouped(mask=masks.Full(), num_queries=1024)
     yield equal(mask=masks.Causal(), num_queries=1024)
+    yield equal(mask=masks.BlockDiffusion(512, 16), num_queries=1024)  # the shipped models train on these
     yield grouped(mask=masks.Causal(), num_queries=4096, head_dim=192, value_dim=128)
     yield grouped(mask=masks.Causal(), num_queries=4096, head_dim=256)
     yield grouped(mask=masks.SlidingWindow(256, 4), num_queries=1024)
-    yield grouped(mask=masks.BlockCausal(32), num_queries=4096)
     yield equal(mask=masks.Full(), num_queries=4096)
+    yield equal(mask=masks.BlockDiffusion(2048, 64), num_queries=4096)
     yield grouped(mask=masks.Causal(), num_queries=4096, head_dim=96)
+    yield grouped(mask=masks.BlockCausal(32), num_queries=4096)
 
 
 WITH_GRADIENTS = " + gradients"  # ending of a contestant's name
