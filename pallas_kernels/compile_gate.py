@@ -183,8 +183,8 @@ def hopper_sharding(gpu: str = "h100") -> jax.sharding.Sharding:
     return jax.sharding.NamedSharding(hopper_mesh(gpu), jax.sharding.PartitionSpec())
 
 
-def uncut(gpu: str = "h100") -> str | None:
-    """Why the kernels of a program for two GPUs do not each see half of the rows, None when they do.
+def uncut(axis: int, gpu: str = "h100") -> str | None:
+    """Why the kernels of a program for two GPUs do not each see half of `axis`, 0 rows or 2 heads; None when they do.
 
     Compiles flash attention with its gradients on a mesh of an automatic axis, so through `partitioning.cut`.
     """
@@ -198,19 +198,20 @@ def uncut(gpu: str = "h100") -> str | None:
         limits = Limits(kv_lengths=lengths)
         return mosaic_sm90.run(q, k, v, mask=Causal(), limits=limits, scale=0.1)[0].astype("float32").sum()
 
-    def halves(*shape, dtype="bfloat16"):
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("gpu"))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    def halved(*shape, dtype="bfloat16"):
+        spec = jax.sharding.PartitionSpec(*(None,) * axis, "gpu") if axis < len(shape) else jax.sharding.PartitionSpec()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-    avals = (halves(4, 1024, 8, 128), *[halves(4, 1024, 2, 128)] * 2, halves(4, dtype="int32"))
+    avals = (halved(4, 1024, 8, 128), *[halved(4, 1024, 2, 128)] * 2, halved(4, dtype="int32"))
     with mock.patch.object(jax, "device_count", lambda: 2):  # this machine's own would be one CPU
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*avals)
         text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
     kernels = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
-    halved = [line for line in kernels if re.search(r"bf16\[2,1024,[28],128\]", line) and "[4,1024" not in line]
+    wanted = {"4,1024,4,128", "4,1024,1,128"} if axis else {"2,1024,8,128", "2,1024,2,128"}
+    cut = [line for line in kernels if set(re.findall(r"bf16\[([\d,]+)\]", line)) <= wanted]
     exchanged = sorted(set(re.findall(r"\b(all-gather|all-reduce|all-to-all|collective-permute)", text)))
-    if len(kernels) != 3 or halved != kernels or exchanged:
-        return f"{len(halved)} of {len(kernels)} kernels see half of the rows, of 3; exchanges: {exchanged}"
+    if len(kernels) != 3 or cut != kernels or exchanged:
+        return f"{len(cut)} of {len(kernels)} kernels see their half, of 3; exchanges: {exchanged}"
     return None
 
 
@@ -376,11 +377,12 @@ def main(argv: list[str] | None = None) -> int:
                 status = max(status, 1)
             results.append({"case": case.name, "failures": failures, **dataclasses.asdict(report)})
     if not arguments.filter:
-        print("flash attention with gradients, on two GPUs", flush=True)
-        failure = uncut(arguments.gpu)
-        print(f"  FAILS: {failure}" if failure else "  each runs the kernels on its half of the rows and sends nothing")
-        status = max(status, 1 if failure else 0)
-        results.append({"case": "flash attention on two GPUs", "failures": [failure] if failure else []})
+        for axis, what in ((0, "rows"), (2, "heads")):
+            print(f"flash attention with gradients, {what} on two GPUs", flush=True)
+            failure = uncut(axis, arguments.gpu)
+            print(f"  FAILS: {failure}" if failure else "  each runs the kernels on its half and sends nothing")
+            status = max(status, 1 if failure else 0)
+            results.append({"case": f"{what} on two GPUs", "failures": [failure] if failure else []})
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{len(selected)} cases, exit code {status}")

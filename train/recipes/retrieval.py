@@ -44,9 +44,9 @@ class Retrieval:
     results: Path | None = None
     """File of the results; None: results.json in the directory."""
     lengths: tuple[int, ...] = (17, 33, 64, 128, 256, 512, 2048)
-    """Tokens per row, growing; the last is the length that is tested. The short ones hold as many pairs as they can and no
-    noise: there a model finds out within hundreds of updates that the value stands behind the key, which it did not in
-    thousands of updates on noisy rows."""
+    """Tokens per row, growing; the last is the length that is tested. The short ones hold as many pairs as they can
+    and no noise: there a model finds out within hundreds of updates that the value stands behind the key, which it did
+    not in thousands of updates on noisy rows."""
     steps: tuple[int, ...] = (2000, 3000, 3000, 1500, 1000, 800, 400)
     """Updates at each length."""
     batch_sizes: tuple[int, ...] = (1024, 512, 512, 256, 128, 64, 32)
