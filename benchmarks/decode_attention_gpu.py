@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode_attention_gpu check      # a covering set against the float32 definition
     python -m benchmarks.decode_attention_gpu time       # cold caches, peers in the same process
+    python -m benchmarks.decode_attention_gpu time --skip    # skipped tiles beside the dense kernel
 
 Needs JAX with CUDA and NumPy; PyTorch is a peer where it is installed.
 
@@ -15,17 +16,32 @@ What to expect, written before the first run: the time of a call is at least its
 on the H100 of our other results) plus about 8 us of starts: 8K tokens of one row 33.5 MB 12 + 8 us (60 %), 32K tokens
 134 MB 50 + 8 us (86 %), 128K tokens 537 MB 200 + 8 us (96 %); codes half of the bytes' share each. Blocks of 32
 queries add partial results, 4 MB written and read: 2 to 3 us.
+
+Skipped tiles, `time --skip`: Qwen3-8B heads, λ = 1 / e, tiles of 128 slots in 8 chains. The keys are made so that a
+given share of tiles is skipped for certain; the share that was skipped is recorded. `mosaic` and `xla` skip, `dense` is
+the dense kernel on the same arrays. Percentages of the copy bandwidth count K once and V of kept tiles only.
+
+Written before the first run. The floor is (2 - skipped) / 2 of the dense call's bytes, over the bandwidth that the
+dense kernel reaches, plus the same 8 us. Eight chains of 8 key heads make 64 work items for one row of the batch,
+half of the 132 multiprocessors: each of them must draw 47 KB per microsecond, which 160 KB of buffers allow if the
+latency of V is hidden. Expected is therefore: 8 rows reach the floor within 15 %; one row within 25 %, and 16 chains
+come nearer to it than 8; with nothing skipped the kernel loses 5 to 25 % to the dense one. One row, one query, in us
+(dense 56 and 186): 32K tokens at 50, 75, 90 % 44, 38, 34 (floor) and at most 55, 47, 43; 128K tokens 142, 120, 107
+and at most 177, 150, 133. Below about 8K tokens, 8 tiles per chain, starts and the merge outweigh what is saved.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import itertools
+import math
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -39,7 +55,11 @@ import numpy as np
 from benchmarks import report
 from benchmarks.decode_forward import copy_bandwidth
 from pallas_kernels import decode_attention, masks
-from pallas_kernels.decode_attention import mosaic_sm90
+from pallas_kernels.attention.skip import SkipTile
+from pallas_kernels.decode_attention import mosaic_sm90, reference, xla
+
+QUERY_BIAS = 8.0
+LOG_THRESHOLD = -1.0  # λ = 1 / e: far below the margins of large tiles, about 0, and far above those of small ones, -11
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +80,9 @@ class Shape:
     own_lengths: bool = False
     ring: bool = False  # a sink and ring cache that has wrapped, with its positions
     window: int | None = None
+    small: float | None = None  # with skipped tiles: the share of tiles whose scores are small, hence skipped
+    chains: int = 8
+    noise: float = 2.0  # with skipped tiles: of scores; 2 moves the margins of large tiles across the threshold
     layers: int = 2
 
     @property
@@ -71,6 +94,7 @@ class Shape:
         values += [name for name in ("own_lengths", "ring") if getattr(self, name)]
         values += [f"window {self.window}"] if self.window else []
         values += ["ragged" if self.live is None else f"live {self.live}"]
+        values += [f"skipping 128 chains {self.chains}, {self.small} small"] if self.small is not None else []
         return " ".join(values)
 
     def bytes(self) -> int:
@@ -129,34 +153,76 @@ class Shape:
         given["q"] = jax.random.normal(
             next(keys), (self.batch, self.num_queries, self.kv_heads * self.group, self.head_dim), self.dtype
         )
+        if self.small is not None:
+            given = self.with_small_tiles(given)
         if self.own:
             own_shape = (self.batch, self.num_queries, self.kv_heads, self.head_dim)
             given |= {name: jax.random.normal(next(keys), own_shape, self.dtype) for name in ("own_k", "own_v")}
             if self.own_lengths:
                 given["own_lengths"] = rng.integers(0, self.num_queries + 1, self.batch).astype(np.int32)
+            if self.small is not None:
+                given["own_v"] = given["own_v"].at[..., 0].set(QUERY_BIAS)
         return given
+
+    def with_small_tiles(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The first element of a query is large; that of a key decides how large the score is; that of a value makes an
+        output, the query of the next layer, like the others."""
+        small = np.random.default_rng(1).random(-(-self.capacity // 128)) < self.small
+        small[: self.chains] = False  # the first tiles set the maximum that the others are measured by
+        bias = np.repeat(np.where(small, -8.0, 8.0), 128)[: self.capacity, None]
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def put(cache, first, factor):
+            cache = (cache * factor).astype(cache.dtype)
+            return cache.at[..., 0].set(jnp.where(jnp.isnan(cache[..., 0]), jnp.nan, first).astype(cache.dtype))
+
+        return given | {
+            "q": given["q"].at[..., 0].set(QUERY_BIAS),
+            "k_cache": put(given["k_cache"], bias, self.noise),
+            "v_cache": put(given["v_cache"], QUERY_BIAS, 1.0),
+        }
+
+    def skip_options(self, log_threshold: float = LOG_THRESHOLD) -> dict[str, Any]:
+        if self.small is None:
+            return {}
+        # An array: 0 then means dense.
+        return {
+            "skip_threshold": jnp.float32(np.exp(log_threshold)),
+            "skip_tile": SkipTile(width=128, chains=self.chains),
+        }
 
     def own_mask(self) -> masks.Mask:
         return {"causal": masks.Causal(), "block": masks.BlockCausal(8)}.get(self.own, masks.Full())
 
-    def configs(self) -> dict[str, mosaic_sm90.Config]:
+    def configs(self) -> dict[str, Any]:
         """What the kernel is tried with, by name; the first is what it takes by itself."""
+        if self.small is not None:
+            return {"mosaic": None}
         first = mosaic_sm90.heuristic_config(self.head_dim, codes=bool(self.cache))
         configs = {"mosaic": first}
         if self.cache:
             configs["mosaic, 1 converter"] = dataclasses.replace(first, converters=1)
         return configs
 
-    def call(self, implementation: str) -> Callable[..., Any]:
-        """Attention of the queries to one layer: `call(layer, arguments)`; a name of `configs` is an implementation."""
+    def call(self, implementation: str, *, log_threshold: float = LOG_THRESHOLD) -> Callable[..., Any]:
+        """Attention of the queries to one layer: `call(layer, arguments)`; a name of `configs` is an implementation.
+
+        With small tiles it returns their statistics too, and "dense" is the dense kernel.
+        """
         own_mask = self.own_mask()
         config = self.configs().get(implementation)
+        options = self.skip_options(log_threshold) if implementation != "dense" else {}
+        name = "mosaic" if config or implementation == "dense" else implementation
+        if self.small is not None:
+            options["return_stats"] = implementation != "dense"
 
         def call(layer, arguments):
-            name = "mosaic" if config else implementation
-            with mock.patch.object(mosaic_sm90, "heuristic_config", lambda *_, **__: config):
+            patched = contextlib.nullcontext()
+            if config:
+                patched = mock.patch.object(mosaic_sm90, "heuristic_config", lambda *_, **__: config)
+            with patched:
                 return decode_attention(
-                    layer=layer, own_mask=own_mask, return_lse=True, implementation=name, **arguments
+                    layer=layer, own_mask=own_mask, return_lse=True, implementation=name, **options, **arguments
                 )
 
         return call
@@ -192,6 +258,20 @@ def check_shapes() -> Iterator[Shape]:
     yield Shape(batch=64, capacity=1024, num_queries=1)
     yield Shape(batch=1, capacity=32768, live=32768, num_queries=32)
     yield Shape(batch=1, capacity=64, live=0, num_queries=1, own="")  # nothing to see
+    for num_queries in (1, 4, 16, 32, 64):
+        yield Shape(num_queries=num_queries, batch=3, small=0.5)
+    for small in (0.0, 0.9):
+        yield Shape(batch=1, capacity=32768, live=32768, small=small)
+        yield Shape(batch=1, capacity=32768, live=32768, num_queries=32, small=small)
+    yield Shape(batch=3, num_queries=32, group=8, small=0.5, own="causal")
+    yield Shape(batch=3, num_queries=7, group=1, small=0.5, own="", chains=3)
+    yield Shape(batch=1, capacity=32768, live=32768, small=0.75, chains=16)
+    yield Shape(batch=5, num_queries=16, own="block", own_lengths=True, small=0.5)
+    yield Shape(batch=3, num_queries=4, dtype="float16", small=0.5)
+    for head_dim in (64, 96):
+        yield Shape(head_dim=head_dim, num_queries=1, small=0.5)
+        yield Shape(head_dim=head_dim, num_queries=32, small=0.5)
+    yield Shape(batch=64, capacity=1024, num_queries=1, small=0.5)
 
 
 def check_shape(shape: Shape) -> list[dict[str, Any]]:
@@ -202,18 +282,22 @@ def check_shape(shape: Shape) -> list[dict[str, Any]]:
         name: x.astype(jnp.float32) if str(getattr(x, "dtype", "")) in ("bfloat16", "float16") else x
         for name, x in arguments.items()
     }
-    expected, expected_lse = jax.jit(shape.call("reference"))(jnp.int32(1), wide)
+    if shape.small is None:
+        expected, expected_lse = jax.jit(shape.call("reference"))(jnp.int32(1), wide)
     for config in shape.configs():
         row: dict[str, Any] = {"shape": shape.name, "config": config}
         rows.append(row)
         try:
-            call = jax.jit(shape.call(config))
-            out, lse = call(jnp.int32(1), arguments)
+            call = jax.jit(shape.call(config) if shape.small is None else with_decisions(shape, "mosaic"))
+            out, lse, *kept = call(jnp.int32(1), arguments)
             row["bitwise_repeatable"] = all(
                 bool((again == first).all())
                 for _ in range(3)
-                for first, again in zip((out, lse), call(jnp.int32(1), arguments), strict=True)
+                for first, again in zip((out, lse, *kept), call(jnp.int32(1), arguments), strict=True)
             )
+            if kept:
+                row |= check_decisions(shape, arguments, kept[0])
+                expected, expected_lse = jax.jit(by_decisions(shape))(jnp.int32(1), wide, kept[0])
         except Exception as error:  # one configuration that cannot run must not hide the others
             row |= {"passes": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
             continue
@@ -227,8 +311,51 @@ def check_shape(shape: Shape) -> list[dict[str, Any]]:
             and row["relative_error"] <= 1e-2
             and row["lse_error"] <= 2e-4
             and row["bitwise_repeatable"]
+            and not row.get("wrong_decisions")
         )
     return rows
+
+
+def with_decisions(shape: Shape, implementation: str, log_threshold: float = LOG_THRESHOLD) -> Callable[..., Any]:
+    """`call(layer, arguments)` giving output, log-sum-exp and which tiles were kept, bool [B, K, tiles]."""
+    module = {"mosaic": mosaic_sm90, "xla": xla}[implementation]
+    call = shape.call(implementation, log_threshold=log_threshold)
+
+    def decide(layer, arguments):
+        kept = []
+
+        def run(*args, original=module.run, **options):
+            results = original(*args, **options)
+            kept.append(results[2])
+            return results
+
+        with mock.patch.object(module, "run", run):
+            out, lse, _ = call(layer, arguments)
+        return out, lse, kept[0]
+
+    return decide
+
+
+def by_decisions(shape: Shape) -> Callable[..., Any]:
+    """The definition under given decisions: `call(layer, arguments, kept)`, output and log-sum-exp."""
+    call = shape.call("reference")
+
+    def attend(layer, arguments, kept):
+        with mock.patch.object(reference, "keep_tiles", lambda *_: kept):
+            return call(layer, arguments)[:2]
+
+    return attend
+
+
+def check_decisions(shape: Shape, arguments: dict[str, Any], kept: jax.Array) -> dict[str, Any]:
+    """Compares decisions with those of the XLA path where rounding cannot decide otherwise."""
+    more, fewer = (
+        jax.jit(with_decisions(shape, "xla", LOG_THRESHOLD + shift))(jnp.int32(1), arguments)[2]
+        for shift in (-1e-2, 1e-2)
+    )
+    visited = jax.jit(with_decisions(shape, "xla", -1e3))(jnp.int32(1), arguments)[2]
+    wrong = (kept != more) & (more == fewer)
+    return {"wrong_decisions": int(wrong.sum()), "skipped": 1.0 - float(kept.sum() / jnp.maximum(visited.sum(), 1))}
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -277,6 +404,21 @@ def time_shapes(gigabytes: float) -> Iterator[Shape]:
         yield dataclasses.replace(shape, layers=max(2, -(-(270 * 10**6) // shape.bytes())))
 
 
+def skip_shapes() -> Iterator[Shape]:
+    """Dense, half, three quarters and nine tenths of the tiles left out; the same heads, most telling first."""
+    for live, batch in ((32768, 1), (131072, 1), (32768, 8), (131072, 8)):
+        for num_queries in (1, 32):
+            for small in (0.5, 0.9, 0.75, 0.0):
+                shape = Shape(
+                    batch=batch, num_queries=num_queries, capacity=live, live=live, small=small, noise=0.25,
+                )  # fmt: skip
+                yield dataclasses.replace(shape, layers=max(2, -(-(270 * 10**6) // shape.bytes())))
+    for live in (32768, 131072):
+        shape = Shape(batch=1, capacity=live, live=live, small=0.75, noise=0.25, chains=16)
+        yield dataclasses.replace(shape, layers=max(2, -(-(270 * 10**6) // shape.bytes())))
+
+
+@functools.cache
 def over_layers(shape: Shape, implementation: str) -> Callable[[dict[str, Any]], Any]:
     """Attention to all layers, each with the output of the one before as its queries."""
     call = shape.call(implementation)
@@ -337,12 +479,18 @@ def torch_ms(shape: Shape) -> float:
 
 def measure(shape: Shape, bandwidth: float, *, peers: bool) -> dict[str, Any]:
     arguments = shape.arguments()
+    # One program for all shares of small tiles.
+    program = shape if shape.small is None else dataclasses.replace(shape, small=0.0)
     calls: dict[str, Callable[[], Any]] = {
-        name: functools.partial(over_layers(shape, name), arguments) for name in shape.configs()
+        name: functools.partial(over_layers(program, name), arguments) for name in shape.configs()
     }
+    if shape.small is not None:
+        calls["dense"] = functools.partial(over_layers(program, "dense"), arguments)
+        kept = jax.jit(with_decisions(shape, "mosaic"))(jnp.int32(0), arguments)[2]
+        skipped = 1.0 - float(kept.mean())  # every tile is visited
     if peers:
-        calls["xla"] = functools.partial(over_layers(shape, "xla"), arguments)
-        if not shape.cache and not shape.ring and shape.window is None:
+        calls["xla"] = functools.partial(over_layers(program, "xla"), arguments)
+        if shape.small is None and not shape.cache and not shape.ring and shape.window is None:
             calls["cudnn"] = cudnn_over_layers(shape, arguments)
     results: dict[str, Any] = {}
     failures: dict[str, str] = {}
@@ -367,22 +515,34 @@ def measure(shape: Shape, bandwidth: float, *, peers: bool) -> dict[str, Any]:
             failures["torch"] = f"{type(error).__name__}: {str(error)[:300]}"
             print(f"  torch: {failures['torch']}", flush=True)
     for name, row in results.items():
-        row["gb_per_second"] = shape.bytes() / row["device_us"] / 1e3
+        read = shape.bytes()
+        if shape.small is not None and name != "dense":
+            read = read * (2 - skipped) / 2
+        row["gb_per_second"] = read / row["device_us"] / 1e3
         row["percent_of_copy"] = 100 * row["gb_per_second"] * 1e9 / bandwidth
         print(
             f"  {name:20s} device {row['device_us']:9.1f} us  wall {row['wall_us']:9.1f} us  "
             f"{row['gb_per_second']:6.0f} GB/s {row['percent_of_copy']:5.1f} %",
             flush=True,
         )
-    return {"shape": shape.name, "layers": shape.layers, "bytes": shape.bytes(), "results": results,
-            "failures": failures}  # fmt: skip
+    record = {"shape": shape.name, "layers": shape.layers, "bytes": shape.bytes(), "results": results,
+              "failures": failures}  # fmt: skip
+    if shape.small is not None:
+        record["skipped"] = skipped
+        print(f"  skipped {skipped:.3f} of the tiles", flush=True)
+    return record
 
 
 def run_timing(arguments: argparse.Namespace) -> int:
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     record = report.Record("decode_attention_gpu", copy_bytes_per_second=bandwidth)
-    for shape in time_shapes(arguments.gigabytes):
+    shapes = skip_shapes() if arguments.skip else time_shapes(arguments.gigabytes)
+    deadline = time.monotonic() + arguments.seconds
+    for shape in shapes:
+        if time.monotonic() > deadline:
+            print(f"not reached in {arguments.seconds:.0f} s: {shape.name} and what follows", flush=True)
+            break
         if any(part in shape.name for part in arguments.filter):
             print(shape.name, flush=True)
             record.add(measure(shape, bandwidth, peers=not arguments.no_peers))
@@ -395,6 +555,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--filter", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument("--workers", type=int, default=6, help="processes of `check`")
     parser.add_argument("--gigabytes", type=float, default=10.0, help="largest cache that `time` allocates")
+    parser.add_argument("--skip", action="store_true", help="time skipped tiles")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new shape is timed after this")
     parser.add_argument("--no-peers", action="store_true", help="time the kernel only")
     arguments = parser.parse_args(argv)
     if jax.default_backend() != "gpu":

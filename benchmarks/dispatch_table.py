@@ -33,8 +33,9 @@ DECODE = re.compile(
     r"B=(?P<B>\d+) T=(?P<T>\d+) S=(?P<S>\d+) K=\d+ G=(?P<G>\d+) H=(?P<H>\d+) (?P<dtype>\w+)"
     r"(?: (?P<codes>int8|float8_e4m3fn) per (?P<scales>\w+))? (?P<own>no own|own \w+)(?P<own_lengths> own_lengths)?"
     r"(?P<ring> ring)?(?: window (?P<window>\d+))?(?: ragged| live \d+)"
+    r"(?: skipping (?P<skip>\d+ chains \d+), [\d.]+ small)?"
 )
-SKIP_TILE = "64x128"  # of every timed and checked call so far
+SKIP_TILE = "64x128"  # of every timed and checked call of flash_attention so far
 
 
 def flash_call(shape: str) -> tuple[Kind, dict[str, int], str]:
@@ -69,6 +70,7 @@ def decode_call(shape: str) -> tuple[Kind, dict[str, int], str]:
         head_dims=f"{found['H']}/{found['H']}",
         limits=" ".join(name for name, value in given.items() if value),
         cache=f"{found['codes']} per {found['scales']}" if found["codes"] else "",
+        skip=found["skip"] or "",
     )
     sizes = {"batch": int(found["B"]), "rows": int(found["T"]) * int(found["G"]), "keys": int(found["S"])}
     return kind, sizes, "mosaic"

@@ -50,6 +50,8 @@ QUICK = (
     "decode attention H=128 T=1",
     "decode attention H=128 T=32",
     "decode attention H=128 T=32 int8 per token",
+    "decode attention skipping H=128 T=1",
+    "decode attention skipping H=128 T=32",
     "decode attention merge H=128",
 )
 

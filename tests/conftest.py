@@ -7,6 +7,11 @@ from jaxtyping import install_import_hook
 # Before anything of the project is imported: every annotated function then checks its arguments' shapes.
 install_import_hook(["pallas_kernels", "jaxmodels", "train", "infer"], "beartype.beartype")
 
+# The interpreter of Mosaic kernels blocks a thread of XLA's pool, which has one per core, for each warpgroup that waits
+# at a barrier, and one more: on two cores a kernel of three warpgroups may never end.
+if (os.cpu_count() or 1) < 8:
+    os.environ.setdefault("NPROC", "8")
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 

@@ -3,7 +3,8 @@
 The interpreter is slow (10 to 70 ms per tile and head), so sizes are a few tiles; what varies is the edge. By default
 few cases run; the others are slow. Of the slow ones lowering and in-place reading last passed on 2026-11-25. The
 interpreted cases passed on that day by their values; the races of the attention kernel, not of the merge alone, were
-looked at in "ring and window", the two with one converter, and the sabotaged ones.
+looked at in "ring and window", the two with one converter, and the sabotaged ones. All slow ones with skipped tiles
+last passed on 2026-11-26, races included.
 """
 
 import dataclasses
@@ -20,8 +21,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, decode_attention, masks
+from pallas_kernels.attention import skip as rule
+from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.decode_attention import mosaic_sm90, reference
-from pallas_kernels.decode_attention.mosaic_sm90 import Config
+from pallas_kernels.decode_attention.mosaic_sm90 import Config, SkipConfig, dense, parts, skipping
 from pallas_kernels.decode_attention.operands import Operands
 
 SMALL = Config(stages=2, code_stages=2, num_sms=2)
@@ -46,7 +49,8 @@ class Call:
     ring: bool = False
     window: int | None = None
     num_sinks: int = 0
-    config: Config = SMALL
+    varied: bool = False  # tiles of 128 keys differ in how large their scores are, and tend to be smaller the later
+    config: Config | SkipConfig = SMALL
 
     def arguments(self):
         """Queries, caches and operands; empty slots hold NaN, and so does the other layer."""
@@ -74,6 +78,12 @@ class Call:
                 scale_shape = (2, batch, self.kv_heads, self.capacity) if self.per_token else (2, self.kv_heads)
                 scale = jnp.asarray(rng.uniform(0.005, 0.02, scale_shape), jnp.float32)
                 scales.append(jnp.where(empty[:, None], jnp.nan, scale) if self.per_token else scale)
+        if self.varied:
+            tiles = -(-self.capacity // 128)
+            sizes = rng.uniform(0.5, 1.5, (2, batch, tiles, self.kv_heads, 1))
+            sizes *= np.linspace(1.3, 0.6, tiles)[:, None, None]
+            sizes = np.repeat(sizes, 128, axis=2)[:, :, : self.capacity]
+            caches[0] = (caches[0] * sizes).astype(self.dtype)
         if self.codes != "int8":
             garbage = empty[None] | (jnp.arange(2) == 0)[:, None, None]
             caches = [jnp.where(garbage[..., None, None], jnp.nan, x).astype(x.dtype) for x in caches]
@@ -155,12 +165,12 @@ class Interpreter:
     def reset(self):
         self.callbacks.reset_gpu_interpret_mode_state()
 
-    def run(self, call):
+    def run(self, call, **options):
         """The kernel's results; fails on a race."""
         q, k, v, operands = call.arguments()
         results = mosaic_sm90.run(
             q, k, v, operands=operands, own_mask=call.own_mask, scale=0.3, config=call.config,
-            interpret=compat.interpret_params(detect_races=True),
+            interpret=compat.interpret_params(detect_races=True), **options,
         )  # fmt: skip
         results = jax.block_until_ready(results)
         assert len(self.records) == 2, "one record for the attention and one for the merge"
@@ -179,15 +189,24 @@ def interpreter(monkeypatch):
 
 @pytest.mark.parametrize("call", PARAMETERS)
 def test_interpreted_kernel_agrees_with_the_definition(interpreter, call):
+    expected, expected_lse = by_definition(call)
+    out, lse = interpreter.run(call)
+    check_output(call, out, lse, expected, expected_lse)
+
+
+def by_definition(call, **options):
+    """What the reference gives for the same arguments as float32."""
     q, k, v, operands = call.arguments()
 
     def wide(x):
         return x.astype(jnp.float32) if x is not None and x.dtype in (jnp.bfloat16, jnp.float16) else x
 
     exact = operands._replace(own_k=wide(operands.own_k), own_v=wide(operands.own_v))
-    expected, expected_lse = reference.run(*map(wide, (q, k, v)), operands=exact, own_mask=call.own_mask, scale=0.3)
-    out, lse = interpreter.run(call)
-    assert out.dtype == q.dtype and lse.dtype == jnp.float32
+    return reference.run(*map(wide, (q, k, v)), operands=exact, own_mask=call.own_mask, scale=0.3, **options)
+
+
+def check_output(call, out, lse, expected, expected_lse):
+    assert out.dtype == call.dtype and lse.dtype == jnp.float32
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2 if call.dtype == "bfloat16" else 2e-3)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
     unseen = np.asarray(expected_lse) == -np.inf
@@ -221,10 +240,233 @@ class Sabotaged:
 )
 def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, function, chosen):
     sabotaged = Sabotaged(function, chosen)
-    monkeypatch.setattr(mosaic_sm90, "plgpu", sabotaged)
+    for module in (dense, parts):
+        monkeypatch.setattr(module, "plgpu", sabotaged)
     with pytest.raises(Exception, match=r"(?i)race|deadlock|barrier|wait|complet"):
         interpreter.run(Call((320,), 17, 320, own=None, config=Config(stages=2, num_sms=1)))
     assert sabotaged.count > max(chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Skipped tiles
+
+SKIP_SMALL = SkipConfig(stages=2, num_sms=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipCall(Call):
+    """A call with a threshold λ for each row of the batch; tiles of 128 slots."""
+
+    thresholds: tuple[float, ...] = (0.3,)
+    chains: int = 2
+    varied: bool = True
+    config: Config | SkipConfig = SKIP_SMALL
+
+    def skip(self):
+        threshold = jnp.asarray(self.thresholds, jnp.float32)
+        return rule.resolve(
+            threshold, None, SkipTile(width=128, chains=self.chains), jnp.asarray(self.lengths, jnp.int32)
+        )
+
+
+# The first ones run by default: both ways to hold rows, own keys or none, several chains to an item, an unclean tile.
+SKIP_CALLS = {
+    "one token": SkipCall((1000,), capacity=1000),
+    "two warpgroups of rows": SkipCall((660,), 17, 664, thresholds=(0.7,), own=masks.Causal()),
+    "ragged, a dense row, an empty row": SkipCall(
+        (1024, 0, 700, 90), 4, 1024, kv_heads=2, group=2, own_lengths=(0, 3, 4, 1),
+        thresholds=(0.5, 0.5, 1.5, 0.5), config=SkipConfig(stages=3, num_sms=12),
+    ),
+    "no own keys, an empty row": SkipCall((0, 900), 3, 904, group=1, own=None, thresholds=(0.5, 0.3), chains=1),
+    "16 queries of 8 heads": SkipCall((800,), 16, 800, group=8, thresholds=(0.8,), own=masks.Causal()),
+    "more chains than tiles": SkipCall((1000,), 1, 1000, chains=16, group=1),
+    "eight chains": SkipCall((2000,), 1, 2000, chains=8, group=1, config=SkipConfig(stages=2, num_sms=5)),
+    "three chains, K one tile ahead": SkipCall((1500,), 2, 1504, chains=3, config=SkipConfig(stages=1, num_sms=2)),
+    "64 queries of one head": SkipCall((800,), 64, 800, group=1, thresholds=(0.8,), own=masks.Full()),
+    "more rows than one CTA": SkipCall((800,), 36, 800, thresholds=(0.8,), own=masks.BlockCausal(8)),
+    "32 queries of 8 heads": SkipCall((800,), 32, 800, group=8, thresholds=(0.9,), own=masks.Full()),
+    "positions": SkipCall((1100, 1000), 3, 1000, group=2, ring=True, thresholds=(0.4, 0.6)),
+    "positions, two warpgroups of rows": SkipCall((900,), 20, 1000, ring=True, thresholds=(0.7,)),
+    "float16": SkipCall((800,), 2, 800, thresholds=(0.4,), dtype="float16"),
+    "96": SkipCall((800,), 2, 800, head_dim=96),
+    "128": SkipCall((800,), 17, 800, head_dim=128, thresholds=(0.7,)),
+}  # fmt: skip
+SKIP_PARAMETERS = [
+    pytest.param(call, id=name, marks=[pytest.mark.slow] if i > 2 else [])
+    for i, (name, call) in enumerate(SKIP_CALLS.items())
+]
+
+
+@functools.cache
+def solved(call):
+    """Output, log-sum-exp and kept tiles by the definition."""
+    return by_definition(call, skip=call.skip())
+
+
+def check_skipping(call, out, lse, keep):
+    expected, expected_lse, expected_keep = solved(call)
+    np.testing.assert_array_equal(keep, expected_keep)
+    check_output(call, out, lse, expected, expected_lse)
+
+
+@pytest.mark.parametrize("call", SKIP_PARAMETERS)
+def test_interpreted_kernel_skips_what_the_definition_skips(interpreter, call):
+    check_skipping(call, *interpreter.run(call, skip=call.skip()))
+
+
+@pytest.mark.slow
+def test_the_skipping_calls_reach_the_decision():
+    """Rows with λ inside (0, 1) keep and skip tiles, and no margin lies so near to log λ that rounding decides."""
+    for name, call in SKIP_CALLS.items():
+        *_, keep = solved(call)
+        skip, (q, k, _, operands) = call.skip(), call.arguments()
+        seen = reference.visible(operands, call.own_mask, call.capacity)[:, :, : call.capacity]
+        all_kept = reference.keep_tiles(
+            q, k[1], seen, 0.3, skip._replace(log_threshold=jnp.full((len(keep),), -jnp.inf))
+        )
+        for sign in (-1, 1):
+            shifted = skip._replace(log_threshold=skip.log_threshold + sign * 2e-2)
+            np.testing.assert_array_equal(reference.keep_tiles(q, k[1], seen, 0.3, shifted), keep, err_msg=name)
+        inside = np.asarray(skip.log_threshold > -jnp.inf)
+        assert keep[inside].sum() >= 2, name
+        assert (all_kept & ~keep)[inside].any() or name == "more chains than tiles", name
+        assert not (all_kept & ~keep)[~inside].any(), name
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param({"log_threshold": jnp.full((1,), -jnp.inf)}, id="never skips"),
+        pytest.param({"log_threshold": jnp.zeros((1,))}, id="another threshold", marks=pytest.mark.slow),
+        pytest.param({"tile": SkipTile(width=128, chains=3)}, id="another chain", marks=pytest.mark.slow),
+    ],
+)
+def test_a_wrong_decision_is_caught(interpreter, wrong):
+    call = SKIP_CALLS["one token"]
+    with pytest.raises(AssertionError):
+        check_skipping(call, *interpreter.run(call, skip=call.skip()._replace(**wrong)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "num_queries, row", [(1, 0), (1, 3), (17, 0), (17, 63), (17, 64), (17, 67), (36, 130), (36, 143)]
+)
+@pytest.mark.parametrize("slot", [256, 319, 320, 383])
+def test_each_row_and_each_slot_has_a_vote(interpreter, monkeypatch, num_queries, row, slot):
+    """Nothing after slot 0 matters to anybody but one key of the third tile to one row."""
+    call = SkipCall((512,), num_queries, 512, own=None, chains=1)
+    q, k, v, operands = call.arguments()
+    q = jnp.zeros_like(q).at[..., 0].set(1.0).at[0, row // 4, row % 4, 1].set(1.0)
+    k = jnp.zeros_like(k).at[1, 0, 0, 0, 0].set(10.0).at[1, 0, slot, 0, 1].set(40.0)
+    monkeypatch.setattr(SkipCall, "arguments", lambda self: (q, k, v, operands))
+    _, _, keep = interpreter.run(call, skip=call.skip())
+    assert keep.tolist() == [[[True, False, True, False]]]
+
+
+def test_a_score_that_is_not_a_number_reaches_the_output(interpreter, monkeypatch):
+    call = SkipCall((640,), 1, 640, own=None)
+    q, k, v, operands = call.arguments()
+    k = k.at[1, 0, 130, 0, 0].set(jnp.nan)
+    monkeypatch.setattr(SkipCall, "arguments", lambda self: (q, k, v, operands))
+    out, _, keep = interpreter.run(call, skip=call.skip())
+    # That all later tiles of its chain are kept, too, shows on a GPU only: on a CPU XLA's maximum can lose it.
+    assert jnp.isnan(out).all() and keep[0, 0, 1]
+
+
+@pytest.mark.slow
+def test_another_threshold_takes_no_compilation(interpreter):
+    call = SKIP_CALLS["one token"]
+    kept = []
+    for threshold in (0.3, 1e-30):
+        kept.append(interpreter.run(call, skip=dataclasses.replace(call, thresholds=(threshold,)).skip())[2].sum())
+        interpreter.records.clear()
+    assert kept[0] < kept[1] == 8
+    assert skipping.run._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "function, chosen",
+    [
+        pytest.param("barrier_wait", {1}, id="scores do not wait for K", marks=pytest.mark.slow),
+        pytest.param("barrier_wait", {2}, id="P @ V does not wait for V", marks=pytest.mark.slow),
+        pytest.param("barrier_wait", {3}, id="a warpgroup does not wait for the decision", marks=pytest.mark.slow),
+    ],
+)
+def test_a_missing_synchronisation_of_skipping_is_caught(interpreter, monkeypatch, function, chosen):
+    sabotaged = Sabotaged(function, chosen)
+    for module in (skipping, parts):
+        monkeypatch.setattr(module, "plgpu", sabotaged)
+    call = SkipCall((900,), 1, 904, own=None, config=SkipConfig(stages=2, num_sms=1))
+    with pytest.raises(Exception, match=r"(?i)race|deadlock|barrier|wait|complet"):
+        interpreter.run(call, skip=call.skip())
+    assert sabotaged.count > max(chosen)
+
+
+@pytest.mark.slow
+def test_values_that_come_too_early_are_caught(interpreter, monkeypatch):
+    """Two slots for V are needed: with one the next tile's values would overwrite those in use."""
+    monkeypatch.setattr(skipping, "V_SLOTS", 1)
+    call = SkipCall((900,), 1, 904, own=None, thresholds=(1e-9,), config=SkipConfig(stages=2, num_sms=1))
+    with pytest.raises(Exception, match=r"(?i)race|deadlock|barrier|wait|complet"):
+        interpreter.run(call, skip=call.skip())
+
+
+def test_the_public_function_counts_what_the_kernel_skips(interpreter, monkeypatch):
+    monkeypatch.setattr(compat, "missing_hopper", lambda: None)
+    run = functools.partial(mosaic_sm90.run, config=SKIP_SMALL, interpret=compat.interpret_params(detect_races=False))
+    monkeypatch.setattr(mosaic_sm90, "run", run)
+    call = SkipCall((660, 300), 2, 664, kv_heads=2, thresholds=(0.3, 1.5))
+    q, k, v, operands = call.arguments()
+    given = {"layer": 1, "kv_lengths": operands.kv_lengths, "own_k": operands.own_k, "own_v": operands.own_v}
+    given |= {"own_mask": call.own_mask, "scale": 0.3, "skip_tile": SkipTile(width=128, chains=2)}
+    given |= {"skip_threshold": jnp.asarray(call.thresholds), "return_stats": True}
+    got, expected = (decode_attention(q, k, v, implementation=name, **given) for name in ("mosaic", "xla"))
+    np.testing.assert_allclose(got[0].astype(jnp.float32), expected[0].astype(jnp.float32), atol=2e-2)
+    jax.tree.map(np.testing.assert_array_equal, got[1], expected[1])
+    assert got[1].skipped[0].sum() > 0 and got[1].dense_guarded == 1
+
+
+def skip_plan(lengths, chains=8, *, capacity=131072, num_queries=1, num_sms=132, kv_heads=8):
+    """The work list of a call with chains, and for each item the tiles that it walks."""
+    batch = len(lengths)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    operands = Operands(
+        layer=jnp.int32(0), kv_lengths=lengths, k_positions=None, q_positions=lengths[:, None] + jnp.zeros(num_queries),
+        own_k=None, own_v=None, own_lengths=None, window=None, num_sinks=0,
+    )  # fmt: skip
+    q = jax.ShapeDtypeStruct((batch, num_queries, 4 * kv_heads, 64), jnp.bfloat16)
+    form = parts.form_of(q, jax.ShapeDtypeStruct((1, batch, capacity, kv_heads, 64), jnp.bfloat16), operands)
+    form = form._replace(has_own=True)
+    return jax.tree.map(np.asarray, skipping.plan_of(operands, form, chains, SkipConfig(num_sms=num_sms)))
+
+
+@pytest.mark.parametrize("chains", [1, 3, 8])
+@pytest.mark.parametrize(
+    "lengths",
+    [[1024], [0], [5000], [3, 0, 1024, 200, 64], [1024] * 16, [1] * 40, [0, 0], [131072, 5], list(range(0, 4096, 97))],
+)
+def test_the_work_list_covers_each_chain_once(lengths, chains):
+    made = skip_plan(lengths, chains)
+    steps, longs, next_chain = [0] * len(lengths), [0] * len(lengths), [0] * len(lengths)
+    for index, (row, first_chain, num_long, shorter, num_own, num_steps) in enumerate(made.items):
+        if row < 0:
+            assert index >= made.shares.num.sum()
+            continue
+        assert made.shares.first[row] <= index < made.shares.first[row] + made.shares.num[row]
+        assert num_own == (index == made.shares.first[row])
+        tiles = -(-lengths[row] // 128)
+        assert shorter == tiles // chains and first_chain >= next_chain[row]
+        next_chain[row] = first_chain + 1
+        steps[row] += num_steps - num_own
+        longs[row] += num_long
+    for row, length in enumerate(lengths):
+        assert steps[row] == -(-length // 128) and longs[row] == -(-length // 128) % chains
+    assert (made.shares.num >= 1).all() and made.shares.num.sum() <= len(made.items)
+
+
+@pytest.mark.parametrize("batch, chains, ctas", [(1, 8, 64), (1, 16, 128), (8, 8, 128), (64, 8, 512)])
+def test_how_many_multiprocessors_chains_fill(batch, chains, ctas):
+    assert 8 * skip_plan([32768] * batch, chains, capacity=32768).shares.num.sum() == ctas
 
 
 def plan(lengths, *, capacity=1024, num_queries=1, num_sms=132, kv_heads=8, window=None, positions=None, sinks=0):
@@ -244,8 +486,8 @@ def plan(lengths, *, capacity=1024, num_queries=1, num_sms=132, kv_heads=8, wind
     )
     config = Config(num_sms=num_sms)
     q = jax.ShapeDtypeStruct((batch, num_queries, 4 * kv_heads, 64), jnp.bfloat16)
-    form = mosaic_sm90._form(q, jax.ShapeDtypeStruct((1, batch, capacity, kv_heads, 64), jnp.bfloat16), operands)
-    made = mosaic_sm90._plan(operands, form, config)
+    form = parts.form_of(q, jax.ShapeDtypeStruct((1, batch, capacity, kv_heads, 64), jnp.bfloat16), operands)
+    made = dense.plan_of(operands, form, config)
     return jax.tree.map(np.asarray, made), config.block_k
 
 
@@ -257,20 +499,20 @@ def test_the_work_list_covers_each_live_tile_once(lengths):
     seen = {row: [] for row in range(len(lengths))}
     for index, (row, start, stop, has_own) in enumerate(made.items):
         if row < 0:
-            assert start == stop or index >= made.num.sum()
+            assert start == stop or index >= made.shares.num.sum()
             continue
-        assert made.first[row] <= index < made.first[row] + made.num[row]
-        assert has_own == (index == made.first[row])
+        assert made.shares.first[row] <= index < made.shares.first[row] + made.shares.num[row]
+        assert has_own == (index == made.shares.first[row])
         seen[int(row)] += range(start, stop)
     for row, length in enumerate(lengths):
         assert seen[row] == list(range(-(-min(length, 1024) // block_k)))
-    assert (made.num >= 1).all() and made.num.sum() <= len(made.items)
+    assert (made.shares.num >= 1).all() and made.shares.num.sum() <= len(made.items)
 
 
 @pytest.mark.parametrize("batch, waves", [(1, 1), (2, 1), (8, 1), (16, 1), (64, 4)])
 def test_long_rows_fill_the_multiprocessors(batch, waves):
     made, block_k = plan([8192] * batch, capacity=8192)
-    ctas = 8 * made.num.sum()
+    ctas = 8 * made.shares.num.sum()
     assert 0.9 * 132 * waves < ctas <= 132 * waves
     work = made.items[:, 2] - made.items[:, 1]
     assert work.max() <= 1.1 * (8192 / block_k) * batch * 8 / (132 * waves) + 1
@@ -278,7 +520,7 @@ def test_long_rows_fill_the_multiprocessors(batch, waves):
 
 def test_a_long_row_takes_more_of_the_machine():
     made, _ = plan([8192, 64, 64, 64], capacity=8192)
-    assert made.num[0] >= 12 and (made.num[1:] == 1).all()
+    assert made.shares.num[0] >= 12 and (made.shares.num[1:] == 1).all()
 
 
 def test_only_tiles_that_some_query_sees_are_listed():
@@ -296,7 +538,8 @@ def test_only_tiles_that_some_query_sees_are_listed():
 def lower(call):
     """Lowers a call for CUDA: catches what the interpreter accepts and the compiler does not."""
     q, k, v, operands = call.arguments()
-    run = functools.partial(mosaic_sm90.run, own_mask=call.own_mask, scale=0.3)
+    options = {"skip": call.skip()} if isinstance(call, SkipCall) else {}
+    run = functools.partial(mosaic_sm90.run, own_mask=call.own_mask, scale=0.3, **options)
     jitted = jax.jit(lambda *arguments: run(*arguments[:3], operands=arguments[3]))
     return jitted.trace(q, k, v, operands).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -305,11 +548,16 @@ def lower(call):
     "name",
     [
         "ring and window",
+        "positions, two warpgroups of rows",
         *(pytest.param(name, marks=pytest.mark.slow) for name in CALLS if name != "ring and window"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("one token", "32 queries of 8 heads", "96", "float16")
+        ),
     ],
 )
 def test_lowers_for_cuda(name):
-    assert lower(CALLS[name]).count("custom_call @mosaic_gpu") == 2  # attention and merge
+    assert lower((CALLS | SKIP_CALLS)[name]).count("custom_call @mosaic_gpu") == 2  # attention and merge
 
 
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
@@ -380,15 +628,26 @@ def test_the_compiled_step_reads_the_cache_in_place(layers, num_queries):
         ({"codes": jnp.int8, "dtype": jnp.float16}, "needs bfloat16 queries with a cache of codes; got float16"),
         ({"codes": jnp.int8, "head_dim": 256}, r"needs head_dim in \(64, 128\) with a cache of codes; got 256"),
         ({}, "default device is cpu"),
+        ({"skip": {}}, "default device is cpu"),
+        ({"skip": {}, "codes": jnp.int8}, "skips no tiles of a cache of codes; got int8"),
+        (
+            {"skip": {"skip_tile": SkipTile(width=64, chains=8)}},
+            "skips tiles of 128 slots only; got SkipTile.*width=64",
+        ),
+        ({"skip": {}, "head_dim": 256}, r"skips tiles with head_dim in \(64, 96, 128\); got 256"),
+        ({"skip": {}, "num_queries": 64, "heads": 16}, "at most 256 rows vote; got 512, 64 queries of 8 heads"),
     ],
 )
 def test_an_unsupported_call_is_explained(changes, message):
-    shape = {"dtype": jnp.bfloat16, "head_dim": 64, "num_queries": 1, "capacity": 40, "codes": None} | changes
-    q = jnp.zeros((1, shape["num_queries"], 4, shape["head_dim"]), shape["dtype"])
+    shape = {"dtype": jnp.bfloat16, "head_dim": 64, "num_queries": 1, "capacity": 40, "codes": None, "heads": 4}
+    shape |= changes
+    q = jnp.zeros((1, shape["num_queries"], shape["heads"], shape["head_dim"]), shape["dtype"])
     cache = jnp.zeros((2, 1, shape["capacity"], 2, shape["head_dim"]), shape["codes"] or shape["dtype"])
-    scales = {name: jnp.ones((2,)) for name in ("k_scale", "v_scale")} if shape["codes"] else {}
+    options = {name: jnp.ones((2,)) for name in ("k_scale", "v_scale")} if shape["codes"] else {}
+    if "skip" in shape:
+        options |= {"skip_threshold": 0.5, **shape["skip"]}
     with pytest.raises(NotImplementedError, match=message):
-        decode_attention(q, cache, cache, layer=0, kv_lengths=jnp.array([3]), implementation="mosaic", **scales)
+        decode_attention(q, cache, cache, layer=0, kv_lengths=jnp.array([3]), implementation="mosaic", **options)
 
 
 @pytest.mark.parametrize(
@@ -406,6 +665,12 @@ def test_a_config_that_cannot_be_is_refused(options, message):
         Config(**options)
 
 
+@pytest.mark.parametrize("options, message", [({"stages": 0}, "stages.*0"), ({"num_sms": 0}, "num_sms.*0")])
+def test_a_config_of_skipping_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SkipConfig(**options)
+
+
 def test_a_config_that_needs_too_much_memory_is_refused():
     q, k, v, operands = Call((150,), head_dim=128).arguments()
     with pytest.raises(ValueError, match=r"stages=8.*shared memory"):
@@ -413,6 +678,9 @@ def test_a_config_that_needs_too_much_memory_is_refused():
 
 
 def test_empty_batch():
-    q, k, v, operands = Call((), config=SMALL).arguments()
-    out, lse = mosaic_sm90.run(q, k, v, operands=operands, own_mask=masks.Full(), scale=1.0)
-    assert out.shape == q.shape and lse.shape == (0, 4, 1)
+    call = SkipCall((), thresholds=())
+    q, k, v, operands = call.arguments()
+    for skip in (None, call.skip()):
+        out, lse, *keep = mosaic_sm90.run(q, k, v, operands=operands, own_mask=masks.Full(), scale=1.0, skip=skip)
+        assert out.shape == q.shape and lse.shape == (0, 4, 1)
+        assert [x.shape for x in keep] == ([] if skip is None else [(0, 1, 2)])

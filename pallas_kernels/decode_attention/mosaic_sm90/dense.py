@@ -1,4 +1,4 @@
-"""Hopper kernel of `decode_attention`: few queries, a long cache read once, its length split over the CTAs.
+"""The kernel that reads every live key: few queries, a long cache read once, its length split over the CTAs.
 
 The T queries of the G heads that share one key head are packed into rows, `row = t * G + g`, so that every key is
 loaded once for all of them. Two compute warpgroups hold 64 rows each. With more than 64 rows both work on the same
@@ -8,9 +8,9 @@ codes the TMA brings the bytes and this warpgroup converts them to the dtype of 
 scales go into scores and probabilities.
 
 The stacked cache is read where it lies: the layer index is a number in global memory. Which tiles a CTA reads is a work
-list made at run time from the lengths (`_plan`): the rows of the batch share the multiprocessors in proportion to their
-live tiles. The first item of a row also attends to the row's own keys. Each warpgroup leaves a normalised
-partial output, rounded to the output dtype, and its log-sum-exp; a second kernel merges them (`_merge`).
+list made at run time from the lengths (`plan_of`): the rows of the batch share the multiprocessors in proportion to
+their live tiles. The first item of a row also attends to the row's own keys. Each warpgroup leaves a normalised partial
+output, rounded to the output dtype, and its log-sum-exp; a second kernel merges them (`parts.merge`).
 
 Tiles whose keys are all visible need no masking. With positions or a window (`listed`) only tiles that some query may
 see are listed, and each compares positions. V of tiles with empty slots is cleaned in shared memory before it is used:
@@ -22,34 +22,36 @@ P @ V, for codes after it was multiplied by the scales of V.
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.attention.skip import Skip
-from pallas_kernels.decode_attention.operands import CODES, Operands
-from pallas_kernels.masks import Causal, Mask
-
-LOG2E = math.log2(math.e)
-COMPUTE_WARPGROUPS = 2
-ROWS = 64  # of one compute warpgroup
-MAX_QUERIES = 64
-HEAD_DIMS = (64, 96, 128, 256)
-CODE_HEAD_DIMS = (64, 128)
-DTYPES = ("bfloat16", "float16")
-MERGED_AT_ONCE = 8  # partial results that the merge kernel has in flight
-FAR = 2**30  # beyond every index and position
-
-WGMMA = plgpu.Layout.WGMMA
-ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
-COLUMN = plgpu.Layout.WGMMA.reduce(0)
+from pallas_kernels.decode_attention.mosaic_sm90.parts import (
+    COLUMN,
+    COMPUTE_WARPGROUPS,
+    FAR,
+    LOG2E,
+    ROW,
+    ROWS,
+    WGMMA,
+    Form,
+    Shares,
+    accumulate,
+    clear_rows,
+    merge,
+    merged_lse,
+    own_inputs,
+    own_visible,
+    pack,
+    pad_axis,
+    slot_positions,
+)
+from pallas_kernels.decode_attention.operands import Operands
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ class Config:
         if self.num_sms < 1:
             raise ValueError(f"num_sms must be at least 1; got {self.num_sms}")
 
-    def buffers(self, form: "_Form") -> dict[str, Any]:
+    def buffers(self, form: "Form") -> dict[str, Any]:
         """What the kernel allocates per CTA, by name."""
         readers = 1 if form.alternate else COMPUTE_WARPGROUPS
         tile = (self.stages, self.block_k, form.head_dim)
@@ -120,11 +122,11 @@ class Config:
             buffers["lines_ready"] = plgpu.Barrier(num_arrivals=len(lines), num_barriers=slots)
         return buffers
 
-    def line_slots(self, form: "_Form") -> int:
+    def line_slots(self, form: "Form") -> int:
         """Slots of the rings of positions and scales, which travel with the tile as it leaves global memory."""
         return self.stages + (0 if form.code_dtype is None else self.code_stages)
 
-    def smem_bytes(self, form: "_Form") -> int:
+    def smem_bytes(self, form: "Form") -> int:
         return compat.shared_memory_bytes(list(self.buffers(form).values()))
 
 
@@ -139,148 +141,33 @@ def heuristic_config(head_dim: int, *, codes: bool) -> Config:
     return Config(stages=2)
 
 
-class _Form(NamedTuple):
-    """What is static about a call."""
-
-    batch: int
-    num_queries: int
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    capacity: int
-    dtype: Any
-    code_dtype: Any  # None: the cache has the dtype of the queries
-    has_own: bool
-    listed: bool  # positions decide: tiles come from a list and all compare positions
-    k_scale: Any  # None, "head", or the dtype of scales per token
-    v_scale: Any
-
-    @property
-    def rows(self) -> int:
-        return self.num_queries * self.group
-
-    @property
-    def alternate(self) -> bool:
-        """Both warpgroups hold all rows and take turns on the tiles."""
-        return self.rows <= ROWS
-
-    @property
-    def lanes(self) -> int:
-        return COMPUTE_WARPGROUPS if self.alternate else 1
-
-    @property
-    def row_parts(self) -> int:
-        """CTAs that share the rows of one key head."""
-        return 1 if self.alternate else -(-self.rows // (COMPUTE_WARPGROUPS * ROWS))
-
-    @property
-    def padded_rows(self) -> int:
-        return -(-self.rows // 8) * 8 if self.alternate else self.row_parts * COMPUTE_WARPGROUPS * ROWS
-
-    @property
-    def whole_rows(self) -> int:
-        """Rows in whole warpgroups."""
-        return -(-self.padded_rows // ROWS) * ROWS
-
-    @property
-    def lines(self) -> dict[str, Any]:
-        """What comes with each tile of keys beside K and V: one value per key, by name, with its dtype."""
-        lines = {"positions": jnp.int32} if self.listed else {}
-        for name, kind in (("k_scales", self.k_scale), ("v_scales", self.v_scale)):
-            if kind not in (None, "head"):
-                lines[name] = kind
-        return lines
-
-
-def _form(q: Any, k_cache: Any, operands: Operands) -> _Form:
-    batch, num_queries, num_heads, head_dim = q.shape
-    capacity, num_kv_heads = k_cache.shape[2:4]
-
-    def kind(scales):
-        if scales is None:
-            return None
-        return "head" if scales.ndim == 2 else jnp.dtype(scales.dtype)
-
-    return _Form(
-        batch=batch,
-        num_queries=num_queries,
-        num_kv_heads=num_kv_heads,
-        group=num_heads // num_kv_heads,
-        head_dim=head_dim,
-        capacity=capacity,
-        dtype=jnp.dtype(q.dtype),
-        code_dtype=jnp.dtype(k_cache.dtype) if str(k_cache.dtype) in CODES else None,
-        has_own=operands.own_k is not None,
-        listed=operands.k_positions is not None or operands.window is not None,
-        k_scale=kind(operands.k_scale),
-        v_scale=kind(operands.v_scale),
-    )
-
-
-def unsupported(
-    q: Array,
-    k_cache: Array,
-    v_cache: Array,
-    *,
-    operands: Operands,
-    own_mask: Mask,
-    scale: float,
-    skip: Skip | None = None,
-) -> str | None:
-    """Why this call cannot run here, in words; None when it can."""
-    head_dim, capacity = q.shape[3], k_cache.shape[2]
-    if skip is not None:
-        return "does not skip tiles yet"
-    if str(q.dtype) not in DTYPES:
-        return f"needs bfloat16 or float16 queries; got {q.dtype}"
-    if head_dim not in HEAD_DIMS:
-        return f"needs head_dim in {HEAD_DIMS}; got {head_dim}"
-    if q.shape[1] > MAX_QUERIES:
-        return f"takes at most {MAX_QUERIES} queries per row; got {q.shape[1]}"
-    if capacity % 8:
-        return f"needs a cache whose slots are a multiple of 8; got {capacity}"
-    if str(k_cache.dtype) in CODES:
-        if str(q.dtype) != "bfloat16":
-            return f"needs bfloat16 queries with a cache of codes; got {q.dtype}"
-        if head_dim not in CODE_HEAD_DIMS:
-            return f"needs head_dim in {CODE_HEAD_DIMS} with a cache of codes; got {head_dim}"
-    return compat.missing_hopper()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The work list
 
 
-class _Plan(NamedTuple):
-    """Who reads what. Row b owns the work items `first[b] .. first[b] + num[b] - 1`."""
+class Plan(NamedTuple):
+    """Who reads what."""
 
     items: (
         Array  # int32 [W, 4]: row of the batch (-1: nothing to do), first and last + 1 of its tiles, own keys (0 / 1)
     )
-    first: Array  # int32 [B]
-    num: Array  # int32 [B]
+    shares: Shares
     tiles: Array | None  # int32 [B, tiles]: live tiles first, 2 * tile + (1 if some slot is empty)
     positions: Array | None  # int32 [B, S in whole tiles]: position of each slot, -1 where it is empty
 
 
-def _num_items(form: _Form, config: Config) -> int:
+def _num_items(form: Form, config: Config) -> int:
     """Work items per key head: one per row, and enough more to fill the multiprocessors once."""
     return form.batch + config.num_sms // (form.num_kv_heads * form.row_parts)
 
 
-def _plan(operands: Operands, form: _Form, config: Config) -> _Plan:
+def plan_of(operands: Operands, form: Form, config: Config) -> Plan:
     """Splits the live tiles of all rows over the CTAs. Depends on lengths and positions, not on the layer."""
     num_tiles = -(-form.capacity // config.block_k)
     used = jnp.clip(operands.kv_lengths, 0, form.capacity)
     tiles = positions = None
     if form.listed:
-        slots = jnp.arange(num_tiles * config.block_k, dtype=jnp.int32)
-        if operands.k_positions is None:
-            positions = jnp.broadcast_to(slots, (form.batch, len(slots)))
-        else:
-            missing = len(slots) - form.capacity
-            positions = jnp.pad(operands.k_positions, ((0, 0), (0, missing)), constant_values=-1)
-        positions = jnp.where(slots < used[:, None], positions, -1)
+        positions = slot_positions(operands, form, num_tiles * config.block_k)
         by_tile = positions.reshape(form.batch, num_tiles, config.block_k)
         visible = by_tile >= 0
         if operands.window is not None:
@@ -319,84 +206,25 @@ def _plan(operands: Operands, form: _Form, config: Config) -> _Plan:
         ],
         axis=1,
     ).astype(jnp.int32)
-    return _Plan(items, first.astype(jnp.int32), count.astype(jnp.int32), tiles, positions)
+    return Plan(items, Shares(first.astype(jnp.int32), count.astype(jnp.int32)), tiles, positions)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The attention kernel
 
 
-def _pad_axis(x: Array, axis: int, size: int, value: int = 0) -> Array:
-    if x.shape[axis] == size:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=value)
-
-
-def _pack(q: Array, form: _Form) -> Float[Array, "B K rows H"]:
-    """Queries as rows of their key head."""
-    q = q.reshape(form.batch, form.num_queries, form.num_kv_heads, form.group, form.head_dim)
-    q = jnp.swapaxes(q, 1, 2).reshape(form.batch, form.num_kv_heads, form.rows, form.head_dim)
-    return _pad_axis(q, 2, form.padded_rows)
-
-
-def _accumulate(acc: Array, p: Array, v_smem: Any, *, interpreted: bool) -> Array:
-    """`acc + p @ v` with p in registers.
-
-    The interpreter knows neither a left operand in registers nor an accumulator that does not start at zero; this
-    is the one operation that it runs as something else.
-    """
-    if interpreted:
-        acc = acc + jnp.dot(p.astype(jnp.float32), v_smem[...].astype(jnp.float32))
-        plgpu.commit_smem()  # an ordinary read, unlike that of wgmma, must be fenced against the refill
-        return acc
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p, v_smem))(plgpu.ACC.init(acc))
-
-
-def run(
-    q: Float[Array, "B T N H"],
-    k_cache: Array,
-    v_cache: Array,
-    *,
-    operands: Operands,
-    own_mask: Mask,
-    scale: float,
-    config: Config | None = None,
-    interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Output and log-sum-exp; see `decode_attention`. `interpret` runs the kernel on the CPU, for tests.
-
-    Raises:
-      ValueError: `config` needs more shared memory than a CTA has.
-    """
-    form = _form(q, k_cache, operands)
-    if config is None:
-        config = heuristic_config(form.head_dim, codes=form.code_dtype is not None)
-    if (needed := config.smem_bytes(form)) > compat.SHARED_MEMORY_BYTES:
-        raise ValueError(
-            f"{config} needs {needed} bytes of shared memory at head_dim {form.head_dim}; "
-            f"a CTA has {compat.SHARED_MEMORY_BYTES}"
-        )
-    if form.batch == 0:
-        return jnp.zeros_like(q), jnp.zeros((0, q.shape[2], q.shape[1]), jnp.float32)
-    return _run(
-        q, k_cache, v_cache, operands, form=form, own_mask=own_mask, scale=scale, config=config, interpret=interpret
-    )
-
-
 # Jitted so that the layers of a model share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("form", "own_mask", "scale", "config", "interpret"))
-def _run(q, k_cache, v_cache, operands: Operands, *, form: _Form, own_mask, scale, config: Config, interpret):
-    plan = _plan(operands, form, config)
-    parts, part_lse = _attend(
+def run(q, k_cache, v_cache, operands: Operands, *, form: Form, own_mask, scale, config: Config, interpret):
+    plan = plan_of(operands, form, config)
+    parts, part_lse = attend(
         q, k_cache, v_cache, operands, plan, form, own_mask=own_mask, scale=scale, config=config, interpret=interpret
     )
-    out = _merge(parts, part_lse, plan, form, interpret=interpret)
-    return out, _merged_lse(part_lse, plan, form)
+    out = merge(parts, part_lse, plan.shares, form, interpret=interpret)
+    return out, merged_lse(part_lse, plan.shares, form)
 
 
-def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale, config: Config, interpret):
+def attend(q, k_cache, v_cache, operands, plan, form: Form, *, own_mask, scale, config: Config, interpret):
     """Partial outputs `[W * lanes, K, padded rows, H or 128]` and base-2 log-sum-exps `[W * lanes, K, whole rows]`."""
     block_k, stages, lanes = config.block_k, config.stages, form.lanes
     head_dim, dtype, lines = form.head_dim, form.dtype, form.lines
@@ -410,7 +238,6 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
     # Registers of compute and loading warpgroups; together they may not exceed 512 per lane.
     compute_registers, load_registers = (224, 56) if not has_codes else (208, 88) if len(loads) == 1 else (168, 80)
     code_columns = min(head_dim, 128)
-    clean_columns = compat.swizzled(dtype, head_dim)[0].tiling[1]
     i32 = jnp.int32
 
     def kernel(refs, out_ref, lse_ref, smem):
@@ -469,14 +296,7 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
                     query = plgpu.broadcasted_iota(i32, (ROWS,), 0, layout=ROW) + row0
                     if form.group > 1:
                         query = lax.div(query, i32(form.group))
-                    keep = None
-                    for first, last in own_mask.key_intervals(query, form.num_queries):
-                        # Ends that are the same for all rows would leave the compiler without a layout to infer; the
-                        # bounds FAR away change nothing and tie them to the rows.
-                        first = jnp.maximum(jnp.maximum(first, 0), query - FAR)
-                        last = jnp.minimum(jnp.minimum(last, refs["own_lengths"][row]), query + FAR)
-                        inside = (columns >= over_rows(first)) & (columns < over_rows(last))
-                        keep = inside if keep is None else keep | inside
+                    keep = own_visible(own_mask, form, query, columns, refs["own_lengths"][row])
                 return keep & near(k_positions) if operands.window is not None else keep
 
             def load_line(name, slot):
@@ -527,7 +347,7 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
                             p = jnp.where(keep, p, 0.0)
                 p = p.astype(dtype)
                 plgpu.barrier_wait(smem["v_ready"].at[slot])
-                acc = _accumulate(acc, p, smem["v"].at[slot], interpreted=interpret is not None)
+                acc = accumulate(acc, p, smem["v"].at[slot], interpreted=interpret is not None)
                 plgpu.barrier_arrive(smem["v_free"].at[slot])
                 return acc, m_new, total
 
@@ -632,11 +452,7 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
                     plgpu.copy_gmem_to_smem(cached("v", step), smem["v"].at[slot], smem["unclean"])
                     plgpu.barrier_wait(smem["unclean"])
                     for first_row in range(0, block_k, ROWS):
-                        empty = is_empty(step, slot, first_row)
-                        for column in range(0, head_dim, clean_columns):
-                            here = smem["v"].at[slot, pl.ds(first_row, ROWS), pl.ds(column, clean_columns)]
-                            x = plgpu.load(here, layout=WGMMA)
-                            here[...] = jnp.where(lax.broadcast_in_dim(empty, x.shape, [0]), jnp.zeros_like(x), x)
+                        clear_rows(smem["v"].at[slot, pl.ds(first_row, ROWS)], is_empty(step, slot, first_row))
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(smem["v_ready"].at[slot])
 
@@ -706,7 +522,7 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
     layers = k_cache.shape[0]
     flat = (layers * form.batch * form.capacity, form.num_kv_heads * head_dim)
     inputs: dict[str, Any] = {
-        "q": _pack(q, form),
+        "q": pack(q, form),
         "k": k_cache.reshape(flat),
         "v": v_cache.reshape(flat),
         "items": plan.items,
@@ -714,27 +530,14 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
         "kv_lengths": operands.kv_lengths,
     }
     if form.has_own:
-        own_v = operands.own_v
-        own_lengths = operands.own_lengths
-        if own_lengths is None:
-            own_lengths = jnp.full((form.batch,), form.num_queries, jnp.int32)
-        else:
-            index = jnp.arange(form.num_queries)
-            own_v = jnp.where((index < own_lengths[:, None])[:, :, None, None], own_v, 0)
-        # The rows of one swizzle atom; TMA fills the rest of the tile with zeros.
-        length = -(-form.num_queries // 8) * 8
-        inputs |= {
-            "own_k": _pad_axis(operands.own_k, 1, length),
-            "own_v": _pad_axis(own_v, 1, length),
-            "own_lengths": own_lengths,
-        }
+        inputs |= own_inputs(operands, form)
     if form.listed:
         inputs |= {"tiles": plan.tiles, "positions": plan.positions}
         if form.has_own:
-            inputs["own_positions"] = _pad_axis(operands.q_positions, 1, block_k)
+            inputs["own_positions"] = pad_axis(operands.q_positions, 1, block_k)
     if operands.window is not None:
         by_row = jnp.repeat(operands.q_positions, form.group, axis=1)
-        inputs["q_rows"] = _pad_axis(by_row, 1, form.whole_rows)
+        inputs["q_rows"] = pad_axis(by_row, 1, form.whole_rows)
         inputs["window"] = jnp.stack([jnp.asarray(x, jnp.int32) for x in (operands.window, operands.num_sinks)])
     if form.k_scale is not None:
         inputs |= {"k_scales": operands.k_scale, "v_scales": operands.v_scale}
@@ -756,151 +559,3 @@ def _attend(q, k_cache, v_cache, operands, plan, form: _Form, *, own_mask, scale
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(inputs)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The merge
-
-
-def _merged_lse(part_lse: Array, plan: _Plan, form: _Form) -> Float[Array, "B N T"]:
-    """Natural log-sum-exp of each query, from the base-2 ones of the partial results."""
-    part = jnp.arange(part_lse.shape[0])
-    mine = (part >= form.lanes * plan.first[:, None]) & (part < form.lanes * (plan.first + plan.num)[:, None])
-    scores = jnp.where(mine[:, :, None, None], part_lse[None, :, :, : form.rows], -jnp.inf)  # [B, W, K, rows]
-    lse = jax.nn.logsumexp(scores * math.log(2.0), axis=1)
-    lse = lse.reshape(form.batch, form.num_kv_heads, form.num_queries, form.group)
-    return jnp.swapaxes(lse, 2, 3).reshape(form.batch, -1, form.num_queries)
-
-
-def _merge(parts: Array, part_lse: Array, plan: _Plan, form: _Form, *, interpret) -> Float[Array, "B T N H"]:
-    """Outputs from the normalised partial ones: one warpgroup per query and head."""
-    width = parts.shape[3]
-    i32 = jnp.int32
-
-    def kernel(parts_ref, lse_ref, first_ref, count_ref, out_ref):
-        row, head, line = (lax.axis_index(name) for name in ("row", "head", "line"))
-        first, count = first_ref[row] * form.lanes, count_ref[row] * form.lanes
-
-        def merge_some(turn, carry):
-            acc, m, total = carry
-            scores, values = [], []
-            for i in range(MERGED_AT_ONCE):
-                at = turn * MERGED_AT_ONCE + i
-                where = first + jnp.minimum(at, count - 1)
-                scores.append(jnp.where(at < count, lse_ref[where, head, line], -jnp.inf))
-                values.append(plgpu.load(parts_ref.at[where, head, line], layout=_strided(width)))
-            m_new = functools.reduce(jnp.maximum, scores, m)
-            m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-            alpha = jnp.exp2(m - m_safe)
-            acc, total = acc * alpha, total * alpha
-            for score, value in zip(scores, values, strict=True):
-                weight = jnp.exp2(score - m_safe)
-                acc, total = acc + value.astype(jnp.float32) * weight, total + weight
-            return acc, m_new, total
-
-        start = (
-            plgpu.layout_cast(jnp.zeros((width,), jnp.float32), _strided(width)),
-            jnp.float32(-jnp.inf),
-            jnp.float32(0.0),
-        )
-        turns = lax.div(count + MERGED_AT_ONCE - 1, i32(MERGED_AT_ONCE))
-        acc, _, total = lax.fori_loop(0, turns, merge_some, start)
-        inverse = jnp.where(total == 0.0, 0.0, 1.0 / jnp.where(total == 0.0, 1.0, total))
-        query, member = lax.div(line, i32(form.group)), lax.rem(line, i32(form.group))
-        out_ref[row, query, head * form.group + member] = (acc * inverse).astype(form.dtype)
-
-    out = compat.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(
-            (form.batch, form.num_queries, form.num_kv_heads * form.group, width), form.dtype
-        ),
-        grid=(form.batch, form.num_kv_heads, form.rows),
-        grid_names=("row", "head", "line"),
-        num_threads=1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(parts, part_lse, plan.first, plan.num)
-    return out[..., : form.head_dim]
-
-
-def _strided(width: int) -> Any:
-    return plgpu.Layout.WG_STRIDED((width,), vec_size=width // 128)
-
-
-def compile_cases():
-    """What the compile gate compiles: each head dim and kind of cache, few and many rows, each form of masking."""
-    from pallas_kernels.compile_gate import CompileCase
-
-    bf16, f16, int8, fp8 = (jnp.dtype(name) for name in ("bfloat16", "float16", "int8", "float8_e4m3fn"))
-    # name, T, H, dtype of queries, dtype of the cache, kind of scales, window
-    forms = [
-        *((f"H={h} T={t}", t, h, bf16, bf16, "", None) for h in HEAD_DIMS for t in (1, 32)),
-        ("H=64 T=32 float16", 32, 64, f16, f16, "", None),
-        ("H=128 T=1 window", 1, 128, bf16, bf16, "", 4096),
-        ("H=128 T=32 window", 32, 128, bf16, bf16, "", 4096),
-        ("H=64 T=1 int8 per head", 1, 64, bf16, int8, "head", None),
-        *((f"H=128 T={t} {c} per {kind}", t, 128, bf16, c, kind, None)
-          for t, c, kind in ((1, int8, "head"), (32, int8, "token"), (1, fp8, "token"), (32, fp8, "head"))),
-        ("H=128 T=32 int8 per token, window", 32, 128, bf16, int8, "token", 4096),
-        *((f"H=128 T={t} {c} per {kind}, one converter", t, 128, bf16, c, kind, None)
-          for t, c, kind in ((1, int8, "head"), (32, int8, "token"), (32, fp8, "head"))),
-    ]  # fmt: skip
-    layers, batch, capacity, kv_heads, group = 4, 2, 8192, 8, 4
-    for name, num_queries, head_dim, dtype, cache_dtype, kind, window in forms:
-        converters = 1 if "one converter" in name else 2
-
-        def call(q, k, v, layer, lengths, own_k, own_v, *scales, window=window, converters=converters):
-            k_scale, v_scale = scales or (None, None)
-            operands = Operands(
-                layer=layer,
-                kv_lengths=lengths,
-                k_positions=None,
-                q_positions=lengths[:, None] + jnp.arange(q.shape[1]),
-                own_k=own_k,
-                own_v=own_v,
-                own_lengths=None,
-                window=window,
-                num_sinks=4,
-                k_scale=k_scale,
-                v_scale=v_scale,
-            )
-            form = _form(q, k, operands)
-            config = heuristic_config(form.head_dim, codes=form.code_dtype is not None)
-            config = dataclasses.replace(config, converters=converters)
-            options = {"own_mask": Causal(), "scale": form.head_dim**-0.5, "config": config, "interpret": None}
-            return _attend(q, k, v, operands, _plan(operands, form, config), form, **options)
-
-        array = jax.ShapeDtypeStruct
-        cache = array((layers, batch, capacity, kv_heads, head_dim), cache_dtype)
-        own = array((batch, num_queries, kv_heads, head_dim), dtype)
-        shape = {"": None, "head": (layers, kv_heads), "token": (layers, batch, kv_heads, capacity)}[kind]
-        yield CompileCase(
-            name=f"decode attention {name}",
-            function=call,
-            avals=(
-                array((batch, num_queries, kv_heads * group, head_dim), dtype),
-                *[cache] * 2,
-                array((), jnp.int32),
-                array((batch,), jnp.int32),
-                *[own] * 2,
-                *([] if shape is None else [array(shape, jnp.float32)] * 2),
-            ),
-            shipped=converters == 2,
-        )
-    for head_dim in (64, 128, 256):
-
-        def merge(parts, lse, first, count, head_dim=head_dim):
-            form = _Form(batch, 32, kv_heads, group, head_dim, capacity, bf16, None, True, False, None, None)
-            return _merge(parts, lse, _Plan(first, first, count, None, None), form, interpret=None)
-
-        yield CompileCase(
-            name=f"decode attention merge H={head_dim}",
-            function=merge,
-            avals=(
-                array((16, kv_heads, 128, max(head_dim, 128)), bf16),
-                array((16, kv_heads, 128), jnp.float32),
-                *[array((batch,), jnp.int32)] * 2,
-            ),
-            required=(),
-        )
