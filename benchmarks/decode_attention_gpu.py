@@ -405,17 +405,18 @@ def time_shapes(gigabytes: float) -> Iterator[Shape]:
 
 
 def skip_shapes() -> Iterator[Shape]:
-    """Dense, half, three quarters and nine tenths of the tiles left out; the same heads, most telling first."""
-    for live, batch in ((32768, 1), (131072, 1), (32768, 8), (131072, 8)):
-        for num_queries in (1, 32):
-            for small in (0.5, 0.9, 0.75, 0.0):
-                shape = Shape(
-                    batch=batch, num_queries=num_queries, capacity=live, live=live, small=small, noise=0.25,
-                )  # fmt: skip
-                yield dataclasses.replace(shape, layers=max(2, -(-(270 * 10**6) // shape.bytes())))
-    for live in (32768, 131072):
-        shape = Shape(batch=1, capacity=live, live=live, small=0.75, noise=0.25, chains=16)
-        yield dataclasses.replace(shape, layers=max(2, -(-(270 * 10**6) // shape.bytes())))
+    """Half, nine tenths, three quarters and none of the tiles left out; the same heads, most telling first."""
+    # slots, batch, queries, chains
+    calls = (
+        (32768, 1, 1, 8), (131072, 1, 1, 8), (32768, 8, 1, 8), (32768, 1, 32, 8), (131072, 1, 1, 16), (131072, 8, 1, 8),
+        (32768, 1, 1, 16), (131072, 1, 32, 8), (32768, 8, 32, 8), (131072, 8, 32, 8),
+    )  # fmt: skip
+    for live, batch, num_queries, chains in calls:
+        for small in (0.5, 0.9, 0.75, 0.0):
+            shape = Shape(
+                batch=batch, num_queries=num_queries, capacity=live, live=live, small=small, chains=chains, noise=0.25,
+            )  # fmt: skip
+            yield dataclasses.replace(shape, layers=max(2, -(-(270 * 10**6) // shape.bytes())))
 
 
 @functools.cache
