@@ -68,7 +68,7 @@ def test_loss_is_that_of_the_answers():
         (["--steps", "3"], "lengths, steps and batch_sizes must be equally many"),
         (["--threshold", "1.5"], "threshold must lie in (0, 1); got 1.5"),
         (["--dim", "100"], "dim must be a multiple of 64"),
-        (["--test-rows", "7"], "test_rows must be a multiple of 32; got 7"),
+        (["--test-rows", "7"], "test_rows must be a multiple of 8; got 7"),
     ],
 )
 def test_bad_flags_are_explained(flags, message, capsys):
