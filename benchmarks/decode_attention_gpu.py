@@ -59,7 +59,7 @@ from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.decode_attention import mosaic_sm90, reference, xla
 
 QUERY_BIAS = 8.0
-LOG_THRESHOLD = -1.0  # λ = 1 / e: far below the margins of large tiles, about 0, and far above those of small ones, -11
+LOG_THRESHOLD = -1.0  # λ = 1 / e; when timed, margins are about 0 in large tiles and -11 in small ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Shape:
     window: int | None = None
     small: float | None = None  # with skipped tiles: the share of tiles whose scores are small, hence skipped
     chains: int = 8
-    noise: float = 2.0  # with skipped tiles: of scores; 2 moves the margins of large tiles across the threshold
+    chained: bool = False  # with skipped tiles: outputs serve as queries, and no margin is near the threshold
     layers: int = 2
 
     @property
@@ -160,27 +160,32 @@ class Shape:
             given |= {name: jax.random.normal(next(keys), own_shape, self.dtype) for name in ("own_k", "own_v")}
             if self.own_lengths:
                 given["own_lengths"] = rng.integers(0, self.num_queries + 1, self.batch).astype(np.int32)
-            if self.small is not None:
+            if self.chained:
                 given["own_v"] = given["own_v"].at[..., 0].set(QUERY_BIAS)
         return given
 
     def with_small_tiles(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The first element of a query is large; that of a key decides how large the score is; that of a value makes an
-        output, the query of the next layer, like the others."""
-        small = np.random.default_rng(1).random(-(-self.capacity // 128)) < self.small
+        """The first element of a query is large, and that of a key decides how large the score is.
+
+        If outputs serve as queries, that of a value is large, too.
+        """
+        rng = np.random.default_rng(1)
+        small = rng.random(-(-self.capacity // 128)) < self.small
         small[: self.chains] = False  # the first tiles set the maximum that the others are measured by
-        bias = np.repeat(np.where(small, -8.0, 8.0), 128)[: self.capacity, None]
+        # Else the margins of large tiles lie on both sides of the threshold.
+        large, noise = (8.0, 0.25) if self.chained else (rng.uniform(2.0, 8.0, small.shape), 1.0)
+        bias = np.repeat(np.where(small, -8.0, large), 128)[: self.capacity, None]
 
         @functools.partial(jax.jit, donate_argnums=0)
         def put(cache, first, factor):
             cache = (cache * factor).astype(cache.dtype)
             return cache.at[..., 0].set(jnp.where(jnp.isnan(cache[..., 0]), jnp.nan, first).astype(cache.dtype))
 
-        return given | {
+        given = given | {
             "q": given["q"].at[..., 0].set(QUERY_BIAS),
-            "k_cache": put(given["k_cache"], bias, self.noise),
-            "v_cache": put(given["v_cache"], QUERY_BIAS, 1.0),
+            "k_cache": put(given["k_cache"], bias, noise),
         }
+        return given | {"v_cache": put(given["v_cache"], QUERY_BIAS, 1.0)} if self.chained else given
 
     def skip_options(self, log_threshold: float = LOG_THRESHOLD) -> dict[str, Any]:
         if self.small is None:
@@ -288,7 +293,7 @@ def check_shape(shape: Shape) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"shape": shape.name, "config": config}
         rows.append(row)
         try:
-            call = jax.jit(shape.call(config) if shape.small is None else with_decisions(shape, "mosaic"))
+            call = jax.jit(shape.call(config)) if shape.small is None else with_decisions(shape, "mosaic")
             out, lse, *kept = call(jnp.int32(1), arguments)
             row["bitwise_repeatable"] = all(
                 bool((again == first).all())
@@ -316,11 +321,13 @@ def check_shape(shape: Shape) -> list[dict[str, Any]]:
     return rows
 
 
+@functools.cache
 def with_decisions(shape: Shape, implementation: str, log_threshold: float = LOG_THRESHOLD) -> Callable[..., Any]:
-    """`call(layer, arguments)` giving output, log-sum-exp and which tiles were kept, bool [B, K, tiles]."""
+    """Jitted `call(layer, arguments)`: output, log-sum-exp and which tiles were kept, bool [B, K, tiles]."""
     module = {"mosaic": mosaic_sm90, "xla": xla}[implementation]
     call = shape.call(implementation, log_threshold=log_threshold)
 
+    @jax.jit
     def decide(layer, arguments):
         kept = []
 
@@ -350,10 +357,9 @@ def by_decisions(shape: Shape) -> Callable[..., Any]:
 def check_decisions(shape: Shape, arguments: dict[str, Any], kept: jax.Array) -> dict[str, Any]:
     """Compares decisions with those of the XLA path where rounding cannot decide otherwise."""
     more, fewer = (
-        jax.jit(with_decisions(shape, "xla", LOG_THRESHOLD + shift))(jnp.int32(1), arguments)[2]
-        for shift in (-1e-2, 1e-2)
+        with_decisions(shape, "xla", LOG_THRESHOLD + shift)(jnp.int32(1), arguments)[2] for shift in (-1e-2, 1e-2)
     )
-    visited = jax.jit(with_decisions(shape, "xla", -1e3))(jnp.int32(1), arguments)[2]
+    visited = with_decisions(shape, "xla", -1e3)(jnp.int32(1), arguments)[2]
     wrong = (kept != more) & (more == fewer)
     return {"wrong_decisions": int(wrong.sum()), "skipped": 1.0 - float(kept.sum() / jnp.maximum(visited.sum(), 1))}
 
@@ -413,10 +419,9 @@ def skip_shapes() -> Iterator[Shape]:
     )  # fmt: skip
     for live, batch, num_queries, chains in calls:
         for small in (0.5, 0.9, 0.75, 0.0):
-            shape = Shape(
-                batch=batch, num_queries=num_queries, capacity=live, live=live, small=small, chains=chains, noise=0.25,
-            )  # fmt: skip
-            yield dataclasses.replace(shape, layers=max(2, -(-(270 * 10**6) // shape.bytes())))
+            shape = Shape(batch=batch, num_queries=num_queries, capacity=live, live=live, small=small, chains=chains)
+            layers = max(2, -(-(270 * 10**6) // shape.bytes()))
+            yield dataclasses.replace(shape, layers=layers, chained=True)
 
 
 @functools.cache
@@ -487,7 +492,7 @@ def measure(shape: Shape, bandwidth: float, *, peers: bool) -> dict[str, Any]:
     }
     if shape.small is not None:
         calls["dense"] = functools.partial(over_layers(program, "dense"), arguments)
-        kept = jax.jit(with_decisions(shape, "mosaic"))(jnp.int32(0), arguments)[2]
+        kept = with_decisions(program, "mosaic")(jnp.int32(0), arguments)[2]
         skipped = 1.0 - float(kept.mean())  # every tile is visited
     if peers:
         calls["xla"] = functools.partial(over_layers(program, "xla"), arguments)
