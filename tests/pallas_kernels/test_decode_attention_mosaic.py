@@ -541,20 +541,20 @@ def lower(call):
     return jitted.trace(q, k, v, operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
+LOWERED = {"dense": CALLS, "skipping": SKIP_CALLS}
+LOWERED_BY_DEFAULT = ("ring and window", "positions, two warpgroups of rows")
+
+
 @pytest.mark.parametrize(
-    "name",
+    "call",
     [
-        "ring and window",
-        "positions, two warpgroups of rows",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in CALLS if name != "ring and window"),
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("one token", "32 queries of 8 heads", "96", "float16")
-        ),
+        pytest.param(call, id=f"{kind}: {name}", marks=[] if name in LOWERED_BY_DEFAULT else [pytest.mark.slow])
+        for kind, calls in LOWERED.items()
+        for name, call in calls.items()
     ],
 )
-def test_lowers_for_cuda(name):
-    assert lower((CALLS | SKIP_CALLS)[name]).count("custom_call @mosaic_gpu") == 2  # attention and merge
+def test_lowers_for_cuda(call):
+    assert lower(call).count("custom_call @mosaic_gpu") == 2  # attention and merge
 
 
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
