@@ -31,6 +31,7 @@ from jaxmodels.checkpoints.mapping import (
     to_tensors,
     unflatten,
 )
+from jaxmodels.decoding.sampling import SamplingOptions
 from jaxmodels.qwen import load as qwen_load
 from jaxmodels.qwen.model import CausalLM, build
 from jaxmodels.sharding import param_shardings
@@ -63,7 +64,11 @@ class GenerationDefaults:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "GenerationDefaults":
-        """From the content of generation_config.json; logs what would have an effect and is not implemented."""
+        """From the content of generation_config.json; logs what would have an effect and is not implemented.
+
+        Raises:
+          ValueError: a value that no request could have; names the field.
+        """
         without_effect = {
             "use_cache",
             "transformers_version",
@@ -92,6 +97,18 @@ class GenerationDefaults:
                 f"generation_config.json: eos_token_id {eos!r} and pad_token_id {pad_id!r} must be integers"
             )
         values: dict[str, Any] = {name: config.get(name) for name in names & config.keys() if name in SAMPLING}
+        given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            if type(value) is not int and (type(value) is not float or name in ("top_k", "max_new_tokens")):
+                kind = "an integer" if name in ("top_k", "max_new_tokens") else "a number"
+                raise ValueError(f"generation_config.json: {name} must be {kind}; got {value!r}")
+        most = given.pop("max_new_tokens", 1)
+        if most < 1:
+            raise ValueError(f"generation_config.json: max_new_tokens must be at least 1; got {most}")
+        try:
+            SamplingOptions(**{name: value if name == "top_k" else float(value) for name, value in given.items()})
+        except ValueError as error:
+            raise ValueError(f"generation_config.json: {error}") from None
         if config.get("do_sample"):
             values["temperature"] = config.get("temperature", 1.0)
         elif "do_sample" in config:

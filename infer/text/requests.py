@@ -61,6 +61,7 @@ class Request:
 
 
 _HOLE = re.compile(r"<fill:(\d+)>")
+_LARGEST_HOLE = 2**20  # beyond any cache; more would cost seconds and memory before a decoder could say so
 
 
 def split_holes(text: str) -> list[str | int]:
@@ -71,9 +72,11 @@ def split_holes(text: str) -> list[str | int]:
     """
     pieces: list[str | int] = list(_HOLE.split(text))
     for i in range(1, len(pieces), 2):
-        pieces[i] = int(pieces[i])
-        if pieces[i] == 0:
-            raise ValueError("infill: a hole must have at least one token; got <fill:0>")
+        digits = str(pieces[i])
+        if len(digits) > 7 or not 0 < int(digits) <= _LARGEST_HOLE:
+            allowed = f"at least one token and at most {_LARGEST_HOLE:,}"
+            raise ValueError(f"infill: a hole must have {allowed}; got <fill:{digits:.20}>")
+        pieces[i] = int(digits)
     if len(pieces) == 1:
         raise ValueError("infill: the prompt has no hole; write <fill:N> where N tokens are to be filled in")
     return [piece for piece in pieces if piece != ""]

@@ -212,7 +212,9 @@ def test_infilling(capsys, tiny_diffusion_directory, tmp_path):
     record, plain = sorted(map(json.loads, lines.splitlines()), key=lambda record: record["id"])
     assert code == 0 and record["prefix"] == "ab" and "fills" not in plain and len(plain["ids"]) <= 3
     assert record["fills"][0] + "cd" + record["fills"][1] == record["text"] and out == "ab" + record["text"] + "\n"
-    for prompt, message in (("ab", "the prompt has no hole; write <fill:N>"), ("a<fill:0>", "at least one token")):
+    refused = [("ab", "the prompt has no hole; write <fill:N>"), ("a<fill:0>", "at least one token")]
+    refused += [(f"a<fill:{'9' * count}>", "at most 1,048,576; got <fill:9") for count in (7, 5000)]
+    for prompt, message in refused:
         code, _, err = run(capsys, *model, "--infill", "--prompt", prompt)
         assert code == 1 and message in err
 

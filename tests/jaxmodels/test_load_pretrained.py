@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -337,6 +338,22 @@ def test_generation_tokens_must_be_integers():
     for written in ({"eos_token_id": "</s>"}, {"eos_token_id": [1, None]}, {"pad_token_id": 1.5}):
         with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id .* must be integers"):
             GenerationDefaults.from_hf(written)
+
+
+@pytest.mark.parametrize(
+    "written, message",
+    [
+        ({"max_new_tokens": "x"}, "max_new_tokens must be an integer; got 'x'"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
+        ({"temperature": "hot"}, "temperature must be a number; got 'hot'"),  # also where it has no effect
+        ({"do_sample": True, "top_p": 1.5}, "top_p must be in [0, 1]; got 1.5"),
+        ({"top_k": 2.5}, "top_k must be an integer; got 2.5"),
+    ],
+)
+def test_generation_values_that_no_request_could_have_are_refused(written, message):
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {re.escape(message)}"):
+        GenerationDefaults.from_hf(written)
+    assert GenerationDefaults.from_hf({**dict.fromkeys(written), "do_sample": False}).temperature == 0.0
 
 
 def test_generation_options_that_would_matter_are_logged(caplog):
