@@ -32,7 +32,6 @@ and at most 177, 150, 133. Below about 8K tokens, 8 tiles per chain, starts and 
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -199,36 +198,21 @@ class Shape:
     def own_mask(self) -> masks.Mask:
         return {"causal": masks.Causal(), "block": masks.BlockCausal(8)}.get(self.own, masks.Full())
 
-    def configs(self) -> dict[str, Any]:
-        """What the kernel is tried with, by name; the first is what it takes by itself."""
-        if self.small is not None:
-            return {"mosaic": None}
-        first = mosaic_sm90.heuristic_config(self.head_dim, codes=bool(self.cache))
-        configs = {"mosaic": first}
-        if self.cache:
-            configs["mosaic, 1 converter"] = dataclasses.replace(first, converters=1)
-        return configs
-
     def call(self, implementation: str, *, log_threshold: float = LOG_THRESHOLD) -> Callable[..., Any]:
-        """Attention of the queries to one layer: `call(layer, arguments)`; a name of `configs` is an implementation.
+        """Attention of the queries to one layer: `call(layer, arguments)`.
 
         With small tiles it returns their statistics too, and "dense" is the dense kernel.
         """
         own_mask = self.own_mask()
-        config = self.configs().get(implementation)
         options = self.skip_options(log_threshold) if implementation != "dense" else {}
-        name = "mosaic" if config or implementation == "dense" else implementation
+        name = "mosaic" if implementation == "dense" else implementation
         if self.small is not None:
             options["return_stats"] = implementation != "dense"
 
         def call(layer, arguments):
-            patched = contextlib.nullcontext()
-            if config:
-                patched = mock.patch.object(mosaic_sm90, "heuristic_config", lambda *_, **__: config)
-            with patched:
-                return decode_attention(
-                    layer=layer, own_mask=own_mask, return_lse=True, implementation=name, **options, **arguments
-                )
+            return decode_attention(
+                layer=layer, own_mask=own_mask, return_lse=True, implementation=name, **options, **arguments
+            )
 
         return call
 
@@ -279,9 +263,8 @@ def check_shapes() -> Iterator[Shape]:
     yield Shape(batch=64, capacity=1024, num_queries=1, small=0.5)
 
 
-def check_shape(shape: Shape) -> list[dict[str, Any]]:
+def check_shape(shape: Shape) -> dict[str, Any]:
     """Compares one shape with the float32 definition; the layer is traced, three runs must give the same bits."""
-    rows: list[dict[str, Any]] = []
     arguments = shape.arguments()
     wide = {
         name: x.astype(jnp.float32) if str(getattr(x, "dtype", "")) in ("bfloat16", "float16") else x
@@ -289,36 +272,33 @@ def check_shape(shape: Shape) -> list[dict[str, Any]]:
     }
     if shape.small is None:
         expected, expected_lse = jax.jit(shape.call("reference"))(jnp.int32(1), wide)
-    for config in shape.configs():
-        row: dict[str, Any] = {"shape": shape.name, "config": config}
-        rows.append(row)
-        try:
-            call = jax.jit(shape.call(config)) if shape.small is None else with_decisions(shape, "mosaic")
-            out, lse, *kept = call(jnp.int32(1), arguments)
-            row["bitwise_repeatable"] = all(
-                bool((again == first).all())
-                for _ in range(3)
-                for first, again in zip((out, lse, *kept), call(jnp.int32(1), arguments), strict=True)
-            )
-            if kept:
-                row |= check_decisions(shape, arguments, kept[0])
-                expected, expected_lse = jax.jit(by_decisions(shape))(jnp.int32(1), wide, kept[0])
-        except Exception as error:  # one configuration that cannot run must not hide the others
-            row |= {"passes": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-            continue
-        error = jnp.abs(out.astype(jnp.float32) - expected)
-        both_empty = (lse == -jnp.inf) & (expected_lse == -jnp.inf)
-        row["max_error"] = float(error.max())
-        row["relative_error"] = float(jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(expected), 1e-30))
-        row["lse_error"] = float(jnp.where(both_empty, 0.0, jnp.abs(lse - expected_lse)).max())
-        row["passes"] = (
-            row["max_error"] <= 2e-2  # NaN fails too
-            and row["relative_error"] <= 1e-2
-            and row["lse_error"] <= 2e-4
-            and row["bitwise_repeatable"]
-            and not row.get("wrong_decisions")
+    row: dict[str, Any] = {"shape": shape.name, "config": "mosaic"}
+    try:
+        call = jax.jit(shape.call("mosaic")) if shape.small is None else with_decisions(shape, "mosaic")
+        out, lse, *kept = call(jnp.int32(1), arguments)
+        row["bitwise_repeatable"] = all(
+            bool((again == first).all())
+            for _ in range(3)
+            for first, again in zip((out, lse, *kept), call(jnp.int32(1), arguments), strict=True)
         )
-    return rows
+        if kept:
+            row |= check_decisions(shape, arguments, kept[0])
+            expected, expected_lse = jax.jit(by_decisions(shape))(jnp.int32(1), wide, kept[0])
+    except Exception as error:  # one shape that cannot run must not hide the others
+        return row | {"passes": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
+    error = jnp.abs(out.astype(jnp.float32) - expected)
+    both_empty = (lse == -jnp.inf) & (expected_lse == -jnp.inf)
+    row["max_error"] = float(error.max())
+    row["relative_error"] = float(jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(expected), 1e-30))
+    row["lse_error"] = float(jnp.where(both_empty, 0.0, jnp.abs(lse - expected_lse)).max())
+    row["passes"] = (
+        row["max_error"] <= 2e-2  # NaN fails too
+        and row["relative_error"] <= 1e-2
+        and row["lse_error"] <= 2e-4
+        and row["bitwise_repeatable"]
+        and not row.get("wrong_decisions")
+    )
+    return row
 
 
 @functools.cache
@@ -371,12 +351,12 @@ def check(arguments: argparse.Namespace) -> int:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
         for done in concurrent.futures.as_completed([pool.submit(check_shape, shape) for shape in shapes]):
-            for row in done.result():
-                record.add(row)
-                values = ", ".join(f"{name} {value}" for name, value in row.items() if name != "passes")
-                print(f"{'ok  ' if row['passes'] else 'FAIL'} {values}", flush=True)
+            row = done.result()
+            record.add(row)
+            values = ", ".join(f"{name} {value}" for name, value in row.items() if name != "passes")
+            print(f"{'ok  ' if row['passes'] else 'FAIL'} {values}", flush=True)
     failed = sum(not row["passes"] for row in record.rows)
-    print(f"{len(record.rows)} configurations, {failed} failed")
+    print(f"{len(record.rows)} shapes, {failed} failed")
     return 1 if failed or not record.rows else 0
 
 
@@ -487,9 +467,7 @@ def measure(shape: Shape, bandwidth: float, *, peers: bool) -> dict[str, Any]:
     arguments = shape.arguments()
     # One program for all shares of small tiles.
     program = shape if shape.small is None else dataclasses.replace(shape, small=0.0)
-    calls: dict[str, Callable[[], Any]] = {
-        name: functools.partial(over_layers(program, name), arguments) for name in shape.configs()
-    }
+    calls: dict[str, Callable[[], Any]] = {"mosaic": functools.partial(over_layers(program, "mosaic"), arguments)}
     if shape.small is not None:
         calls["dense"] = functools.partial(over_layers(program, "dense"), arguments)
         kept = with_decisions(program, "mosaic")(jnp.int32(0), arguments)[2]

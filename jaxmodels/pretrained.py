@@ -97,7 +97,7 @@ class GenerationDefaults:
                 f"generation_config.json: eos_token_id {eos!r} and pad_token_id {pad_id!r} must be integers"
             )
         values: dict[str, Any] = {name: config.get(name) for name in names & config.keys() if name in SAMPLING}
-        given = {name: value for name, value in values.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         for name, value in given.items():
             if type(value) is not int and (type(value) is not float or name in ("top_k", "max_new_tokens")):
                 kind = "an integer" if name in ("top_k", "max_new_tokens") else "a number"
@@ -106,7 +106,10 @@ class GenerationDefaults:
         if most < 1:
             raise ValueError(f"generation_config.json: max_new_tokens must be at least 1; got {most}")
         try:
-            SamplingOptions(**{name: value if name == "top_k" else float(value) for name, value in given.items()})
+            options: dict[str, Any] = {
+                name: value if name == "top_k" else float(value) for name, value in given.items()
+            }
+            SamplingOptions(**options)
         except ValueError as error:
             raise ValueError(f"generation_config.json: {error}") from None
         if config.get("do_sample"):

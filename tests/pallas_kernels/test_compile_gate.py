@@ -62,7 +62,7 @@ def test_cases_have_their_own_names_and_few_shipped_ones_may_spill():
     shipped = list(compile_gate.cases())
     assert 0 < len(shipped) < len(every)
     assert all(case.max_spill == 0 for case in shipped if not case.reason)
-    assert sum(case.max_spill > 0 for case in shipped) == 4 and max(case.max_spill for case in shipped) <= 24
+    assert sum(case.max_spill > 0 for case in shipped) == 5 and max(case.max_spill for case in shipped) <= 24
 
 
 def gate(*arguments):

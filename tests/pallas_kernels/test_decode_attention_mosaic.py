@@ -25,7 +25,6 @@ from pallas_kernels.decode_attention.mosaic_sm90 import Config, SkipConfig, dens
 from pallas_kernels.decode_attention.operands import Operands
 
 SMALL = Config(stages=2, code_stages=2, num_sms=2)
-ONE_CONVERTER = dataclasses.replace(SMALL, converters=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +130,6 @@ CALLS = {
     "int8 per token, ring": Call((500,), 2, codes="int8", per_token=True, ring=True),
     "fp8 per head": Call((370,), 20, 400, head_dim=128, codes="float8_e4m3fn"),
     "fp8 per token, window": Call((370,), 1, 400, codes="float8_e4m3fn", per_token=True, window=100),
-    "int8 per token, one converter": Call((370,), 2, 400, codes="int8", per_token=True, config=ONE_CONVERTER),
-    "fp8 per head, one converter, ring": Call((500,), 17, codes="float8_e4m3fn", ring=True, config=ONE_CONVERTER),
     "float16": Call((150,), 2, dtype="float16"),
     "96": Call((150,), head_dim=96),
     "128, wide tiles": Call((150,), head_dim=128, config=Config(block_k=128, stages=2, num_sms=2)),
@@ -655,7 +652,6 @@ def test_an_unsupported_call_is_explained(changes, message):
         ({"block_k": 96}, "block_k.*96"),
         ({"stages": 3}, "stages.*3"),
         ({"code_stages": 1}, "code_stages.*1"),
-        ({"converters": 3}, "converters.*3"),
         ({"num_sms": 0}, "num_sms.*0"),
     ],
 )
