@@ -357,6 +357,7 @@ def test_cudnn_gives_way_where_a_log_sum_exp_is_wanted(taken, monkeypatch):
     assert ran == ["mosaic"]
 
 
+@pytest.mark.slow  # last passed on 2026-11-26; the GPU check has calls under vmap too
 def test_the_kernels_under_vmap_are_the_kernels_row_by_row():
     """Interpreted: an automatic choice may take a kernel under `jax.vmap`, which adds an axis to its grid."""
     options = {"mask": masks.Causal(), "scale": 0.1, "interpret": compat.interpret_params(detect_races=False)}
