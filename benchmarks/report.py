@@ -12,7 +12,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from train.machine import command_line, cpu_cores, cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "torch", "transformers", "tokamax")
@@ -36,22 +37,15 @@ def environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(["-m", *sys.orig_argv[2:]] if "-m" in sys.orig_argv else sys.argv),
+        "command": command_line(),
         "python": platform.python_version(),
         "versions": versions,
         "device": device.device_kind,
         "devices": jax.device_count(),
-        "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu_name(),
+        "cpu_cores": cpu_cores(),
         "gpu": _nvidia_smi() if device.platform == "gpu" else None,
     }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _nvidia_smi() -> dict[str, str]:

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from train.config import to_json
+from train.machine import command_line, machine
 from train.recipes import demo
 from train.recipes.demo import StageConfig
 from train.recipes.quickstart import Quickstart
@@ -163,7 +163,7 @@ def _store(config: Ablation, root: Path, report: Any) -> Path:
                 directory=root, vocab_size=config.vocab_size, seq_len=config.seq_len, block_size=max(BLOCKS),
                 cuts=config.cuts, until="store",
             )  # fmt: skip
-            demo.run(data, demo.command_line())
+            demo.run(data, command_line())
             _add_prompts(config, root / "tokenizer", store)
     else:
         store = config.store
@@ -245,13 +245,8 @@ def _run(config: Ablation, root: Path, store: Path, missing: list, begun: float,
         return len(missing)
     bench = _bench(config, store)
     shapes = jax.eval_shape(lambda: bench.lm.init(jax.random.key(0)))
-    machine = {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "date": time.strftime("%Y-%m-%d"),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
-    report.line(f"{len(missing)} runs to do on {machine['device']}; {len(bench.rows):,} rows to train on")
+    here = machine()
+    report.line(f"{len(missing)} runs to do on {here['device']}; {len(bench.rows):,} rows to train on")
     weights: dict[int, Any] = {}
     failed = 0
     needs_ar = any(not (root / f"ar-{seed}.npz").is_file() for seed, _ in missing) and config.ar is None
@@ -262,7 +257,7 @@ def _run(config: Ablation, root: Path, store: Path, missing: list, begun: float,
                 return len(missing) - number
             if seed not in weights:
                 path = root / f"ar-{seed}.npz"
-                record: dict[str, Any] = {"seed": seed, "machine": machine}
+                record: dict[str, Any] = {"seed": seed, "machine": here}
                 before = time.perf_counter()
                 if path.is_file():
                     weights[seed] = load_weights(path, shapes)
@@ -289,7 +284,7 @@ def _run(config: Ablation, root: Path, store: Path, missing: list, begun: float,
                 temporary = path.with_name(f".{path.name}.tmp.npz")
                 np.savez_compressed(temporary, **tokens)
                 temporary.replace(path)
-            record = {"arm": arm.name, "seed": seed, "objective": to_json(arm.objective), "machine": machine} | values
+            record = {"arm": arm.name, "seed": seed, "objective": to_json(arm.objective), "machine": here} | values
             _write_json(_run_file(root, seed, arm.name), record)
             bounds = " ".join(f"{block}:{value:.3f}" for block, value in values["bound"].items())
             report.line(

@@ -12,14 +12,13 @@ same command continues after a kill:
 
 import dataclasses
 import json
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from train.config import MeshConfig, OptimConfig, RunConfig, to_json
+from train.machine import machine
 from train.objectives.config import DiffusionObjective
 
 if TYPE_CHECKING:  # importing a recipe must stay quick: `--help` imports it
@@ -254,15 +253,7 @@ class _Record:
         self.write()
 
     def stage(self, name: str, values: dict[str, Any]) -> None:
-        import jax
-
-        device = jax.devices()[0]
-        versions = {"python": platform.python_version(), "jax": jax.__version__}
-        self.values["stages"][name] = values | {
-            "device": f"{jax.device_count()} x {device.device_kind}",
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": versions,
-        }
+        self.values["stages"][name] = values | machine()
         self.write()
 
     def write(self) -> None:
@@ -706,8 +697,3 @@ def _count(params: Any) -> int:
 
 def _scalars(values: dict[str, Any]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in values.items() if isinstance(value, float)}
-
-
-def command_line() -> str:
-    """The command as typed, for the record."""
-    return "python -m train " + " ".join(sys.argv[1:])

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import MeshConfig, OptimConfig, RunConfig, to_json
+from train.machine import command_line, machine
 
 if TYPE_CHECKING:  # importing a recipe must stay quick: `--help` imports it
     from jaxmodels.demo.recall import Recall
@@ -135,7 +136,6 @@ def make_recall_loss(lm: Any, task: "Recall", skip: "SkipAttention | None" = Non
 
 def main(config: Retrieval) -> int:
     """Runs the recipe; 0 when the results are written, 1 when it was interrupted."""
-    import jax
 
     from jaxmodels.demo.recall import Recall
     from jaxmodels.layers.rope import RopeConfig
@@ -189,7 +189,7 @@ def main(config: Retrieval) -> int:
         if params is None:
             return 1
     results: dict[str, Any] = {
-        "config": to_json(config), "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        "command": command_line(), "machine": machine(), "config": to_json(config),
         "chance": 1 / task.num_values, "questions": config.test_rows * task.num_pairs, "arms": {},
     }  # fmt: skip
     path = config.results or config.directory / "results.json"

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from train.machine import command_line
 from train.recipes import demo
 from train.recipes.demo import DemoConfig, DistillConfig, StageConfig
 
@@ -49,4 +50,4 @@ class Shipped(DemoConfig):
 
 def main(config: Shipped) -> int:
     """Runs the recipe; 0 when all stages are done, 1 when interrupted."""
-    return demo.run(config, demo.command_line())
+    return demo.run(config, command_line())
