@@ -50,6 +50,7 @@ from pallas_kernels.decode_attention.mosaic_sm90.parts import (
     pack,
     pad_axis,
     slot_positions,
+    split,
 )
 from pallas_kernels.decode_attention.operands import Operands
 
@@ -177,32 +178,18 @@ def plan_of(operands: Operands, form: Form, config: Config) -> Plan:
     else:
         length = (used + config.block_k - 1) // config.block_k
 
-    # The quota of tiles per item that finishes first, if a wave of CTAs takes as long as its quota and a start.
     num_items = _num_items(form, config)
-    quotas = jnp.arange(1, num_tiles + 1, dtype=jnp.int32)
+    quotas = jnp.arange(1, num_tiles + 1, dtype=jnp.int32)  # tiles of the largest item
     counts = jnp.maximum(-(-length // quotas[:, None]), 1)  # [quotas, B]
-    total = counts.sum(axis=1)
-    waves = -(-total * (form.num_kv_heads * form.row_parts) // config.num_sms)
-    time = waves * (quotas + 2.0) + total / num_items
-    best = jnp.argmin(jnp.where(total <= num_items, time, jnp.inf))
-    count = counts[best]
-    stop = jnp.cumsum(count)
-    first = stop - count
-    item = jnp.arange(num_items, dtype=jnp.int32)
-    row = (item[:, None] >= stop).sum(axis=1, dtype=jnp.int32)
-    idle = row >= form.batch
-    row = jnp.minimum(row, form.batch - 1)
-    at, n, of = item - first[row], count[row], length[row]
-    items = jnp.stack(
-        [
-            jnp.where(idle, -1, row),
-            at * of // n,
-            (at + 1) * of // n,
-            (at == 0).astype(jnp.int32),
-        ],
-        axis=1,
-    ).astype(jnp.int32)
-    return Plan(items, Shares(first.astype(jnp.int32), count.astype(jnp.int32)), tiles, positions)
+    cut = split(counts, quotas, start=2.0, form=form, num_items=num_items, num_sms=config.num_sms)
+    tiles_of_row = length[cut.row]
+    items = [
+        jnp.where(cut.is_idle, -1, cut.row),
+        cut.at * tiles_of_row // cut.of,
+        (cut.at + 1) * tiles_of_row // cut.of,
+        cut.at == 0,
+    ]
+    return Plan(jnp.stack([x.astype(jnp.int32) for x in items], axis=1), cut.shares, tiles, positions)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -193,6 +193,41 @@ class Shares(NamedTuple):
     num: Array  # int32 [B]
 
 
+class Split(NamedTuple):
+    """The work of all rows cut into items: what each item is, and whose partial results are whose."""
+
+    row: Array  # int32 [W]: row of the batch; any for an idle item
+    is_idle: Array  # bool [W]
+    at: Array  # int32 [W]: which of its row's items it is
+    of: Array  # int32 [W]: how many items its row has
+    shares: Shares
+
+
+def split(counts: Array, steps: Array, *, start: float, form: Form, num_items: int, num_sms: int) -> Split:
+    """Cuts rows into items so that the multiprocessors finish first.
+
+    Args:
+      counts: int32 [Q, B], items per row for each of Q ways to cut; the way with one item per row is among them.
+      steps: [Q], steps of the largest item of each way.
+      start: what an item costs beside its steps, in steps.
+      form: of the call.
+      num_items: most items; a way that needs more is not taken.
+      num_sms: multiprocessors. A wave of them is taken to last as long as the largest item.
+    """
+    total = counts.sum(axis=1)
+    waves = -(-total * (form.num_kv_heads * form.row_parts) // num_sms)
+    time = waves * (steps + start) + total / num_items
+    count = counts[jnp.argmin(jnp.where(total <= num_items, time, jnp.inf))]
+    stop = jnp.cumsum(count)
+    first = stop - count
+    item = jnp.arange(num_items, dtype=jnp.int32)
+    row = (item[:, None] >= stop).sum(axis=1, dtype=jnp.int32)
+    is_idle = row >= form.batch
+    row = jnp.minimum(row, form.batch - 1)
+    shares = Shares(first.astype(jnp.int32), count.astype(jnp.int32))
+    return Split(row, is_idle, item - first[row], count[row], shares)
+
+
 def merged_lse(part_lse: Array, shares: Shares, form: Form) -> Float[Array, "B N T"]:
     """Natural log-sum-exp of each query, from the base-2 ones of the partial results."""
     part = jnp.arange(part_lse.shape[0])

@@ -53,6 +53,7 @@ from pallas_kernels.decode_attention.mosaic_sm90.parts import (
     own_visible,
     pack,
     slot_positions,
+    split,
 )
 from pallas_kernels.decode_attention.operands import Operands
 
@@ -161,32 +162,20 @@ def plan_of(operands: Operands, form: Form, chains: int, config: SkipConfig) -> 
         positions = slot_positions(operands, form, num_tiles * WIDTH)
         unclean = (positions.reshape(form.batch, num_tiles, WIDTH) < 0).any(axis=2).astype(jnp.int32)
 
-    # As in `dense.py`: the quota of tiles per item that finishes first, if a wave of CTAs takes as long as its largest
-    # item and a start.
     per_wave = config.num_sms // (form.num_kv_heads * form.row_parts)
     num_items = min(form.batch * chains, form.batch + WAVES * per_wave)
     used_chains = jnp.clip(length, 1, chains)
     quotas = jnp.arange(1, num_tiles + 1, dtype=jnp.int32)[:, None]
     counts = jnp.clip(-(-length // quotas), 1, used_chains)  # [quotas, B]
     largest = (-(-used_chains // counts) * -(-length // chains)).max(axis=1)
-    total = counts.sum(axis=1)
-    waves = -(-total * (form.num_kv_heads * form.row_parts) // config.num_sms)
-    time = waves * (largest + 1.0) + total / num_items
-    count = counts[jnp.argmin(jnp.where(total <= num_items, time, jnp.inf))]
-    stop = jnp.cumsum(count)
-    first = stop - count
-    item = jnp.arange(num_items, dtype=jnp.int32)
-    row = (item[:, None] >= stop).sum(axis=1, dtype=jnp.int32)
-    idle = row >= form.batch
-    row = jnp.minimum(row, form.batch - 1)
-    at, n, of = item - first[row], count[row], used_chains[row]
-    first_chain, last_chain = at * of // n, (at + 1) * of // n
-    shorter, num_own = length[row] // chains, (at == 0) & form.has_own
-    num_long = jnp.clip(length[row] % chains - first_chain, 0, last_chain - first_chain)
+    cut = split(counts, largest, start=1.0, form=form, num_items=num_items, num_sms=config.num_sms)
+    of, length = used_chains[cut.row], length[cut.row]
+    first_chain, last_chain = cut.at * of // cut.of, (cut.at + 1) * of // cut.of
+    shorter, num_own = length // chains, (cut.at == 0) & form.has_own
+    num_long = jnp.clip(length % chains - first_chain, 0, last_chain - first_chain)
     num_steps = num_own + (last_chain - first_chain) * shorter + num_long
-    items = [jnp.where(idle, -1, row), first_chain, num_long, shorter, num_own, num_steps]
-    shares = Shares(first.astype(jnp.int32), count.astype(jnp.int32))
-    return Plan(jnp.stack([x.astype(jnp.int32) for x in items], axis=1), shares, positions, unclean)
+    items = [jnp.where(cut.is_idle, -1, cut.row), first_chain, num_long, shorter, num_own, num_steps]
+    return Plan(jnp.stack([x.astype(jnp.int32) for x in items], axis=1), cut.shares, positions, unclean)
 
 
 # ---------------------------------------------------------------------------------------------------------------
