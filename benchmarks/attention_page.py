@@ -19,24 +19,27 @@ PEERS = ("cudnn", "torch", "tokamax")
 HEAD = """# Attention on GPUs
 
 Written by `python -m benchmarks.attention page` from `benchmarks/results/`; not edited by hand. Each row is the latest
-run of its shape, named by its file. Device time per call (of one layer for decoding). Peers ran in the same process,
-in turns. For a mask that cuDNN does not know it computed a causal one over the same length, which is another task: its
+run of its shape on its device, named by its file. Device time per call (of one layer for decoding). Peers ran in the
+same process, in turns. For a mask that cuDNN does not know it computed a causal one over the same length, which is another task: its
 time stands in brackets and counts neither as a win nor as a loss. A rate counts the products of the pairs that the mask
 shows, and is left out where segments, positions or lengths hide more; percent is of a square bf16 matrix product, or of
 a device copy, in the same run. "-" is not measured.
 """
 
 
-def latest(results: Path, prefix: str, ending: str = "") -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(file name, record, row) of the latest timing of each shape in which our kernel took part."""
+Rows = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
+"""shape -> (file name, record, row)"""
+
+
+def latest(results: Path, prefix: str, ending: str = "") -> dict[str, Rows]:
+    """By device, the latest timing of each shape in which our kernel took part."""
     records = [(path.name, json.loads(path.read_text())) for path in results.glob(f"{prefix}-*.json")]
-    records.sort(key=lambda named: named[1]["environment"]["date"])
-    return {
-        row["shape"]: (name, record, row)
-        for name, record in records
-        for row in record["rows"]
-        if "mosaic" + ending in row.get("results", {})
-    }
+    found: dict[str, Rows] = {}
+    for name, record in sorted(records, key=lambda named: named[1]["environment"]["date"]):
+        for row in record["rows"]:
+            if "mosaic" + ending in row.get("results", {}):
+                found.setdefault(record["environment"]["device"], {})[row["shape"]] = (name, record, row)
+    return found
 
 
 def milliseconds(row: dict[str, Any], name: str) -> float | None:
@@ -45,9 +48,6 @@ def milliseconds(row: dict[str, Any], name: str) -> float | None:
 
 
 def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
-    if not rows:
-        yield from ("Not measured.", "")
-        return
     yield from (f"| {' | '.join(head)} |", "|---" * len(head) + "|")
     yield from (f"| {' | '.join(row)} |" for row in rows)
     yield ""
@@ -57,7 +57,7 @@ def short(shape: str) -> str:
     return shape.replace("seq_len=", "").replace("block_size=", "").replace("window=", "").replace("num_sinks=", "")
 
 
-def flash_rows(rows: dict, ending: str, losses: list[str]) -> list[list[str]]:
+def flash_rows(rows: Rows, ending: str, losses: list[str]) -> list[list[str]]:
     lines = []
     for shape, (name, _, row) in rows.items():
         ours = milliseconds(row, "mosaic" + ending)
@@ -82,7 +82,7 @@ def lost(shape: str, ours: float, times: dict[str, float | None]) -> Iterator[st
         yield f"- {shape}: slower than {', '.join(found)}"
 
 
-def skip_rows(rows: dict, losses: list[str]) -> list[list[str]]:
+def skip_rows(rows: Rows, losses: list[str]) -> list[list[str]]:
     lines = []
     for shape, (name, record, row) in rows.items():
         ours = milliseconds(row, "mosaic")
@@ -101,11 +101,11 @@ def skip_rows(rows: dict, losses: list[str]) -> list[list[str]]:
     return lines
 
 
-def decode_rows(rows: dict, losses: list[str]) -> list[list[str]]:
+def decode_rows(rows: Rows, losses: list[str]) -> list[list[str]]:
     lines = []
     for shape, (name, _, row) in rows.items():
         ours = milliseconds(row, "mosaic")
-        if ours is None:
+        if ours is None or " skipping" in shape:
             continue
         result = row["results"]["mosaic"]
         times = {peer: milliseconds(row, peer) for peer in ("cudnn", "torch", "xla")}
@@ -116,10 +116,25 @@ def decode_rows(rows: dict, losses: list[str]) -> list[list[str]]:
     return lines
 
 
-def memory_rows(results: Path) -> list[list[str]]:
+def decode_skip_rows(rows: Rows, losses: list[str]) -> list[list[str]]:
+    lines = []
+    for shape, (name, _, row) in rows.items():
+        ours, dense, xla = (milliseconds(row, by) for by in ("mosaic", "dense", "xla"))
+        if ours is None or " skipping" not in shape:
+            continue
+        cells = [shape, f"{100 * row['skipped']:.0f} %", f"{1e3 * ours:.1f}"]
+        cells += [f"{1e3 * dense:.1f} ({dense / ours:.2f}x)" if dense else "-", f"{1e3 * xla:.1f}" if xla else "-"]
+        lines.append([*cells, f"`{name.removesuffix('.json')}`"])
+        losses += lost(shape, ours, {"our dense kernel": dense, "xla": xla})
+    return lines
+
+
+def memory_rows(results: Path, device: str) -> list[list[str]]:
     lines = []
     for path in sorted(results.glob("attention_gpu-memory-*.json")):
         record = json.loads(path.read_text())
+        if record["environment"]["device"] != device:
+            continue
         for row in record["rows"]:
             sizes = [row.get(f"{field}_bytes") for field in ("argument", "output", "temp", "peak")]
             cells = [
@@ -131,7 +146,7 @@ def memory_rows(results: Path) -> list[list[str]]:
     return lines
 
 
-def machines(*tables: dict) -> Iterator[str]:
+def machines(*tables: Rows) -> Iterator[str]:
     """Hardware, clocks and versions of each file that a table names."""
     seen = {name: record["environment"] for rows in tables for name, record, _ in rows.values()}
     for name, environment in sorted(seen.items()):
@@ -143,26 +158,34 @@ def machines(*tables: dict) -> Iterator[str]:
         )
 
 
+FLASH_HEAD = ["shape", "mosaic, ms", "TFLOP/s", "%", *PEERS, "xla", "file"]
+SKIP_HEAD = ["shape", "skipped", "mosaic, ms", "our dense kernel (speed-up)", "cuDNN dense (speed-up)", "file"]
+DECODE_HEAD = ["shape", "mosaic, us", "GB/s", "%", "cudnn", "torch", "xla", "file"]
+DECODE_SKIP_HEAD = ["shape", "skipped", "mosaic, us", "our dense kernel (speed-up)", "xla", "file"]
+MEMORY_HEAD = ["shape", "implementation", "arguments, GB", "results", "temporary", "peak of the process", "file"]
+SHARES = "The shape says which share of key tiles was drawn small; the second column which share was skipped."
+
+
 def text(results: Path = RESULTS) -> str:
-    flash, decode = latest(results, "attention_gpu"), latest(results, "decode_attention_gpu")
-    both = latest(results, "attention_gpu", GRADIENTS)
-    losses: list[str] = []
-    head = ["shape", "mosaic, ms", "TFLOP/s", "%", *PEERS, "xla", "file"]
-    lines = [HEAD, "## Forward"]
-    lines += table(head, flash_rows(flash, "", losses))
-    lines += ["## Forward and backward", *table(head, flash_rows(both, GRADIENTS, losses))]
-    lines.append("## Skipped tiles, forward")
-    lines.append(
-        "The shape says which share of key tiles was drawn small; the second column which share was skipped.\n"
-    )
-    head = ["shape", "skipped", "mosaic, ms", "our dense kernel (speed-up)", "cuDNN dense (speed-up)", "file"]
-    lines += table(head, skip_rows(flash, losses))
-    head = ["shape", "mosaic, us", "GB/s", "%", "cudnn", "torch", "xla", "file"]
-    lines += ["## Decoding", *table(head, decode_rows(decode, losses))]
-    head = ["shape", "implementation", "arguments, GB", "results", "temporary", "peak of the process", "file"]
-    lines += ["## Memory at 128K tokens", *table(head, memory_rows(results))]
-    lines += ["## Where we lose", *(sorted(losses) or ["Nowhere that was measured."]), ""]
-    lines += ["## Machines", *machines(flash, both, decode)]
+    flash, both = (latest(results, "attention_gpu", ending) for ending in ("", GRADIENTS))
+    decode = latest(results, "decode_attention_gpu")
+    lines = [HEAD]
+    for device in sorted({*flash, *both, *decode}):
+        losses: list[str] = []
+        own_flash, own_both, own_decode = (rows.get(device, {}) for rows in (flash, both, decode))
+        lines += [f"## {device}", ""]
+        for title, note, head, rows in (
+            ("Forward", "", FLASH_HEAD, flash_rows(own_flash, "", losses)),
+            ("Forward and backward", "", FLASH_HEAD, flash_rows(own_both, GRADIENTS, losses)),
+            ("Skipped tiles, forward", SHARES, SKIP_HEAD, skip_rows(own_flash, losses)),
+            ("Decoding", "", DECODE_HEAD, decode_rows(own_decode, losses)),
+            ("Decoding with skipped tiles", SHARES, DECODE_SKIP_HEAD, decode_skip_rows(own_decode, losses)),
+            ("Memory at 128K tokens", "", MEMORY_HEAD, memory_rows(results, device)),
+        ):
+            if rows:
+                lines += [f"### {title}", *([note, ""] if note else []), *table(head, rows)]
+        lines += ["### Where we lose", *(sorted(losses) or ["Nowhere that was measured."]), ""]
+    lines += ["## Machines", *machines(*flash.values(), *both.values(), *decode.values())]
     return "\n".join(lines) + "\n"
 
 

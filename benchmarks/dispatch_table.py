@@ -119,9 +119,7 @@ def derive(records: list[dict[str, Any]]) -> dict[str, Any]:
     for op, device in sorted({*checked, *timed}):
         names: dict[str, dict[str, list[str]]] = {}
         for (by, kind), how in sorted(checked.get((op, device), {}).items()):
-            lists = names.setdefault(by, {"forward": [], "gradients": []})
-            if how != "failed":
-                lists[how].append(kind)
+            names.setdefault(by, {"forward": [], "gradients": [], "failed": []})[how].append(kind)
         points = [timed[op, device][key] for key in sorted(timed.get((op, device), {}))]
         result[op][device] = {"checked": names, "timed": points}
     return result

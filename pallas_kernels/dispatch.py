@@ -7,8 +7,8 @@ implementation took (`timed`). From it:
 1. A GPU implementation is considered only for a kind of call that was checked, with gradients if they are taken.
 2. Of those and XLA, the fastest of the nearest timed call of that kind comes first. A kind never timed borrows the
    times of its like (`Kind.alike`); without any, or for sizes below or outside what was timed, XLA is taken.
-3. A device that the table does not know borrows what was measured on another one of compute capability 9.0 if it has
-   that, since both run the same machine code; all others take XLA.
+3. A device of compute capability 9.0 borrows from others of that capability what was not checked or timed on itself,
+   since they run the same machine code. What failed on itself stays failed. All others take XLA.
 4. XLA cannot partition a kernel. With several devices in sight a GPU implementation is considered inside `shard_map`,
    when explicit axes tell how the operands lie (`partition`), and when it tells XLA itself (`partitioning.cut`).
 
@@ -18,7 +18,7 @@ So an automatic choice may be slower than the best one, never wrong. A choice by
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,31 +103,35 @@ def preferred(
     rows = (table() if measured is None else measured)[op]
     if device.platform != "gpu":
         return ("xla",), f"the default device is {device.platform}, not an NVIDIA GPU"
-    if device.device_kind in rows:
-        known = [rows[device.device_kind]]
-    elif str(getattr(device, "compute_capability", "")) == "9.0":
-        known = list(rows.values())
-    else:
+    known = [rows[device.device_kind]] if device.device_kind in rows else []
+    if str(getattr(device, "compute_capability", "")) == "9.0":
+        known += [row for name, row in rows.items() if name != device.device_kind]
+    if not known:
         return ("xla",), f"nothing is measured on {device.device_kind}"
-    reason = f"nothing is measured on {device.device_kind}"
-    with_or_without = "with gradients" if gradients else "forward"
+    checked = [
+        name for name in {name: 0 for row in known for name in row["checked"]} if covers(known, name, kind, gradients)
+    ]
+    if not checked:
+        return ("xla",), f"no committed GPU check covers {kind.name} {'with gradients' if gradients else 'forward'}"
     for row in known:
-        checked = [
-            name
-            for name, kinds in row["checked"].items()
-            if kind.name in kinds["gradients"] or (not gradients and kind.name in kinds["forward"])
-        ]
-        if not checked:
-            reason = f"no committed GPU check covers {kind.name} {with_or_without}"
-            continue
         times, reason = nearest(op, row["timed"], kind, sizes, gradients)
-        if times is None:
-            continue
-        order = sorted((name for name in times if name == "xla" or name in checked), key=times.__getitem__)
-        order = order[: order.index("xla") + 1]
-        slow = [name for name in checked if name not in order]
-        return tuple(order), f"slower than XLA in the nearest timed call: {', '.join(slow)}" if slow else ""
+        if times is not None:
+            order = sorted((name for name in times if name == "xla" or name in checked), key=times.__getitem__)
+            order = order[: order.index("xla") + 1]
+            slow = [name for name in checked if name not in order]
+            return tuple(order), f"slower than XLA in the nearest timed call: {', '.join(slow)}" if slow else ""
     return ("xla",), reason
+
+
+def covers(rows: Sequence[Mapping[str, Any]], name: str, kind: Kind, gradients: bool) -> bool:
+    """Whether the first of the devices that checked an implementation of this kind of call found it right."""
+    for row in rows:
+        kinds = row["checked"].get(name, {})
+        if kind.name in kinds.get("gradients", ()) or (not gradients and kind.name in kinds.get("forward", ())):
+            return True
+        if kind.name in kinds.get("failed", ()):
+            return False
+    return False
 
 
 def nearest(

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -22,8 +23,8 @@ def machine() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as typed, where Python was started as `python -m MODULE`."""
-    return "python " + " ".join(["-m", *sys.orig_argv[2:]] if "-m" in sys.orig_argv else sys.argv)
+    """The command, ready to be typed, where Python was started as `python -m MODULE`."""
+    return shlex.join(["python", *(["-m", *sys.orig_argv[2:]] if "-m" in sys.orig_argv else sys.argv)])
 
 
 def cpu_name() -> str:

@@ -82,7 +82,7 @@ def test_losses_and_speed_ups(tmp_path):
     # A later run without gradients leaves the row with gradients to the earlier one.
     write(tmp_path, "attention_gpu-newest", [timed(causal, {"mosaic": 2.0, "cudnn": 1.6})], date="2026-01-03")
     page = attention_page.text(tmp_path)
-    losses = page.split("## Where we lose\n")[1].split("\n\n")[0].splitlines()
+    losses = page.split("### Where we lose\n")[1].split("\n\n")[0].splitlines()
     assert losses == [
         f"- {causal} skipping, 0.0 small: slower than our dense kernel by 10 %",
         f"- {causal}, with gradients: slower than torch by 25 %",
@@ -92,3 +92,21 @@ def test_losses_and_speed_ups(tmp_path):
     assert "not recorded" in page and "9.0" not in page
     assert "SlidingWindow(9, 4) B=1 T=64 S=64 N=2 K=2 H=128 bfloat16 | 1.500 | 9 | 8 | (1.000) |" in page
     assert f"| {segments} | 1.000 | - | - |" in page
+
+
+def test_devices_have_sections_of_their_own_and_skipped_decoding_is_held_against_the_dense_kernel(tmp_path):
+    shape = "B=1 T=1 S=64 K=8 G=4 H=128 bfloat16 own full live 64"
+    for device, ours in (("h", 50.0), ("i", 25.0)):
+        times = {"mosaic": ours, "dense": 40.0, "xla": 90.0}
+        results = {by: {"device_us": us, "gb_per_second": 3.0, "percent_of_copy": 2.0} for by, us in times.items()}
+        rows = [{"shape": shape, "results": {"mosaic": results["mosaic"]}}]
+        rows.append({"shape": shape + " skipping 128 chains 8, 0.5 small", "skipped": 0.48, "results": results})
+        content = {"environment": ENVIRONMENT | {"device": device}, "rows": rows}
+        (tmp_path / f"decode_attention_gpu-{device}.json").write_text(json.dumps(content))
+    first, second = attention_page.text(tmp_path).split("\n## ")[1:3]
+    assert first.startswith("h\n") and second.startswith("i\n")
+    assert "### Forward" not in first and "### Memory" not in first
+    assert f"| {shape} | 50.0 | 3 | 2 | - | - | - |" in first
+    assert "chains 8, 0.5 small | 48 % | 50.0 | 40.0 (0.80x) | 90.0 |" in first
+    assert "slower than our dense kernel by 25 %" in first and "slower" not in second
+    assert "| 25.0 | 40.0 (1.60x) | 90.0 |" in second and "Nowhere that was measured." in second

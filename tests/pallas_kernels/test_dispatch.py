@@ -139,6 +139,21 @@ def test_devices(device, first):
     assert names(table)[1] == "nothing is measured on h"
 
 
+def test_a_device_borrows_what_it_did_not_measure_and_not_what_failed_on_it():
+    table = measured(point(mosaic=2.0, xla=3.0), mosaic=[CAUSAL])
+    rows = table["flash_attention"]
+    rows["other"] = {"checked": {}, "timed": [point(mosaic=4.0, xla=3.0)]}
+    other = types.SimpleNamespace(platform="gpu", device_kind="other", compute_capability="9.0")
+    assert names(table, device=other) == (("xla",), "slower than XLA in the nearest timed call: mosaic")  # its own time
+    rows["other"]["timed"] = []
+    assert names(table, device=other) == (("mosaic", "xla"), "")
+    rows["other"]["checked"] = {"mosaic": {"forward": [], "gradients": [], "failed": [CAUSAL.name]}}
+    assert names(table, device=other)[0] == ("xla",) and "no committed GPU check" in names(table, device=other)[1]
+    assert names(table)[0] == ("mosaic", "xla")
+    rows["other"]["checked"]["mosaic"] = {"forward": [CAUSAL.name], "gradients": [], "failed": []}
+    assert names(table, device=other)[0] == ("mosaic", "xla")
+
+
 def test_several_devices(monkeypatch):
     q = jnp.zeros((2, 8, 4, 16))
     assert dispatch.partition(q, q) == (None, None) or jax.device_count() > 1
@@ -175,18 +190,14 @@ def test_how_the_table_is_derived():
     shape = "Causal() B=1 T=64 S=64 N=2 K=2 H=128 bfloat16"
     passed = {"shape": shape, "passes": True, "dq_error": 0.0}
     longer = passed | {"shape": shape.replace("T=64 S=64", "T=128 S=128")}
-    assert derived([passed])["checked"] == {"mosaic": {"forward": [], "gradients": [CAUSAL.name]}}
-    assert derived([{"shape": shape, "passes": True}])["checked"]["mosaic"] == {
-        "forward": [CAUSAL.name],
-        "gradients": [],
-    }
-    nothing = {"mosaic": {"forward": [], "gradients": []}}
-    assert derived([passed, longer | {"passes": False}])["checked"] == nothing  # one failure of a kind is enough
-    assert derived([passed], [passed | {"passes": False}])["checked"] == nothing  # the later check counts,
-    assert derived([passed | {"passes": False}], [passed])["checked"] != nothing  # either way
-    assert derived([passed | {"shape": shape + " by cudnn"}])["checked"] == {
-        "cudnn": {"forward": [], "gradients": [CAUSAL.name]}
-    }
+    empty = {"forward": [], "gradients": [], "failed": []}
+    right, failed = ({"mosaic": empty | {how: [CAUSAL.name]}} for how in ("gradients", "failed"))
+    assert derived([passed])["checked"] == right
+    assert derived([{"shape": shape, "passes": True}])["checked"]["mosaic"] == empty | {"forward": [CAUSAL.name]}
+    assert derived([passed, longer | {"passes": False}])["checked"] == failed  # one failure of a kind is enough
+    assert derived([passed], [passed | {"passes": False}])["checked"] == failed  # the later check counts,
+    assert derived([passed | {"passes": False}], [passed])["checked"] == right  # either way
+    assert derived([passed | {"shape": shape + " by cudnn"}])["checked"] == {"cudnn": right["mosaic"]}
 
     def timed(**ms):
         return {"shape": shape, "results": {name.replace("_", " + "): {"device_ms": x} for name, x in ms.items()}}
