@@ -20,10 +20,10 @@ HEAD = """# Attention on GPUs
 
 Written by `python -m benchmarks.attention page` from `benchmarks/results/`; not edited by hand. Each row is the latest
 run of its shape on its device, named by its file. Device time per call (of one layer for decoding). Peers ran in the
-same process, in turns. For a mask that cuDNN does not know it computed a causal one over the same length, which is another task: its
-time stands in brackets and counts neither as a win nor as a loss. A rate counts the products of the pairs that the mask
-shows, and is left out where segments, positions or lengths hide more; percent is of a square bf16 matrix product, or of
-a device copy, in the same run. "-" is not measured.
+same process, in turns. For a mask that cuDNN does not know it computed a causal one over the same length, which is
+another task: its time stands in brackets and counts neither as a win nor as a loss. A rate counts the products of the
+pairs that the mask shows, and is left out where segments, positions or lengths hide more; percent is of a square bf16
+matrix product, or of a device copy, in the same run. "-" is not measured.
 """
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from train.ablation.arms import BLOCK, BLOCKS, DEFAULT
 from train.ablation.summary import arm_of
 
+RULES = ("one token", "threshold 0.9", "threshold 0.7", "threshold 0.5", "2 tokens")
+
 
 def draw(summary: Mapping[str, Any], directory: Path) -> list[Path]:
     """Writes what the summary has the numbers for; bars are 95 % intervals over seeds."""
@@ -54,33 +56,25 @@ def draw(summary: Mapping[str, Any], directory: Path) -> list[Path]:
                 drawn = True
         return drawn
 
+    def curves(axes: Any, named: Mapping[str, tuple[int, str]], points: str) -> bool:
+        """Validity against speed, of decoding blocks and arms by label."""
+        found = []
+        for label, (block, arm) in named.items():
+            ways = [f"{block}/{rule}" for rule in RULES]
+            pairs = [[values.get(f"{way}/{y}", {}).get(arm) for y in ("tokens_per_forward", "valid")] for way in ways]
+            if pairs := [(x[0], y) for x, y in pairs if x and y]:
+                found.append((label, pairs))
+        for i, (label, pairs) in enumerate(found):
+            aside = 0.006 * (i - (len(found) - 1) / 2)  # or the bars would hide each other
+            errors(axes, [x + aside for x, _ in pairs], [y for _, y in pairs], 100.0, label=points.format(label))
+        return bool(found)
+
     def half_life(axes: Any) -> bool:
-        arms = {"inf": "lambda-inf", "0.25": "lambda-0.25", "0.1": DEFAULT, "0.05": "lambda-0.05", "0": "lambda-0"}
-        rules = ("one token", "2 tokens", "4 tokens")
-        drawn = False
-        for label, arm in arms.items():
-            points = [
-                (values.get(f"{BLOCK}/{rule}/tokens_per_forward", {}).get(arm),
-                 values.get(f"{BLOCK}/{rule}/valid", {}).get(arm)) for rule in rules
-            ]  # fmt: skip
-            points = [(x, y) for x, y in points if x and y]
-            if points:
-                errors(axes, [x[0] for x, _ in points], [y for _, y in points], 100.0, label=f"λ = {label}")
-                drawn = True
-        return drawn
+        ratios = {"inf": "lambda-inf", "0.25": "lambda-0.25", "0.1": DEFAULT, "0.05": "lambda-0.05", "0": "lambda-0"}
+        return curves(axes, {ratio: (BLOCK, arm) for ratio, arm in ratios.items()}, "λ = {}")
 
     def decoding(axes: Any) -> bool:
-        drawn = False
-        for block in BLOCKS:
-            points = [
-                (values.get(f"{block}/{rule}/tokens_per_forward", {}).get(DEFAULT),
-                 values.get(f"{block}/{rule}/valid", {}).get(DEFAULT)) for rule in ("one token", "2 tokens", "4 tokens")
-            ]  # fmt: skip
-            points = [(x, y) for x, y in points if x and y]
-            if points:
-                errors(axes, [x[0] for x, _ in points], [y for _, y in points], 100.0, label=f"decoding block {block}")
-                drawn = True
-        return drawn
+        return curves(axes, {str(block): (block, DEFAULT) for block in BLOCKS}, "decoding block {}")
 
     save("blocks", blocks, "decoding block", "bound, nats per token")
     save("offsets", offsets, "offset in the block", "bound, nats per token")

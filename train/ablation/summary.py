@@ -10,6 +10,9 @@ from scipy.special import stdtrit
 
 from train.ablation.arms import ARMS, BLOCK, BLOCKS, DEFAULT
 
+EQUAL = 0.02
+"""Shares of valid completions that differ by no more are called equal: the 2 points that faster decoding may cost."""
+
 Values = dict[str, dict[str, dict[int, float]]]
 """metric -> arm -> seed -> value"""
 
@@ -89,7 +92,7 @@ class Claim:
         text: what is compared.
         minuend: (metric, arm).
         subtrahend: the same; None: the value itself.
-        sign: predicted sign of minuend - subtrahend; 0: no difference.
+        sign: predicted sign of minuend - subtrahend; 0: no difference beyond `EQUAL`.
     """
 
     question: str
@@ -101,17 +104,17 @@ class Claim:
     def verdict(self, values: Values) -> tuple[str, Estimate | None]:
         """("yes", "no", "undecided", "one seed" or "not run", the difference).
 
-        "yes": the interval lies on the predicted side of 0, or includes it where no difference was predicted.
+        "yes": the interval lies on the predicted side of 0, or within `EQUAL` of it where no difference was predicted;
+        "no": it leaves 0 out and is not there; "undecided": too few seeds to tell.
         """
         found = difference(values, self.minuend, self.subtrahend)
         if found is None:
             return "not run", None
         if math.isnan(found.half):
             return "one seed", found
-        outside = found.low > 0 or found.high < 0
-        if self.sign == 0:
-            return ("no" if outside else "yes"), found
-        if not outside:
+        if self.sign == 0 and max(-found.low, found.high) <= EQUAL:
+            return "yes", found
+        if found.low <= 0 <= found.high:
             return "undecided", found
         return ("yes" if math.copysign(1, found.mean) == self.sign else "no"), found
 

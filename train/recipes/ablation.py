@@ -335,6 +335,7 @@ def summarise(root: Path, store: Path, report: Any, *, judge: bool = True) -> No
     ar = [json.loads(path.read_text("utf-8")) for path in sorted(root.glob("ar-*.json"))]
     about = json.loads((root / "config.json").read_text("utf-8"))
     about["machines"] = sorted({json.dumps(record["machine"]) for record in records})
+    about["command"] = command_line()
     summary = summarise(records, {record["seed"]: record["nats"] for record in ar}, about)
     _write_json(root / "summary.json", summary)
     text = markdown(summary)

@@ -38,7 +38,8 @@ def test_differences_are_paired_over_common_seeds():
     ("other", "sign", "verdict"),
     [
         ("d", +1, "undecided"),
-        ("d", 0, "yes"),
+        ("d", 0, "undecided"),
+        ("h", 0, "yes"),
         ("c", +1, "one seed"),
         ("e", +1, "not run"),
         ("f", +1, "yes"),
@@ -49,6 +50,7 @@ def test_differences_are_paired_over_common_seeds():
 )
 def test_verdicts(other, sign, verdict):
     values = {"m": VALUES["m"] | {"f": {0: 0.0, 1: 1.01, 2: 9.0}, "g": {0: 2.0, 1: 3.0, 2: 11.01}}}
+    values["m"]["h"] = {0: 1.001, 1: 1.999, 2: 10.001}
     assert Claim("q", "t", ("m", "a"), ("m", other), sign).verdict(values)[0] == verdict
 
 
