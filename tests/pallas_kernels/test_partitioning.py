@@ -64,12 +64,25 @@ flat = jax.make_mesh((8,), ("all",), axis_types=(AxisType.Auto,))
 along = NamedSharding(flat, P(None, None, "all"))
 whole = NamedSharding(flat, P())
 check(jax.jit(run)(jax.device_put(q, along), *(jax.device_put(x, whole) for x in (k, length))), q.shape, k.shape, (4,))
+# Heads that only one operand has cut.
+check(jax.jit(run)(put(q, None, None, "tensor"), put(k), put(length)), (4, 6, 4, 3), (4, 5, 2, 3), (4,))
 # One axis of the mesh for rows of one operand and heads of another: rows win.
 check(jax.jit(run)(put(q, "data"), put(k, None, None, "data"), put(length)), (1, 6, 8, 3), (1, 5, 4, 3), (1,))
 # Without any sharding, and under transformations.
 check(jax.jit(run)(q, k, length))
 mapped = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))(q[:, None], k[:, None], jnp.ones(1))
 assert mapped[0].shape == (4, 1, 8, 6) and (mapped[1][:, 0] == want[1]).all()
+pairs = [x.reshape(2, 2, *x.shape[1:]) for x in (q, k, length)]
+check([x.reshape(4, *x.shape[2:]) for x in jax.jit(jax.vmap(run))(*pairs)])
+pairs = [jnp.moveaxis(x, 0, 1) for x in pairs]
+mapped = jax.jit(jax.vmap(run, in_axes=1, out_axes=1))(*pairs)
+check([jnp.moveaxis(x, 1, 0).reshape(4, *x.shape[2:]) for x in mapped])
+# Inside shard_map the function itself is called.
+specs = P("data", None, "tensor"), P("data", None, "tensor"), P("data")
+alone = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(P("data", "tensor"), specs[0]), check_vma=False)
+assert "custom_partitioning" in str(jax.make_jaxpr(run)(*both))
+assert "custom_partitioning" not in str(jax.make_jaxpr(alone)(*both))
+check(jax.jit(alone)(*both))
 shapes.clear()
 def body(carry, _):
     scores, twice = jax.checkpoint(run)(carry, *both[1:])
