@@ -203,7 +203,13 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate = linear(x, self.gate[...], "BTD,FD->BTF")
         up = linear(x, self.up[...], "BTD,FD->BTF")
-        return linear(jax.nn.silu(gate) * up, self.down[...], "BTF,DF->BTD")
+        return linear(gated_silu(gate, up), self.down[...], "BTF,DF->BTD")
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated_silu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """`silu(gate) * up`; a backward pass keeps the two operands and none of the steps between."""
+    return jax.nn.silu(gate) * up
 
 
 class Block(nnx.Module):
@@ -479,14 +485,18 @@ def _scan(
 
     def part(leaf: Array) -> Array:
         chosen = leaf[run.start : run.start + period * run.repeats]
-        return chosen.reshape(run.repeats, period, *leaf.shape[1:])
+        return chosen if period == 1 else chosen.reshape(run.repeats, period, *leaf.shape[1:])
 
     def body(x: Array, inputs: tuple[Array, Params | None]) -> tuple[Array, tuple]:
         step, params = inputs
         outputs = []
         for offset, window in enumerate(run.windows):
             layer = run.start + step * period + offset
-            own = _layer(layers, layer) if params is None else _layer(params, offset)
+            if params is None:
+                own = _layer(layers, layer)
+            else:
+                # What the scan consumes is no residual of its backward pass; an index into it would be, a second copy.
+                own = params if period == 1 else _layer(params, offset)
             x, output = run_block(own, x, layer, window)
             outputs.append(output)
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)

@@ -13,7 +13,7 @@ import pytest
 from jaxmodels.cache import KVCache
 from jaxmodels.layers import RopeConfig, linear, rope_tables
 from jaxmodels.qwen import CausalLM, QwenConfig, build
-from jaxmodels.qwen.model import Run, layer_runs
+from jaxmodels.qwen.model import Run, gated_silu, layer_runs
 from pallas_kernels.masks import Causal, Full
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -267,6 +267,23 @@ def test_remat_policies_trade_memory_for_work():
     memory, work = zip(*(cost(name) for name in ("none", "dots", "attention", "full")), strict=True)
     assert list(memory) == sorted(memory, reverse=True) and len(set(memory)) == 4
     assert list(work) == sorted(work) and len(set(work)) == 4
+
+
+@pytest.mark.parametrize("remat", [None, "dots", "full"])
+def test_a_backward_pass_keeps_no_second_copy_of_the_weights(remat):
+    """The weights of a scanned layer are what the scan consumes, not something computed from it and kept."""
+    lm = build(QwenConfig.tiny(layers=8, dim=256, mlp_dim=1024))
+    params = jax.eval_shape(lm.init, jax.random.key(0))
+    mlp = 4 * sum(leaf.size for leaf in jax.tree.leaves(params["layers"]["mlp"]))
+    grad = jax.grad(lambda p, t: lm.hidden(p, t, remat=remat).states.sum())
+    compiled = jax.jit(grad).lower(params, jax.ShapeDtypeStruct((1, 16), jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < mlp / 2
+
+
+def test_a_gated_product_keeps_its_two_operands_for_the_backward_pass():
+    gate, up = (jax.ShapeDtypeStruct((1, 4, 32), jnp.float32),) * 2
+    kept = jax.eval_shape(lambda *x: jax.vjp(gated_silu, *x)[1], gate, up)
+    assert [leaf.shape for leaf in jax.tree.leaves(kept)] == [gate.shape] * 2
 
 
 @pytest.mark.slow
