@@ -1,5 +1,6 @@
 """The one linear operation of all models."""
 
+import functools
 import math
 
 import jax
@@ -41,12 +42,17 @@ def linear(
     lead_shape, produced_shape = x.shape[: x.ndim - len(contracted)], weight.shape[: len(produced)]
     if x.shape[len(lead_shape) :] != weight.shape[len(produced) :]:
         raise ValueError(f"{equation}: x {x.shape} and weight {weight.shape} differ in the contracted axes")
-    size = math.prod(weight.shape[len(produced) :])
-    matrix = weight.reshape(-1, size)
-    dtype = dtype or x.dtype
-    if math.prod(lead_shape) <= FEW_ROWS and jax.default_backend() == "cpu":
-        by_output = jnp.einsum("fd,rd->fr", matrix, x.reshape(-1, size), preferred_element_type=dtype)
-        result = jax.lax.optimization_barrier(by_output).T
-    else:
-        result = jnp.einsum("...d,fd->...f", x.reshape(*lead_shape, size), matrix, preferred_element_type=dtype)
-    return result.reshape(*lead_shape, *produced_shape)
+    rows = x.reshape(*lead_shape, math.prod(weight.shape[len(produced) :]))
+    return _product(rows, weight, dtype or x.dtype).reshape(*lead_shape, *produced_shape)
+
+
+# A backward pass keeps the operands as they came. Of a weight that a scan consumes that is no second copy; of its
+# reshaped form it would be.
+@functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable, static_argnums=(2,))
+def _product(x: Array, weight: Array, dtype: jnp.dtype) -> Array:
+    """`x [..., d]` times the weight as a matrix of d columns, `[..., f]`."""
+    matrix = weight.reshape(-1, x.shape[-1])
+    if math.prod(x.shape[:-1]) <= FEW_ROWS and jax.default_backend() == "cpu":
+        by_output = jnp.einsum("fd,rd->fr", matrix, x.reshape(-1, x.shape[-1]), preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(by_output).T
+    return jnp.einsum("...d,fd->...f", x, matrix, preferred_element_type=dtype)

@@ -61,8 +61,8 @@ def draw(summary: Mapping[str, Any], directory: Path) -> list[Path]:
         found = []
         for label, (block, arm) in named.items():
             ways = [f"{block}/{rule}" for rule in RULES]
-            pairs = [[values.get(f"{way}/{y}", {}).get(arm) for y in ("tokens_per_forward", "valid")] for way in ways]
-            if pairs := [(x[0], y) for x, y in pairs if x and y]:
+            entries = [[values.get(f"{way}/{y}", {}).get(arm) for y in ("tokens_per_forward", "valid")] for way in ways]
+            if pairs := [(x[0], y) for x, y in entries if x and y]:
                 found.append((label, pairs))
         for i, (label, pairs) in enumerate(found):
             aside = 0.006 * (i - (len(found) - 1) / 2)  # or the bars would hide each other
