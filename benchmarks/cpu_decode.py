@@ -4,9 +4,10 @@
 
 Random float32 weights of one shape (default: Qwen2.5-0.5B). Both interpreters stay alive and take turns, one round
 each, so that whatever else the machine does hits both alike. Every number is a median over rounds; the ratio is the
-median of the paired ratios (above 1: this project is faster). Decode: greedy steps on a cache that a prompt has
-filled; a hand-written loop on both sides, without the overhead of `generate`. Training: forward, mean cross-entropy
-of the next token, backward, AdamW.
+median of the paired ratios (above 1: this project is faster). `--alone` runs one side after the other instead: two
+processes that allocate gigabytes per step can slow each other down through the memory that they give back and fault
+in. Decode: greedy steps on a cache that a prompt has filled; a hand-written loop on both sides, without the overhead
+of `generate`. Training: forward, mean cross-entropy of the next token, backward, AdamW.
 """
 
 import argparse
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="decode steps per round")
     parser.add_argument("--prompt", type=int, default=64, help="tokens in the cache before the first round")
     parser.add_argument("--train-shape", type=int, nargs=2, default=(2, 128), metavar=("BATCH", "LENGTH"))
+    parser.add_argument("--alone", action="store_true", help="one side after the other, each alone on the machine")
     parser.add_argument("--scanned", action="store_true", help="also measure our scanned decode path")
     parser.add_argument("--side", choices=("unrolled", "scanned", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
@@ -235,17 +237,18 @@ def main() -> None:
         sides = {"ours": (sys.executable, "unrolled"), "transformers": (arguments.peer_python, "peer")}
         if arguments.scanned and batch:
             sides["ours, scanned"] = (sys.executable, "scanned")
-        workers = {name: Worker(python, ["--side", side, *shared]) for name, (python, side) in sides.items()}
-        for worker in workers.values():
-            worker.ask(prepare=batch)
-        times: dict[str, list[float]] = {name: [] for name in workers}
+        times: dict[str, list[float]] = {name: [] for name in sides}
         loads = []
-        for _ in range(arguments.rounds):
-            loads.append(os.getloadavg()[0])
-            for name, worker in workers.items():
-                times[name].append(worker.ask(round=True) / (arguments.steps if batch else 1))
-        for worker in workers.values():
-            worker.close()
+        for group in [[name] for name in sides] if arguments.alone else [[*sides]]:
+            workers = {name: Worker(sides[name][0], ["--side", sides[name][1], *shared]) for name in group}
+            for worker in workers.values():
+                worker.ask(prepare=batch)
+            for _ in range(arguments.rounds):
+                loads.append(os.getloadavg()[0])
+                for name, worker in workers.items():
+                    times[name].append(worker.ask(round=True) / (arguments.steps if batch else 1))
+            for worker in workers.values():
+                worker.close()
         ratios = [theirs / ours for theirs, ours in zip(times["transformers"], times["ours"], strict=True)]
         row: dict[str, Any] = {"task": task, "times_faster": statistics.median(ratios), "paired_ratios": ratios}
         row |= {"load_average": loads}
@@ -265,6 +268,7 @@ def main() -> None:
             "shape": shape,
             "prompt": arguments.prompt,
             "train_shape": list(arguments.train_shape),
+            "alone": arguments.alone,
             "peer": {"torch": torch, "transformers": transformers},
             "rows": rows,
         },
