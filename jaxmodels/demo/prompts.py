@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,23 +51,31 @@ def corpus_prompts(
     """
     files = (corpus or load_corpus()).split(split)
     cuts = [cut for path, text in files.items() for cut in find_cuts(path, text)]
-    prompts = []
+    places = []
     for cut in choose_cuts(cuts, count, seed):
         text = files[cut.path]
         end = text.index(cut.context) + len(cut.context)
-        following = text[end : end + FOLLOWING]
-        prompts.append(prompt_at(tokenizer, cut, following, max_tokens=max_tokens, multiple=multiple))
-    return prompts
+        places.append((cut, text[end : end + FOLLOWING], max_tokens))
+    return prompts_at(tokenizer, places, multiple=multiple)
 
 
 def prompt_at(tokenizer: Any, cut: PromptCut, following: str, *, max_tokens: int, multiple: int) -> CodePrompt:
     """The prompt that ends at this place; arguments as in `corpus_prompts`."""
-    if max_tokens < multiple:
-        raise ValueError(f"max_tokens must be at least {multiple}; got {max_tokens}")
+    return prompts_at(tokenizer, [(cut, following, max_tokens)], multiple=multiple)[0]
+
+
+def prompts_at(tokenizer: Any, places: Sequence[tuple[PromptCut, str, int]], *, multiple: int) -> list[CodePrompt]:
+    """The prompts that end at these places, each with how its file goes on and its own `max_tokens`."""
+    if bad := [most for _, _, most in places if most < multiple]:
+        raise ValueError(f"max_tokens must be at least {multiple}; got {bad[0]}")
     # Encoding starts far enough back that only tokens which are dropped anyway depend on where.
-    ids = tokenizer.encode(cut.context[-max_tokens * 8 :], add_special_tokens=False)
-    length = min(max_tokens, len(ids)) // multiple * multiple
-    return CodePrompt(tuple(ids[len(ids) - length :]), cut, following)
+    texts = [cut.context[-most * 8 :] for cut, _, most in places]
+    prompts = []
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for (cut, following, most), ids in zip(places, encoded, strict=True):
+        length = min(most, len(ids)) // multiple * multiple
+        prompts.append(CodePrompt(tuple(ids[len(ids) - length :]), cut, following))
+    return prompts
 
 
 def write_prompts(path: Path, prompts: Iterable[CodePrompt]) -> None:

@@ -100,6 +100,14 @@ def test_ids_and_special_tokens():
     assert TOKENIZER.decode([0], skip_special_tokens=False) == "<|endoftext|>"
 
 
+def test_a_batch_is_encoded_like_its_texts():
+    backend = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+    backend.enable_padding(length=50)
+    texts = ["", "x", "the quick brown fox", "<|im_end|>🦊"]
+    assert Tokenizer(backend).encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
+    assert TOKENIZER.encode_batch([]) == []
+
+
 def test_directory_round_trip(tmp_path):
     TOKENIZER.save(tmp_path)
     again = Tokenizer.from_directory(tmp_path)

@@ -23,7 +23,7 @@ import numpy as np
 from jaxmodels.decoding.block_diffusion import RevealOptions
 from jaxmodels.decoding.complete import complete_blocks
 from jaxmodels.demo.completions import MIN_STATEMENTS, PromptCut, find_cuts, parse_completion
-from jaxmodels.demo.prompts import CodePrompt, prompt_at
+from jaxmodels.demo.prompts import CodePrompt, prompts_at
 from train.data.pairs import PairRows
 from train.data.rows import RowStore
 from train.recipes.demo import DistillConfig
@@ -114,10 +114,8 @@ class Teaching:
         shortest = -(-settings.shortest_prompt // block)
         longest = max(shortest, settings.longest_prompt // block)
         lengths = rng.integers(shortest, longest + 1, settings.prompts) * block
-        prompts = (
-            prompt_at(self.tokenizer, self._cuts[i], "", max_tokens=int(length), multiple=block)
-            for i, length in zip(chosen, lengths, strict=True)
-        )
+        places = [(self._cuts[i], "", int(length)) for i, length in zip(chosen, lengths, strict=True)]
+        prompts = prompts_at(self.tokenizer, places, multiple=block)
         return list({prompt.ids: prompt for prompt in prompts if prompt.ids}.values())
 
 
