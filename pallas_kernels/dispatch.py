@@ -108,9 +108,8 @@ def preferred(
         known += [row for name, row in rows.items() if name != device.device_kind]
     if not known:
         return ("xla",), f"nothing is measured on {device.device_kind}"
-    checked = [
-        name for name in {name: 0 for row in known for name in row["checked"]} if covers(known, name, kind, gradients)
-    ]
+    names = dict.fromkeys(name for row in known for name in row["checked"])
+    checked = [name for name in names if covers(known, name, kind, gradients)]
     if not checked:
         return ("xla",), f"no committed GPU check covers {kind.name} {'with gradients' if gradients else 'forward'}"
     for row in known:
