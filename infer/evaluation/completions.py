@@ -49,6 +49,8 @@ class Completions:
     """Factors of the rule that reveals n tokens while (n + 1) (1 - n-th confidence) stays below it."""
     budgets: tuple[float, ...] = ()
     """Budgets of the rule that reveals tokens while the sum of their (1 - confidence) stays below it."""
+    lookahead: int | None = None
+    """These rules reveal only among this many masked tokens, the first of the block; None: among all."""
     block_length: int | None = None
     """Tokens decoded together; None: the training block."""
     temperature: float = 0.0
@@ -64,6 +66,8 @@ class Completions:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch must be positive; got {self.batch}")
+        if self.lookahead is not None and self.lookahead < 1:
+            raise ValueError(f"lookahead must be positive; got {self.lookahead}")
         if any(not 0.0 <= t <= 1.0 for t in self.thresholds):
             raise ValueError(f"thresholds must lie in [0, 1]; got {self.thresholds}")
         for name in ("factors", "budgets"):
@@ -123,10 +127,16 @@ def main(config: Completions) -> int:
 
 def arms(config: Completions) -> dict[str, tuple[str, dict[str, float]]]:
     """name -> (kind, rule of `RevealOptions`): the AR model, one token per step, thresholds, factors, budgets."""
+    near: dict[str, float] = {} if config.lookahead is None else {"lookahead": config.lookahead}
+    ending = "" if config.lookahead is None else f"-lookahead-{config.lookahead}"
     rules: dict[str, tuple[str, dict[str, float]]] = {"ar": ("ar", {}), "dlm-one": ("dlm", {})}
-    rules |= {f"dlm-{value:g}": ("dlm", {"threshold": value}) for value in config.thresholds}
-    rules |= {f"dlm-factor-{value:g}": ("dlm", {"factor": value}) for value in config.factors}
-    return rules | {f"dlm-budget-{value:g}": ("dlm", {"budget": value}) for value in config.budgets}
+    for name, label, values in (
+        ("threshold", "", config.thresholds),
+        ("factor", "factor-", config.factors),
+        ("budget", "budget-", config.budgets),
+    ):
+        rules |= {f"dlm-{label}{value:g}{ending}": ("dlm", {name: value} | near) for value in values}
+    return rules
 
 
 def generate_ar(model: Any, prompts: Sequence[Sequence[int]], config: Completions) -> "list[Completion]":

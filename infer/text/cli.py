@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from infer.text.engine import TextEngine
 
 
-REVEAL = ("threshold", "factor", "budget", "steps")
+REVEAL = ("threshold", "factor", "budget", "lookahead", "steps")
 """Flags that are options of a request to the diffusion decoder."""
 DIFFUSION_ONLY = (
     *REVEAL, "mask_id", "infill", "block_length", "confidence", "prompt_attention", "align_blocks", "fused", "live",
@@ -114,6 +114,8 @@ class Text:
     """Diffusion: reveal the n most confident tokens, largest n with (n + 1)(1 - n-th confidence) < factor."""
     budget: float | None = None
     """Diffusion: reveal the n most confident tokens, largest n whose (1 - confidence) add up to less than this."""
+    lookahead: int | None = None
+    """Diffusion: with one of these three, reveal only among this many masked tokens, the first of the block."""
     steps: int | None = None
     """Diffusion: denoising steps for all new tokens; alone it reveals equal portions, with another rule it is a
     limit."""
@@ -170,6 +172,7 @@ class Text:
         refuse("live", self.live and self.batch not in (None, 1), "shows one request at a time; --batch must be 1")
         rules = self.given(("threshold", "factor", "budget"))
         refuse(rules[-1] if rules else "", len(rules) > 1, f"cannot be combined with --{rules[0] if rules else ''}")
+        refuse("lookahead", self.lookahead is not None and not rules, "needs --threshold, --factor or --budget")
         refuse(
             "threshold",
             self.threshold is not None and not 0.0 <= self.threshold <= 1.0,
@@ -193,8 +196,8 @@ class Text:
             raise ValueError(f"--{given[0]} needs the diffusion decoder; got --decoder ar")
         if self.decoder == "diffusion" and (given := self.given(AR_ONLY)):
             raise ValueError(f"--{given[0]} needs the autoregressive decoder; got --decoder diffusion")
-        names = ("batch", "capacity", "window", "prefill_chunk", "chunk", "max_new_tokens", "block_length", "steps")
-        for name in names:
+        names = ("batch", "capacity", "window", "prefill_chunk", "chunk", "max_new_tokens", "block_length")
+        for name in (*names, "lookahead", "steps"):
             value, least = getattr(self, name), 0 if name == "max_new_tokens" and self.infill else 1
             refuse(
                 name.replace("_", "-"), value is not None and value < least, f"must be at least {least}; got {value}"

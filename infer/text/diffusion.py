@@ -24,7 +24,7 @@ def reveal_options(options: Mapping[str, Any], default: RevealOptions) -> Reveal
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}; a diffusion decoder has {', '.join(OPTIONS)}")
     for name, value in options.items():
-        whole = name == "steps"
+        whole = name in ("lookahead", "steps")
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise ValueError(f"{name} must be {'an integer' if whole else 'a number'}; got {value!r}")
     return RevealOptions(**options) if options else default

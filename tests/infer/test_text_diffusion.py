@@ -174,6 +174,8 @@ def test_bad_requests(fields, message):
         ({"decoder": "ar", "align_blocks": True}, "--align-blocks needs the diffusion decoder"),
         ({"budget": 0.0}, "--budget must be positive; got 0.0"),
         ({"factor": 1.0, "budget": 0.5}, "--budget cannot be combined with --factor"),
+        ({"lookahead": 4}, "--lookahead needs --threshold, --factor or --budget"),
+        ({"lookahead": 0, "budget": 0.5}, "--lookahead must be at least 1; got 0"),
         ({"window": 9, "target_sparsity": 0.5}, "--window cannot be combined with --target-sparsity"),
         ({"decoder": "ar", "mask_id": 5}, "--mask-id needs the diffusion decoder"),
         ({"decoder": "diffusion", "window": 5}, "--window needs the autoregressive decoder"),

@@ -3,9 +3,9 @@
 A pass over a block reads the cache and writes nothing (denoise). Once a row's block is finished, one more
 pass over its clean tokens gives the keys and values that are appended (commit): those of a denoising pass saw
 mask tokens and are never kept. Everything here is pure and has fixed shapes; what a user may change from
-request to request (threshold, steps, factor, budget, temperature, filters, seed, end tokens, number of tokens) is a
-traced array with one entry per row, so a stream compiles its block once, and a row's result is a function of
-that row alone.
+request to request (threshold, steps, factor, budget, lookahead, temperature, filters, seed, end tokens, number of
+tokens) is a traced array with one entry per row, so a stream compiles its block once, and a row's result is a
+function of that row alone.
 
 Letters: B rows, n = block length, V vocabulary, D model dim, E end tokens.
 
@@ -31,6 +31,7 @@ from pallas_kernels.masks import BlockCausal, Causal, Full, Mask
 logger = logging.getLogger("jaxstream")
 
 CONFIDENCES = ("prob", "top_p_margin", "neg_entropy", "random")
+EVERYTHING = 2**30  # more tokens than any block has
 PROMPT_ATTENTIONS = ("bidirectional", "block_causal", "causal")
 
 
@@ -155,6 +156,9 @@ class RevealOptions:
     """reveal the n most confident tokens, n the largest with (1 - c_1) + ... + (1 - c_n) < budget, and always one: with
     confidences that are probabilities, a bound on the chance that any of the n differs from what its own
     distribution would draw (in the spirit of the entropy-bounded sampler, arXiv 2505.24857)"""
+    lookahead: int | None = None
+    """with a threshold, factor or budget: reveal only among this many masked tokens, the first of the block. Tokens far
+    from what is known depend most on each other, which no confidence of one token tells. None: among all"""
     steps: int | None = None
     """denoising steps for the whole request, spread evenly over its blocks (rounded up); the last step of a
     block reveals all that is left. None: as many as needed"""
@@ -168,8 +172,11 @@ class RevealOptions:
         given = {n: v for n in ("threshold", "factor", "budget") if (v := getattr(self, n)) is not None}
         if len(given) > 1:
             raise ValueError(f"give one of threshold, factor and budget; got {given}")
-        if self.steps is not None and (isinstance(self.steps, bool) or self.steps < 1):
-            raise ValueError(f"steps must be at least 1; got {self.steps}")
+        for name in ("lookahead", "steps"):
+            if (number := getattr(self, name)) is not None and (isinstance(number, bool) or number < 1):
+                raise ValueError(f"{name} must be at least 1; got {number}")
+        if self.lookahead is not None and not given:
+            raise ValueError(f"lookahead needs a threshold, factor or budget; got lookahead {self.lookahead} alone")
 
     def steps_per_block(self, blocks: int, block_length: int) -> int:
         """Most denoising steps in each of `blocks` blocks."""
@@ -182,6 +189,7 @@ class RowOptions(flax.struct.PyTreeNode):
     threshold: Float[Array, " B"]  # NaN: no threshold
     factor: Float[Array, " B"]  # NaN: no factor
     budget: Float[Array, " B"]  # NaN: no budget
+    lookahead: Int[Array, " B"]  # masked tokens that take part
     steps: Int[Array, " B"]  # most denoising steps per block
     eos: Int[Array, "B E"]  # tokens that end the row; -1 fills up
     sampling: Sampling  # temperature, top_k, top_p, min_p, seed; no penalties
@@ -218,6 +226,7 @@ class RowOptions(flax.struct.PyTreeNode):
             threshold=number([r.threshold for r in reveal]),
             factor=number([r.factor for r in reveal]),
             budget=number([r.budget for r in reveal]),
+            lookahead=jnp.asarray([EVERYTHING if r.lookahead is None else r.lookahead for r in reveal], jnp.int32),
             steps=jnp.asarray(steps, jnp.int32),
             eos=jnp.asarray(padded),
             sampling=Sampling.stack(sampling),
@@ -403,25 +412,26 @@ def reveal(
         low = jnp.min(jnp.where(masked, confidence, jnp.inf), axis=1, keepdims=True)
         high = jnp.max(jnp.where(masked, confidence, -jnp.inf), axis=1, keepdims=True)
         confidence = jnp.where(high > low, (confidence - low) / jnp.where(high > low, high - low, 1.0), 1.0)
-    ranked = jnp.where(masked, confidence, -jnp.inf)
-    order = jnp.argsort(-ranked, axis=1, stable=True)  # ties: earlier positions first
-    rank = jnp.argsort(order, axis=1)
-    initial = jnp.sum(~block.given, axis=1)
 
     def column(values: Any) -> Array:
         return values[:, None]
 
+    near = masked & (jnp.cumsum(masked, axis=1) <= column(options.lookahead))
+    ranked = jnp.where(near, confidence, -jnp.inf)
+    order = jnp.argsort(-ranked, axis=1, stable=True)  # ties: earlier positions first
+    rank = jnp.argsort(order, axis=1)
+    initial = jnp.sum(~block.given, axis=1)
     portion = initial // options.steps + (block.step < initial % options.steps)
     by_count = rank < column(portion)
-    by_threshold = (confidence >= column(options.threshold)) | (rank == 0)
+    by_threshold = near & ((confidence >= column(options.threshold)) | (rank == 0))
     descending = jnp.take_along_axis(ranked, order, axis=1)
     number = jnp.arange(1, rank.shape[1] + 1)
-    is_masked = jnp.isfinite(descending)
-    doubt = jnp.cumsum(jnp.where(is_masked, 1.0 - descending, 0.0), axis=1)
+    takes_part = jnp.isfinite(descending)
+    doubt = jnp.cumsum(jnp.where(takes_part, 1.0 - descending, 0.0), axis=1)
 
     def most(good: Array) -> Array:
         """The first ranks up to the last good one, and at least one."""
-        return rank < column(jnp.maximum(jnp.max(jnp.where(good & is_masked, number, 0), axis=1), 1))
+        return rank < column(jnp.maximum(jnp.max(jnp.where(good & takes_part, number, 0), axis=1), 1))
 
     rules = (
         (options.threshold, by_threshold),

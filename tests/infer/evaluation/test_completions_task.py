@@ -1,5 +1,6 @@
 """The paired evaluation of completions: generation of both kinds, its files, and the judgement."""
 
+import dataclasses
 import json
 
 import jax
@@ -129,4 +130,7 @@ def test_arms_always_hold_both_references():
     config = Completions(thresholds=(0.9, 0.5), factors=(1.0,), budgets=(0.5,))
     assert list(arms(config)) == ["ar", "dlm-one", "dlm-0.9", "dlm-0.5", "dlm-factor-1", "dlm-budget-0.5"]
     assert arms(config)["dlm-budget-0.5"] == ("dlm", {"budget": 0.5})
+    near = arms(dataclasses.replace(config, lookahead=6))
+    assert near["dlm-one"] == ("dlm", {}) and near["dlm-0.9-lookahead-6"] == ("dlm", {"threshold": 0.9, "lookahead": 6})
+    assert len(near) == len(arms(config))
     assert np.all([kind == "dlm" for kind, _ in list(arms(config).values())[1:]])

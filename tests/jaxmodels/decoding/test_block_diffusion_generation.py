@@ -123,8 +123,11 @@ def brute_force_decode(lm, params, prompts, new, reveal, decoding, *, align=Fals
             ranked = sorted(masked, key=lambda i: (-best[i][0], i))
             rule = reveal[row]
             per_block = rule.steps_per_block(blocks[row], n)
+            everything = ranked
+            if rule.lookahead is not None:
+                ranked = [i for i in ranked if i in masked[: rule.lookahead]]
             if step[row] == per_block - 1:
-                chosen = ranked
+                chosen = everything
             elif rule.threshold is not None:
                 chosen = [i for i in ranked if best[i][0] >= rule.threshold] or ranked[:1]
             elif rule.factor is not None:
@@ -176,6 +179,9 @@ RULES = [
     RevealOptions(budget=0.9),
     RevealOptions(threshold=0.0),
     RevealOptions(threshold=0.5, steps=6),
+    RevealOptions(budget=0.9, lookahead=3),
+    RevealOptions(threshold=0.2, lookahead=2, steps=12),
+    RevealOptions(factor=1.6, lookahead=4),
 ]
 
 
@@ -550,6 +556,8 @@ BAD = [
     ({"budget": -1.0}, r"budget must be positive; got -1.0"),
     ({"threshold": 0.5, "factor": 1.0}, "give one of threshold, factor and budget; got {'threshold': 0.5, 'fa"),
     ({"steps": 0}, "steps must be at least 1; got 0"),
+    ({"budget": 0.5, "lookahead": 0}, "lookahead must be at least 1; got 0"),
+    ({"lookahead": 4}, "lookahead needs a threshold, factor or budget; got lookahead 4 alone"),
 ]
 
 
