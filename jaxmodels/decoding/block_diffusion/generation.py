@@ -226,7 +226,7 @@ class RowOptions(flax.struct.PyTreeNode):
             threshold=number([r.threshold for r in reveal]),
             factor=number([r.factor for r in reveal]),
             budget=number([r.budget for r in reveal]),
-            lookahead=jnp.asarray([EVERYTHING if r.lookahead is None else r.lookahead for r in reveal], jnp.int32),
+            lookahead=jnp.asarray([min(r.lookahead or EVERYTHING, EVERYTHING) for r in reveal], jnp.int32),
             steps=jnp.asarray(steps, jnp.int32),
             eos=jnp.asarray(padded),
             sampling=Sampling.stack(sampling),

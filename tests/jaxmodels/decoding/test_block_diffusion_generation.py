@@ -182,6 +182,7 @@ RULES = [
     RevealOptions(budget=0.9, lookahead=3),
     RevealOptions(threshold=0.2, lookahead=2, steps=12),
     RevealOptions(factor=1.6, lookahead=4),
+    RevealOptions(budget=0.9, lookahead=10**12),
 ]
 
 
