@@ -123,7 +123,7 @@ def test_slurm_is_detected_and_flags_win(monkeypatch):
 
 
 # Last run 2026-11-27 on two cores: decoder passed in 48 s, toy in 24 s.
-@pytest.mark.slow  # four meshes compile for a minute each; last passed on 2026-11-26
+@pytest.mark.slow  # four meshes compile
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("model, drop", [("toy", 0.2), ("decoder", 0.5)])
 def test_every_axis_by_itself(run_meshes, model, drop):
