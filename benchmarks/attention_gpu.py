@@ -443,9 +443,9 @@ def time_shapes() -> Iterator[Shape]:
 def skip_shapes() -> Iterator[Shape]:
     """A long prompt at several shares of skipped tiles."""
     for length, batch, shares in (
-        (65536, 1, (None, 0.8, 0.9)),
-        (8192, 2, (None, 0.0, 0.5, 0.7, 0.9)),
-        (32768, 1, (None, 0.0, 0.5, 0.7, 0.9)),
+        (65536, 1, (None, 0.0, 0.5, 0.75, 0.9)),
+        (8192, 2, (None, 0.0, 0.5, 0.75, 0.9)),
+        (32768, 1, (None, 0.0, 0.5, 0.75, 0.9)),
     ):
         for small in shares:
             yield Shape(

@@ -40,6 +40,7 @@ from pallas_kernels.attention.mosaic_sm90.parts import (
 )
 from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.masks import Mask
+from pallas_kernels.votes import any_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,14 +195,13 @@ def run(
 
             def vote(k_tile, top, m):
                 """Whether the tile is kept; the rule of `skip.py`, in base 2."""
-                margin = jnp.where(m == -jnp.inf, jnp.inf, top - m)
-                sees_none = top == -jnp.inf
+                # A row that has seen nothing has an infinite margin to what it sees first.
+                abstains = (top - m < log2_threshold) | (top == -jnp.inf)
                 if num_queries % block_q:
                     index = plgpu.broadcasted_iota(i32, (block_q,), 0, layout=ROW) + row0
-                    sees_none |= index >= num_queries
-                # Both warpgroups share the memory of this reduction; the turns keep them apart.
-                margin = jnp.where(sees_none, -jnp.inf, margin).max()
-                keep = ~(margin < refs["log2_threshold"][b]) & (margin != -jnp.inf)
+                    abstains |= index >= num_queries
+                votes = jnp.where(abstains, 0, 1)
+                keep = any_of(votes, warpgroup, layout=ROW, interpreted=interpret is not None)
                 results["keep"][b, head, row_tile, k_tile] = keep.astype(jnp.int8)
                 return keep
 
@@ -255,6 +255,7 @@ def run(
                 return carry
 
             if skips:
+                log2_threshold = refs["log2_threshold"][b]
                 row_tile = q_tile * COMPUTE_WARPGROUPS + warpgroup
 
                 @pl.loop(0, num_k_tiles)

@@ -56,6 +56,7 @@ from pallas_kernels.decode_attention.mosaic_sm90.parts import (
     split,
 )
 from pallas_kernels.decode_attention.operands import Operands
+from pallas_kernels.votes import any_of
 
 WIDTH = 128  # of a tile
 HEAD_DIMS = (64, 96, 128)
@@ -416,18 +417,19 @@ def attend(
                 tile, is_first = tile_of(step)
                 index = plgpu.broadcasted_iota(i32, (ROWS,), 0, layout=ROW)
                 restart = jnp.where(is_first, 0, FAR)  # there is no choice between vectors by a scalar
-                margins, seen_now = [], []
+                votes, seen_now = [], []
                 for group, before in enumerate(seen):
                     top = load_top(group)
                     if form.alternate:  # the other half of the keys
                         top = jnp.maximum(top, load_top(1))
                     before = jnp.where(index >= restart, -jnp.inf, before)
-                    margin = jnp.where(before == -jnp.inf, jnp.inf, top - before)
-                    votes = (top != -jnp.inf) & (index < form.rows - group * ROWS)
-                    margins.append(jnp.where(votes, margin, -jnp.inf))
+                    # A row that has seen nothing has an infinite margin to what it sees first.
+                    abstains = (top - before < log2_threshold) | (top == -jnp.inf)
+                    abstains |= index >= form.rows - group * ROWS
+                    votes.append(jnp.where(abstains, 0, 1))
                     seen_now.append(jnp.maximum(before, top))
-                margin = functools.reduce(jnp.maximum, margins).max()
-                keep = jnp.logical_not(margin < log2_threshold) & (margin != -jnp.inf)
+                one = functools.reduce(jnp.maximum, votes)
+                keep = any_of(one, i32(COMPUTE_WARPGROUPS), layout=ROW, interpreted=interpret is not None)
 
                 @pl.when((step >= num_own) & (part == 0))
                 def _():
@@ -446,7 +448,8 @@ def attend(
                 smem["kept"][0] = kept
                 plgpu.barrier_arrive(smem["decided"])
                 pl.when(kept != 0)(lambda: load_v(step, num_kept))
-                pl.when(step + stages < num_steps)(lambda: load_k(step + stages))
+                ahead = lax.optimization_barrier(step + stages)  # computed any earlier, it would be spilled
+                pl.when(ahead < num_steps)(lambda: load_k(ahead))
                 return num_kept + kept, seen
 
             pl.loop(0, jnp.minimum(num_steps, stages))(load_k)
