@@ -55,6 +55,7 @@ Config = mosaic_sm90.Config
 BackwardConfig = mosaic_sm90.BackwardConfig
 
 SKIP_TILE = SkipTile()
+NOTHING = -1000.0  # a threshold that skips nothing
 LOG_THRESHOLD = -1.0  # far from the margins of small tiles (about -8) and of the others (about 0)
 
 # Tile sizes of the sweep, by head dim; the heuristic's choice is always timed.
@@ -128,7 +129,9 @@ class Shape:
         return q, k, v
 
     def make_skip(self) -> Skip | None:
-        return None if self.small is None else Skip(jnp.full((self.batch,), LOG_THRESHOLD), SKIP_TILE)
+        if self.small is None:
+            return None
+        return Skip(jnp.full((self.batch,), LOG_THRESHOLD if self.small else NOTHING), SKIP_TILE)
 
     def make_limits(self) -> Limits:
         rng = np.random.default_rng(0)

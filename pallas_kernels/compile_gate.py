@@ -281,8 +281,8 @@ def compile_case(case: CompileCase, *, gpu: str = "h100", keep: Path | None = No
     avals = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.avals]
     with tempfile.TemporaryDirectory() as temporary:
         dump = Path(temporary) if keep is None else keep
-        dump.mkdir(parents=True, exist_ok=True)
-        before = set(dump.iterdir())
+        shutil.rmtree(dump, ignore_errors=True)  # of an earlier run
+        dump.mkdir(parents=True)
         messages = dump / "stderr.txt"
         try:
             with _environment(MOSAIC_GPU_DUMP_TO=str(dump), MOSAIC_GPU_CUDA_ROOT=str(root)), _stderr_to(messages):
@@ -295,9 +295,9 @@ def compile_case(case: CompileCase, *, gpu: str = "h100", keep: Path | None = No
         finally:
             for log in dump.glob("*.mlir-passes.log"):  # 50 to 200 MB each
                 log.unlink()
-        names = sorted(path.stem for path in set(dump.iterdir()) - before if path.suffix == ".ptx")
+        names = sorted(path.stem for path in dump.glob("*.ptx"))
         if not names:
-            raise RuntimeError("compiled, but no new Mosaic GPU kernel was found in it")
+            raise RuntimeError("compiled, but no Mosaic GPU kernel was found in it")
         return [_parse(dump, name) for name in names]
 
 

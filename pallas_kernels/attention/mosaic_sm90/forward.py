@@ -146,6 +146,8 @@ def run(
     operands, runs = prepare(mask, limits, num_queries, num_keys, tile_q=config.tile_q, tile_k=block_k, ascending=skips)
     num_q_tiles = runs.table.shape[1]
     buffers = config.buffers(head_dim, value_dim, dtype)
+    if skips:
+        buffers["kept"] = plgpu.SMEM((COMPUTE_WARPGROUPS,), jnp.int32)  # the last step whose tile was kept
     tile = (block_q, block_k)
     log2_scale = scale * LOG2E
     i32 = jnp.int32
@@ -193,7 +195,7 @@ def run(
                 def _():
                     plgpu.barrier_wait(smem["k_ready"].at[lax.rem(following, i32(stages))])
 
-            def vote(k_tile, top, m):
+            def vote(i, k_tile, top, m):
                 """Whether the tile is kept; the rule of `skip.py`, in base 2."""
                 # A row that has seen nothing has an infinite margin to what it sees first.
                 abstains = (top - m < log2_threshold) | (top == -jnp.inf)
@@ -201,7 +203,7 @@ def run(
                     index = plgpu.broadcasted_iota(i32, (block_q,), 0, layout=ROW) + row0
                     abstains |= index >= num_queries
                 votes = jnp.where(abstains, 0, 1)
-                keep = any_of(votes, warpgroup, layout=ROW, interpreted=interpret is not None)
+                keep = any_of(votes, warpgroup, i, smem["kept"], layout=ROW, interpreted=interpret is not None)
                 results["keep"][b, head, row_tile, k_tile] = keep.astype(jnp.int8)
                 return keep
 
@@ -248,7 +250,7 @@ def run(
                     return carry
 
                 if skips:
-                    carry = lax.cond(vote(k_tile, top, carry[1]), attend, leave_out, carry)
+                    carry = lax.cond(vote(i, k_tile, top, carry[1]), attend, leave_out, carry)
                 else:
                     carry = attend(carry)
                 plgpu.barrier_arrive(smem["v_free"].at[slot])
@@ -256,6 +258,8 @@ def run(
 
             if skips:
                 log2_threshold = refs["log2_threshold"][b]
+                smem["kept"][warpgroup] = i32(-1)
+                plgpu.commit_smem()
                 row_tile = q_tile * COMPUTE_WARPGROUPS + warpgroup
 
                 @pl.loop(0, num_k_tiles)

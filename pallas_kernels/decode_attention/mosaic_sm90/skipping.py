@@ -100,6 +100,7 @@ class SkipConfig:
             "v": smem(V_SLOTS * lanes, block_k),
             "tops": plgpu.SMEM((COMPUTE_WARPGROUPS * form.row_parts, ROWS), jnp.float32),
             "kept": plgpu.SMEM((1,), jnp.int32),
+            "found": plgpu.SMEM((1,), jnp.int32),  # of the vote
             "q_ready": plgpu.Barrier(num_arrivals=form.row_parts, num_barriers=COMPUTE_WARPGROUPS),
             "k_ready": plgpu.Barrier(num_arrivals=lanes * (2 if form.listed else 1), num_barriers=self.stages),
             "v_ready": plgpu.Barrier(num_arrivals=lanes, num_barriers=V_SLOTS),
@@ -429,7 +430,7 @@ def attend(
                     votes.append(jnp.where(abstains, 0, 1))
                     seen_now.append(jnp.maximum(before, top))
                 one = functools.reduce(jnp.maximum, votes)
-                keep = any_of(one, i32(COMPUTE_WARPGROUPS), layout=ROW, interpreted=interpret is not None)
+                keep = any_of(one, i32(0), step, smem["found"], layout=ROW, interpreted=interpret is not None)
 
                 @pl.when((step >= num_own) & (part == 0))
                 def _():
@@ -452,6 +453,8 @@ def attend(
                 pl.when(ahead < num_steps)(lambda: load_k(ahead))
                 return num_kept + kept, seen
 
+            smem["found"][0] = i32(-1)
+            plgpu.commit_smem()
             pl.loop(0, jnp.minimum(num_steps, stages))(load_k)
             nothing = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
             lax.fori_loop(0, num_steps, decide_and_load, (i32(0), (nothing,) * groups))
