@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -128,10 +129,12 @@ class Shape:
             k = (k * size).astype(self.dtype)
         return q, k, v
 
+    @property
+    def log_threshold(self) -> float:
+        return LOG_THRESHOLD if self.small else NOTHING
+
     def make_skip(self) -> Skip | None:
-        if self.small is None:
-            return None
-        return Skip(jnp.full((self.batch,), LOG_THRESHOLD if self.small else NOTHING), SKIP_TILE)
+        return None if self.small is None else Skip(jnp.full((self.batch,), self.log_threshold), SKIP_TILE)
 
     def make_limits(self) -> Limits:
         rng = np.random.default_rng(0)
@@ -384,7 +387,7 @@ def check_decisions(shape: Shape, q: Array, k: Array, limits: Limits, kept: Arra
     """Compares decisions with those of the XLA path where rounding cannot decide otherwise."""
     options = {"mask": shape.mask, "scale": shape.head_dim**-0.5, "tile": SKIP_TILE}
     margins = jax.jit(functools.partial(xla.skip_margins, **options))(q, k, limits=limits)
-    wrong = (kept != rule.keeps(margins, LOG_THRESHOLD)) & (jnp.abs(margins - LOG_THRESHOLD) > 1e-2)
+    wrong = (kept != rule.keeps(margins, shape.log_threshold)) & (jnp.abs(margins - shape.log_threshold) > 1e-2)
     visited = margins != -jnp.inf
     return {"wrong_decisions": int(wrong.sum()), "skipped": 1.0 - float(kept.sum() / visited.sum())}
 
@@ -398,7 +401,7 @@ def check(arguments: argparse.Namespace) -> int:
         running = pool.imap_unordered(check_shape, shapes)
         for _ in shapes:
             try:
-                row = running.next(timeout=max(0.0, deadline - time.monotonic()))
+                row = running.next(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
             except multiprocessing.TimeoutError:
                 break
             record.add(row)
@@ -530,6 +533,8 @@ def contestants(shape: Shape, arguments: argparse.Namespace) -> dict[str, Callab
             )
 
     add("mosaic", mosaic(shape), (limits,), (d_out, d_lse))
+    if shape.small is not None:  # the same numbers: what these are decides how much power and so which clock it takes
+        add("mosaic, dense", mosaic(dataclasses.replace(shape, small=None)), (limits,), (d_out, d_lse))
     if arguments.sweep and gradients:
         for tiles in BACKWARD_SWEEP.get(shape.head_dim, ()):
             name = "mosaic " + " ".join(str(value) for value in vars(tiles).values()) + WITH_GRADIENTS

@@ -71,6 +71,14 @@ def varying_axes(x: Any) -> frozenset[str]:
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
 
 
+def first(size: int, index: Any) -> pl.Slice:
+    """`pl.ds(0, size)` of an array in global memory that may have fewer: the TMA fills the rest with zeros.
+
+    From JAX 0.12 on Pallas refuses a slice that it sees reach beyond the end; `index`, whatever it is, hides that.
+    """
+    return pl.ds(index * 0, size)
+
+
 def swizzled(dtype: Any, minor: int) -> tuple[Any, ...]:
     """Tiling and swizzle of a matrix operand in shared memory whose last axis has `minor` elements."""
     itemsize = jax.numpy.dtype(dtype).itemsize

@@ -304,6 +304,7 @@ def log_sum_exp_length(text):
     return int(length)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("head_dim, num_queries", [(64, 1), (96, 65), (128, 127), ((192, 128), 1), (256, 129)])
 def test_lowers_for_cuda_and_every_tile_of_log_sum_exp_ends_inside_its_row(head_dim, num_queries):
     # On the GPU a tile that overlaps the end of a row is written into the next head's; the interpreter clips it there.
@@ -312,6 +313,7 @@ def test_lowers_for_cuda_and_every_tile_of_log_sum_exp_ends_inside_its_row(head_
     assert log_sum_exp_length(text) == -(-num_queries // tile) * tile
 
 
+@pytest.mark.smoke
 def test_skipping_lowers_for_cuda():
     skip = Skip(jnp.asarray([-1.0, -2.0]), SkipTile())
     assert lower(masks.Causal(), num_queries=65, skip=skip).count("@mosaic_gpu") == 3

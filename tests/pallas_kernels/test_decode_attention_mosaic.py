@@ -542,6 +542,7 @@ LOWERED = {"dense": CALLS, "skipping": SKIP_CALLS}
 LOWERED_BY_DEFAULT = ("ring and window", "positions, two warpgroups of rows")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "call",
     [

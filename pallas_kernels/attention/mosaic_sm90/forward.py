@@ -40,7 +40,7 @@ from pallas_kernels.attention.mosaic_sm90.parts import (
 )
 from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.masks import Mask
-from pallas_kernels.votes import any_of
+from pallas_kernels.votes import any_of_early
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,7 @@ def run(
                     index = plgpu.broadcasted_iota(i32, (block_q,), 0, layout=ROW) + row0
                     abstains |= index >= num_queries
                 votes = jnp.where(abstains, 0, 1)
-                keep = any_of(votes, warpgroup, i, smem["kept"], layout=ROW, interpreted=interpret is not None)
+                keep = any_of_early(votes, warpgroup, i, smem["kept"], layout=ROW, interpreted=interpret is not None)
                 results["keep"][b, head, row_tile, k_tile] = keep.astype(jnp.int8)
                 return keep
 

@@ -248,7 +248,7 @@ def attend(q, k_cache, v_cache, operands, plan, form: Form, *, own_mask, scale, 
             plgpu.set_max_registers(compute_registers, action="increase")
             lane = warpgroup if form.alternate else i32(0)
             row0 = 0 if form.alternate else (part * COMPUTE_WARPGROUPS + warpgroup) * ROWS
-            rows = pl.ds(row0, ROWS)
+            rows = compat.first(ROWS, row) if form.alternate else pl.ds(row0, ROWS)
             qo = smem["qo"].at[warpgroup]
             plgpu.copy_gmem_to_smem(refs["q"].at[row, head, rows], qo, smem["q_ready"].at[warpgroup])
             if form.k_scale == "head":
@@ -393,7 +393,7 @@ def attend(q, k_cache, v_cache, operands, plan, form: Form, *, own_mask, scale, 
             def load_own():
                 for name in names:
                     plgpu.copy_gmem_to_smem(
-                        refs[f"own_{name}"].at[row, pl.ds(0, block_k), head],
+                        refs[f"own_{name}"].at[row, compat.first(block_k, row), head],
                         smem[name].at[0],
                         smem[f"{name}_ready"].at[0],
                     )

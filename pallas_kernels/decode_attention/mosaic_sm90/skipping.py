@@ -100,7 +100,6 @@ class SkipConfig:
             "v": smem(V_SLOTS * lanes, block_k),
             "tops": plgpu.SMEM((COMPUTE_WARPGROUPS * form.row_parts, ROWS), jnp.float32),
             "kept": plgpu.SMEM((1,), jnp.int32),
-            "found": plgpu.SMEM((1,), jnp.int32),  # of the vote
             "q_ready": plgpu.Barrier(num_arrivals=form.row_parts, num_barriers=COMPUTE_WARPGROUPS),
             "k_ready": plgpu.Barrier(num_arrivals=lanes * (2 if form.listed else 1), num_barriers=self.stages),
             "v_ready": plgpu.Barrier(num_arrivals=lanes, num_barriers=V_SLOTS),
@@ -238,7 +237,7 @@ def attend(
             lane = warpgroup if form.alternate else i32(0)
             group = warpgroup if form.alternate else part * COMPUTE_WARPGROUPS + warpgroup
             row0 = 0 if form.alternate else group * ROWS
-            rows = pl.ds(row0, ROWS)
+            rows = compat.first(ROWS, row) if form.alternate else pl.ds(row0, ROWS)
             qo = smem["qo"].at[warpgroup]
             plgpu.copy_gmem_to_smem(refs["q"].at[row, head, rows], qo, smem["q_ready"].at[warpgroup])
             others = []
@@ -361,7 +360,7 @@ def attend(
 
                     def copy_own(to=to):
                         # All own keys are in the first half; the second one is masked, whatever it holds.
-                        keys = pl.ds(0, block_k)
+                        keys = compat.first(block_k, row)
                         plgpu.copy_gmem_to_smem(refs[f"own_{name}"].at[row, keys, head], to, barrier)
 
                     if form.has_own:
@@ -430,7 +429,7 @@ def attend(
                     votes.append(jnp.where(abstains, 0, 1))
                     seen_now.append(jnp.maximum(before, top))
                 one = functools.reduce(jnp.maximum, votes)
-                keep = any_of(one, i32(0), step, smem["found"], layout=ROW, interpreted=interpret is not None)
+                keep = any_of(one, i32(COMPUTE_WARPGROUPS), layout=ROW, interpreted=interpret is not None)
 
                 @pl.when((step >= num_own) & (part == 0))
                 def _():
@@ -453,8 +452,6 @@ def attend(
                 pl.when(ahead < num_steps)(lambda: load_k(ahead))
                 return num_kept + kept, seen
 
-            smem["found"][0] = i32(-1)
-            plgpu.commit_smem()
             pl.loop(0, jnp.minimum(num_steps, stages))(load_k)
             nothing = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
             lax.fori_loop(0, num_steps, decide_and_load, (i32(0), (nothing,) * groups))
