@@ -89,7 +89,7 @@ def skip_rows(rows: Rows, losses: list[str]) -> list[list[str]]:
         if " skipping" not in shape or ours is None:
             continue
         same_run = [other for other in record["rows"] if other["shape"] == shape.split(" skipping")[0]]
-        dense = milliseconds(same_run[0], "mosaic") if same_run else None
+        dense = milliseconds(row, "mosaic, dense") or (milliseconds(same_run[0], "mosaic") if same_run else None)
         peer = milliseconds(row, "cudnn")
         sparsity = f"{100 * row['skipped']:.0f} %" if "skipped" in row else "not recorded"
         lines.append(
