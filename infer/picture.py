@@ -14,6 +14,8 @@ DIFFUSION, BASELINE, QUIET = "#0b6e8a", "#d1495b", "#5f6b76"
 SAME = "share before it differs from one a pass"
 CLOSE = 20
 """Pixels between two points whose names would overlap."""
+EDGE = 0.85
+"""Share of the panel's width beyond which a name goes to the left of its point."""
 Label = tuple[float, float, str]
 STYLE: Any = {
     "font.size": 10.5,
@@ -36,7 +38,7 @@ def draw(path: Path, arms: Sequence["Arm"], prompts: int, device: str, recorded:
 
     Args:
         path: its ending decides the format.
-        arms: the autoregressive one first, then one token a pass, then the thresholds.
+        arms: the autoregressive one first, then one token a pass, then the thresholds, then other rules.
         prompts: how many each arm completed.
         device: named in the title.
         recorded: results.json of `python -m infer completions` for the same models, or None. With it the right panel
@@ -92,9 +94,13 @@ def _speed(panel: "Axes", arms: Sequence["Arm"]) -> list["Label"]:
         markersize=14,
         label="autoregressive",
     )
-    panel.plot(x, y, "o-", color=DIFFUSION, markersize=7, linewidth=2, label="block diffusion")
+    line = len(diffusion) - sum(_is_other(arm) for arm in diffusion)  # the last ones are no points of the line
+    panel.plot(x[:line], y[:line], "o-", color=DIFFUSION, markersize=7, linewidth=2, label="block diffusion")
+    panel.plot(x[line:], y[line:], "D", color=DIFFUSION, markersize=7)
+    for arm in diffusion[line:]:
+        _write(panel, arm.short, (arm.tokens_per_forward, arm.tokens_per_second), (-7, 5))
     panel.set_ylim(0, 1.18 * max([*y, baseline.tokens_per_second]))
-    return list(zip(x, y, [_name(arm.threshold) for arm in diffusion], strict=True))
+    return list(zip(x[:line], y[:line], [arm.short for arm in diffusion[:line]], strict=True))
 
 
 def _quality(panel: "Axes", arms: Sequence["Arm"], prompts: int, recorded: dict[str, Any] | None) -> list["Label"]:
@@ -107,11 +113,12 @@ def _quality(panel: "Axes", arms: Sequence["Arm"], prompts: int, recorded: dict[
         for name, arm in results.items():
             if "tokens_per_forward" in arm:
                 label = {"ar": "AR", "dlm-one": "one a pass"}.get(name, name.removeprefix("dlm-").replace("-", " "))
+                label = label.replace(" lookahead", "\nlookahead")
                 points.append((arm["tokens_per_forward"], arm["valid"], tuple(arm["valid_interval"]), label))
     else:
         count, what = prompts, "completions that parse, ≥ 3 statements"
         for arm in arms:
-            label = "AR" if arm is arms[0] else _name(arm.threshold)
+            label = "AR" if arm is arms[0] else arm.short
             interval = wilson_interval(arm.valid, count)
             points.append((arm.tokens_per_forward, arm.valid / count, interval, label))
     panel.set_title(f"Cost: quality ({count:,} prompts, 95 % intervals)")
@@ -146,8 +153,6 @@ def _interval(panel: "Axes", points: Sequence, color: str, marker: str, size: in
 
 def _label(panel: "Axes", labels: Sequence[Label], *, below: bool) -> None:
     """Writes names beside points, on the side where the line is not; points in one place share theirs."""
-    from matplotlib.patheffects import withStroke
-
     groups: list[list[Label]] = []
     for label in labels:
         if groups:
@@ -160,12 +165,22 @@ def _label(panel: "Axes", labels: Sequence[Label], *, below: bool) -> None:
         x, y, _ = group[-1]
         # Above the first point stands the autoregressive one, and its name is the longest: one line deeper.
         drop = -25 if i == 0 else -13 if below else 5
-        text = panel.annotate(
-            ", ".join(name for *_, name in group), (x, y), xytext=(7, drop), textcoords="offset points",
-            color=DIFFUSION, fontsize=9.5, fontweight="bold",
-        )  # fmt: skip
-        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+        # Names at the right edge would leave the panel.
+        inside = panel.transAxes.inverted().transform(panel.transData.transform((x, y)))[0] < EDGE
+        _write(panel, ", ".join(name for *_, name in group), (x, y), (7, drop) if inside else (-7, 9))
 
 
-def _name(threshold: float | None) -> str:
-    return "one a pass" if threshold is None else f"{threshold:g}"
+def _write(panel: "Axes", name: str, point: tuple[float, float], offset: tuple[int, int]) -> None:
+    """A name beside a point, readable over lines."""
+    from matplotlib.patheffects import withStroke
+
+    text = panel.annotate(
+        name, point, xytext=offset, textcoords="offset points", color=DIFFUSION, fontsize=9.5, fontweight="bold",
+        ha="left" if offset[0] > 0 else "right",
+    )  # fmt: skip
+    text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+
+
+def _is_other(arm: "Arm") -> bool:
+    """Whether it is neither one token a pass nor a threshold."""
+    return bool(arm.reveal) and "threshold" not in arm.reveal

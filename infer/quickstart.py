@@ -51,8 +51,9 @@ class Quickstart:
     python -m infer quickstart
 
     Completions of held-out files of your Python's standard library stream block by block; then a table compares one
-    token at a time (AR) with block diffusion at several confidence thresholds, one request at a time, and a picture
-    of the trade-off is saved. Takes a minute on two CPU cores; uses a GPU if JAX sees one.
+    token at a time (AR) with block diffusion at several confidence thresholds and by the rule that the shipped models
+    were judged with, one request at a time, and a picture of the trade-off is saved. Takes a minute on two CPU cores;
+    uses a GPU if JAX sees one.
     """
 
     models: Path = ASSETS
@@ -67,6 +68,10 @@ class Quickstart:
     """Confidence threshold of the streamed completions: a pass fixes every token that is at least this sure."""
     thresholds: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.5)
     """Thresholds in the table; one token a pass is always in it."""
+    budget: float | None = 0.4
+    """Budget of doubt of one more row: a pass fixes the surest tokens whose doubts stay below it. None: no such row."""
+    lookahead: int | None = 6
+    """That row's tokens are fixed among this many open ones, the first of a block. None: among all."""
     prompt_tokens: int | None = None
     """Longest prompt; default: half of the models' positions."""
     new_tokens: int | None = None
@@ -85,6 +90,9 @@ class Quickstart:
             raise ValueError(f"show must lie in 0..prompts = {self.prompts}; got {self.show}")
         if not self.thresholds or any(not 0.0 <= t <= 1.0 for t in (self.threshold, *self.thresholds)):
             raise ValueError(f"thresholds must lie in [0, 1]; got {(self.threshold, *self.thresholds)}")
+        for name, valid in (("budget", self.budget is None or self.budget > 0), ("lookahead", self.lookahead != 0)):
+            if not valid:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
         if self.draws == 1 or self.draws < 0:
             raise ValueError(f"draws must be 0 or at least 2 (their spread gives the error); got {self.draws}")
         if self.pause < 0:
@@ -105,7 +113,7 @@ class Arm:
     """
 
     label: str
-    threshold: float | None
+    reveal: dict[str, Any]  # RevealOptions; of a diffusion model, empty: one token a pass
     completions: list[list[int]] = dataclasses.field(default_factory=list)
     forwards: int = 0
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -114,7 +122,9 @@ class Arm:
 
     @property
     def short(self) -> str:
-        return "one a pass" if self.threshold is None else f"{self.threshold:g}"
+        if "budget" in self.reveal:
+            return f"budget {self.reveal['budget']:g}"
+        return f"{self.reveal['threshold']:g}" if self.reveal else "one a pass"
 
     @property
     def tokens(self) -> int:
@@ -135,7 +145,7 @@ class Arm:
         self.seconds.append(seconds)
 
     def to_json(self) -> dict[str, Any]:
-        names = ("threshold", "tokens", "forwards", "tokens_per_forward", "tokens_per_second", "valid", "agreement")
+        names = ("reveal", "tokens", "forwards", "tokens_per_forward", "tokens_per_second", "valid", "agreement")
         return {name: getattr(self, name) for name in names} | {"seconds": sum(self.seconds)}
 
 
@@ -354,7 +364,7 @@ class Pair:
     def warm(self, ids: Sequence[int]) -> None:
         """Compiles everything that completions of such prompts need."""
         self.run_ar(ids)
-        self.run_dlm(ids, 0.5)
+        self.run_dlm(ids, {"threshold": 0.5})
 
     def run_ar(self, ids: Sequence[int]) -> tuple[list[int], int, float]:
         """(new tokens, forwards, seconds) of one token at a time, greedy."""
@@ -366,14 +376,14 @@ class Pair:
         return list(done.tokens), done.usage.forwards + 1, time.perf_counter() - begun
 
     def run_dlm(
-        self, ids: Sequence[int], threshold: float | None, on_block: Callable[[Any], None] | None = None
+        self, ids: Sequence[int], reveal: dict[str, Any], on_block: Callable[[Any], None] | None = None
     ) -> tuple[list[int], int, float]:
-        """The same for block diffusion at a threshold (None: one token a pass), greedy."""
+        """The same for block diffusion by these RevealOptions (none: one token a pass), greedy."""
         from jaxmodels.decoding.block_diffusion import RevealOptions, generate
 
         (done,), stats = generate(
             self.dlm.lm, self.stream.params, [ids], max_new_tokens=self.new_tokens,
-            reveal=RevealOptions(threshold=threshold), stream=self.stream, on_block=on_block,
+            reveal=RevealOptions(**reveal), stream=self.stream, on_block=on_block,
         )  # fmt: skip
         return done.tokens, done.denoise_steps + done.commits, stats.seconds
 
@@ -419,7 +429,7 @@ def show(pair: Pair, prompt: "CodePrompt", config: Quickstart, console: "rich.co
         waited += time.perf_counter() - begun
 
     with replay:
-        tokens, forwards, seconds = pair.run_dlm(prompt.ids, config.threshold, on_block)
+        tokens, forwards, seconds = pair.run_dlm(prompt.ids, {"threshold": config.threshold}, on_block)
     seconds -= waited
     console.print(
         f"[green]{len(tokens)} tokens in {forwards} forwards[/], {len(tokens) / forwards:.2f} per forward, "
@@ -441,13 +451,15 @@ def compare(pair: Pair, prompts: Sequence["CodePrompt"], config: Quickstart) -> 
     import rich.console
     import rich.progress
 
-    arms = [Arm(AR, None), Arm("one token a pass", None)]
-    arms += [Arm(f"threshold {t:g}", t) for t in sorted(set(config.thresholds), reverse=True)]
+    arms = [Arm(AR, {}), Arm("one token a pass", {})]
+    arms += [Arm(f"threshold {t:g}", {"threshold": t}) for t in sorted(set(config.thresholds), reverse=True)]
+    if config.budget is not None:
+        arms.append(Arm(f"budget {config.budget:g}", {"budget": config.budget, "lookahead": config.lookahead}))
     log = rich.console.Console(stderr=True)
     steps = rich.progress.track(prompts, "comparing", console=log, transient=True, disable=not log.is_terminal)
     for prompt in steps:
         for arm in arms:
-            arm.add(*(pair.run_ar(prompt.ids) if arm.label == AR else pair.run_dlm(prompt.ids, arm.threshold)))
+            arm.add(*(pair.run_ar(prompt.ids) if arm.label == AR else pair.run_dlm(prompt.ids, arm.reveal)))
     return arms
 
 
@@ -457,7 +469,7 @@ def judge(arms: Sequence[Arm], prompts: Sequence["CodePrompt"], tokenizer: Any) 
     from jaxmodels.demo.completions import MIN_STATEMENTS, parse_completion
 
     special = tokenizer.special_ids
-    reference = next(arm for arm in arms if arm.label != AR and arm.threshold is None)
+    reference = next(arm for arm in arms if arm.label != AR and not arm.reveal)
     for arm in arms:
         for prompt, tokens in zip(prompts, arm.completions, strict=True):
             ended = bool(tokens) and tokens[-1] in special
@@ -529,6 +541,11 @@ def table(arms: Sequence[Arm], likelihood: Likelihood | None, pair: Pair) -> "ri
         "same: share of a completion before it first differs from one token a pass.\n"
         "parses: parses after its context and holds at least 3 new statements."
     )
+    for arm in arms:
+        if "budget" in arm.reveal:
+            among = arm.reveal["lookahead"]
+            where = "all open tokens" if among is None else f"the first {among} open tokens"
+            caption += f"\n{arm.short}: the surest of {where} whose doubts stay below it together."
     if likelihood:
         caption += (
             f"\nbits/byte: the files' own continuations, {likelihood.tokens:,} tokens of {likelihood.bytes:,} bytes; "

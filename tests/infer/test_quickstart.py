@@ -64,9 +64,9 @@ def test_piped_run_streams_compares_and_draws(models, tmp_path, capsys):
     assert "held-out file glob.py" in out and "per forward, " in out and str(picture) in out
     lines = out[out.index("one token at a time against") :].splitlines()
     starts = [next(i for i, line in enumerate(lines) if name in line) for name in ("autoregressive", "one a pass")]
-    starts += [next(i for i, line in enumerate(lines) if f"diffusion, {t}" in line) for t in (0.9, 0.5)]
+    starts += [next(i for i, line in enumerate(lines) if f"diffusion, {t}" in line) for t in (0.9, 0.5, "budget 0.4")]
     assert starts == sorted(starts) and "…" not in "".join(lines[: starts[-1]]), "all columns fit 80 characters"
-    assert "≤" in lines[starts[1]] and "exact" in out
+    assert "≤" in lines[starts[1]] and "exact" in out and "budget 0.4: the surest of the first 6 open tokens" in out
     assert "s in all" in err and "s in all" not in out
 
     from matplotlib.image import imread
@@ -81,7 +81,8 @@ def test_json_holds_numbers_that_agree_with_each_other(models, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["picture"] is None and report["likelihood"] is None
     assert (report["prompts"], report["new_tokens"], report["block_size"]) == (2, NEW, BLOCK)
-    assert list(report["arms"]) == ["ar", "one token a pass", "threshold 0"]
+    assert list(report["arms"]) == ["ar", "one token a pass", "threshold 0", "budget 0.4"]
+    assert report["arms"]["budget 0.4"]["reveal"] == {"budget": 0.4, "lookahead": 6}
     for arm in report["arms"].values():
         assert arm["tokens_per_forward"] == arm["tokens"] / arm["forwards"]
         # Two completions: the median of their speeds lies near the speed of both together.
@@ -167,7 +168,8 @@ def test_note_when_prompts_come_with_the_package(models, tmp_path, capsys, monke
 
 def test_thresholds_share_one_program_and_cost_what_they_say(pair, prompts):
     ids = prompts[0].ids
-    outcomes = {t: pair.run_dlm(ids, t) for t in (None, 0.9, 0.5, 0.0)}
+    outcomes = {t: pair.run_dlm(ids, {} if t is None else {"threshold": t}) for t in (None, 0.9, 0.5, 0.0)}
+    outcomes["budget"] = pair.run_dlm(ids, {"budget": 0.4, "lookahead": 2})
     programs = pair.stream._programs
     compiled = [program._cache_size() for program in (programs.prefill, programs.first_guess, programs.fused)]
     assert compiled == [1, 1, 1], "thresholds are traced: one program for all, also for the first call"
@@ -209,7 +211,7 @@ def test_judge_counts_valid_completions_and_agreement(tiny):
     prompt = CodePrompt((), PromptCut("f.py", "def f(x):\n    y = x"), "")
     good = tiny.tokenizer.encode("\n    z = 1\n    w = 2\n    return z\n", add_special_tokens=False)
     bad = [*good[:9], *tiny.tokenizer.encode("(]\n", add_special_tokens=False)]
-    arms = [Arm("ar", None), Arm("one token a pass", None), Arm("threshold 0.5", 0.5)]
+    arms = [Arm("ar", {}), Arm("one token a pass", {}), Arm("threshold 0.5", {"threshold": 0.5})]
     for arm, completions in zip(arms, ([bad, bad], [good, good], [good, bad]), strict=True):
         for tokens in completions:
             arm.add(tokens, forwards=4, seconds=0.5)
@@ -246,8 +248,10 @@ def test_picture_marks_thresholds_and_recorded_results():
 
     from infer.picture import SAME, make_figure
 
-    arms = [Arm("ar", None), Arm("one token a pass", None), Arm("threshold 0.9", 0.9), Arm("threshold 0.5", 0.5)]
-    for arm, (forwards, seconds) in zip(arms, ((64, 0.1), (64, 0.16), (30, 0.08), (20, 0.05)), strict=True):
+    arms = [Arm("ar", {}), Arm("one token a pass", {})]
+    arms += [Arm(f"threshold {t}", {"threshold": t}) for t in (0.9, 0.5)] + [Arm("budget 0.4", {"budget": 0.4})]
+    costs = ((64, 0.1), (64, 0.16), (30, 0.08), (20, 0.05), (25, 0.06))
+    for arm, (forwards, seconds) in zip(arms, costs, strict=True):
         arm.add(range(64), forwards, seconds)
         arm.valid, arm.agreement = 1, 0.5
     results = {"ar": (1.0, 0.71), "dlm-one": (1.0, 0.7), "dlm-0.9": (2.1, 0.69), "dlm-0.5": (3.0, 0.6)}
@@ -265,11 +269,11 @@ def test_picture_marks_thresholds_and_recorded_results():
         return {text.get_text() for text in figure.findobj(Text)}
 
     first, second = texts(recorded), texts(None)
-    both = {"tokens per second", "tokens per forward pass", "one a pass", "0.9", "0.5", "autoregressive"}
+    both = {"tokens per second", "tokens per forward pass", "one a pass", "0.9", "0.5", "budget 0.4", "autoregressive"}
     assert both <= first and both <= second
     assert any(text.startswith("test device") for text in first)
     assert any("2,048 prompts" in text for text in first) and any("(1 prompts" in text for text in second)
     assert "the files' own continuations" in first - second and SAME in second - first
     for arm in arms[1:]:  # models that reveal one token a pass at any threshold: one name for all points
         arm.forwards, arm.seconds = 64, [0.1]
-    assert "one a pass, 0.9, 0.5" in texts(None)
+    assert "one a pass, 0.9, 0.5, budget 0.4" in texts(None)
