@@ -111,7 +111,7 @@ def test_float32_inside():
     y = pairwise_rotation(*arrays, group_size=128)
     assert y.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(y, np.float64) - right) / np.linalg.norm(right)
-    assert error < 2.5e-3, "one rounding at the end; with one per step it is 5.5e-3"
+    assert error < 2.5e-3, "one rounding at the end"
 
 
 @pytest.fixture
