@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.checks import DTYPES, int_array
@@ -64,7 +65,7 @@ class CentroidCache(NamedTuple):
 
 
 def init_centroids(
-    batch: int, capacity: int, kv_heads: int, head_dim: int, *, block_size: int, dtype: jnp.dtype
+    batch: int, capacity: int, kv_heads: int, head_dim: int, *, block_size: int, dtype: DTypeLike
 ) -> CentroidCache:
     """The cache of no keys, for at most `capacity` of them."""
     check_block_size(block_size)

@@ -88,15 +88,17 @@ def _heads(q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> Head
 def _rows(x: Array, num_kv_heads: int) -> Array:
     """[B, T, N, ...] -> [B, K, T * G, ...]."""
     batch, num_queries, num_heads, *rest = x.shape
-    x = jnp.moveaxis(x.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, *rest), 2, 1)
-    return x.reshape(batch, num_kv_heads, -1, *rest)
+    group = num_heads // num_kv_heads
+    x = jnp.moveaxis(x.reshape(batch, num_queries, num_kv_heads, group, *rest), 2, 1)
+    return x.reshape(batch, num_kv_heads, num_queries * group, *rest)
 
 
 def _join_rows(x: Array, num_queries: int) -> Array:
     """[B, K, T * G, ...] -> [B, T, N, ...]."""
     batch, num_kv_heads, num_rows, *rest = x.shape
-    x = jnp.moveaxis(x.reshape(batch, num_kv_heads, num_queries, num_rows // num_queries, *rest), 1, 2)
-    return x.reshape(batch, num_queries, -1, *rest)
+    group = num_rows // num_queries
+    x = jnp.moveaxis(x.reshape(batch, num_kv_heads, num_queries, group, *rest), 1, 2)
+    return x.reshape(batch, num_queries, num_kv_heads * group, *rest)
 
 
 def _map_heads(one_head, layout: Layout, heads):
@@ -135,8 +137,10 @@ def _first_order(static: Static, q, k, v, layout, indices, out, lse, d_out, d_ls
     num_queries, num_kv_heads = q.shape[1], k.shape[2]
     lse, d_lse = (jnp.swapaxes(x, 1, 2) for x in (lse, d_lse))
     empty = lse == -jnp.inf
+    # Queries without a routed block take no part: zeroed by selection, whatever q and the cotangent hold there.
+    q, d_out = (jnp.where(empty[..., None], 0, x) for x in (q, d_out))
     # d score = p * (dp - delta): softmax's own correction, and the part that goes through the log-sum-exp.
-    delta = jnp.where(empty[..., None], 0, d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1) - d_lse
+    delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1) - d_lse
     of_rows = (d_out, jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0.0, delta))
     heads = (_heads(q, k, v, layout, indices), *(_rows(x, num_kv_heads) for x in of_rows))
     dq, dk, dv = _map_heads(functools.partial(_backward_head, static), layout, heads)
