@@ -45,6 +45,16 @@ def required_gap(head_dim: int, block_size: int, top_k: int, length: int) -> flo
     return required_snr(top_k, num_blocks) / routing_snr(1.0, head_dim, block_size)
 
 
+def scoring_cost(length: int, block_size: int, top_k: int) -> float:
+    """Arithmetic of scoring all past centroids over that of attention to the selected blocks, for a causal sequence.
+
+    A query scores length / (2 * block_size) centroids on average, two operations per channel, and attends to
+    block_size * top_k keys, four.
+    """
+    _check_sizes(length=length, block_size=block_size, top_k=top_k)
+    return length / (4 * block_size**2 * top_k)
+
+
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
