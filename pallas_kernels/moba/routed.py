@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.moba import lists
+from pallas_kernels.moba.heads import join_groups, map_heads, split_groups
 from pallas_kernels.moba.layout import Layout
 from pallas_kernels.moba.lists import BlockLists, Tiles
 
@@ -78,45 +79,26 @@ class Head(NamedTuple):
     blocks: Int[Array, "R ranks"]  # chosen candidates of the layout, -1 for none
 
 
-def _heads(q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> Head:
-    """[B, K, ...] of every array of a head."""
-    num_kv_heads = k.shape[2]
+def _arrays(q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> dict[str, Array]:
+    """Those of all heads, [B, L, K, ...]."""
     blocks = jnp.where(indices < 0, -1, indices + layout.first[:, :, None, None])
-    return Head(_rows(q, num_kv_heads), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), _rows(blocks, num_kv_heads))
+    return {"q": split_groups(q, k), "k": k, "v": v, "blocks": split_groups(blocks, k)}
 
 
-def _rows(x: Array, num_kv_heads: int) -> Array:
-    """[B, T, N, ...] -> [B, K, T * G, ...]."""
-    batch, num_queries, num_heads, *rest = x.shape
-    group = num_heads // num_kv_heads
-    x = jnp.moveaxis(x.reshape(batch, num_queries, num_kv_heads, group, *rest), 2, 1)
-    return x.reshape(batch, num_kv_heads, num_queries * group, *rest)
+def _head(q: Array, k: Array, v: Array, blocks: Array) -> Head:
+    return Head(_rows(q), k, v, _rows(blocks))
 
 
-def _join_rows(x: Array, num_queries: int) -> Array:
-    """[B, K, T * G, ...] -> [B, T, N, ...]."""
-    batch, num_kv_heads, num_rows, *rest = x.shape
-    group = num_rows // num_queries
-    x = jnp.moveaxis(x.reshape(batch, num_kv_heads, num_queries, group, *rest), 1, 2)
-    return x.reshape(batch, num_queries, num_kv_heads * group, *rest)
-
-
-def _map_heads(one_head, layout: Layout, heads):
-    """`one_head(block starts, block lengths, arrays of a head)` for each row of the batch and key head in turn."""
-
-    def one_row(row):
-        start, length, heads = row
-        return jax.lax.map(lambda head: one_head(start, length, head), heads)
-
-    return jax.lax.map(one_row, (layout.block_start, layout.block_length, heads))
+def _rows(x: Array) -> Array:
+    """[T, G, ...] -> [T * G, ...]."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed(static: Static, q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> tuple[Array, Array]:
     """Output [B, T, N, Hv] and log-sum-exp [B, N, T] over whole candidate blocks."""
-    forward = functools.partial(_forward_head, static)
-    out, lse = _map_heads(forward, layout, _heads(q, k, v, layout, indices))
-    return _join_rows(out, q.shape[1]), jnp.swapaxes(_join_rows(lse, q.shape[1]), 1, 2)
+    out, lse = map_heads(functools.partial(_forward_head, static), layout, _arrays(q, k, v, layout, indices))
+    return join_groups(out), jnp.swapaxes(join_groups(lse), 1, 2)
 
 
 def _routed_fwd(static, q, k, v, layout, indices):
@@ -134,17 +116,16 @@ _routed.defvjp(_routed_fwd, _routed_bwd)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _first_order(static: Static, q, k, v, layout, indices, out, lse, d_out, d_lse):
-    num_queries, num_kv_heads = q.shape[1], k.shape[2]
     lse, d_lse = (jnp.swapaxes(x, 1, 2) for x in (lse, d_lse))
     empty = lse == -jnp.inf
     # Queries without a routed block take no part: zeroed by selection, whatever q and the cotangent hold there.
     q, d_out = (jnp.where(empty[..., None], 0, x) for x in (q, d_out))
     # d score = p * (dp - delta): softmax's own correction, and the part that goes through the log-sum-exp.
     delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1) - d_lse
-    of_rows = (d_out, jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0.0, delta))
-    heads = (_heads(q, k, v, layout, indices), *(_rows(x, num_kv_heads) for x in of_rows))
-    dq, dk, dv = _map_heads(functools.partial(_backward_head, static), layout, heads)
-    return _join_rows(dq, num_queries), jnp.swapaxes(dk, 1, 2), jnp.swapaxes(dv, 1, 2)
+    of_rows = {"d_out": d_out, "lse": jnp.where(empty, jnp.inf, lse), "delta": jnp.where(empty, 0.0, delta)}
+    arrays = _arrays(q, k, v, layout, indices) | {name: split_groups(x, k) for name, x in of_rows.items()}
+    dq, dk, dv = map_heads(functools.partial(_backward_head, static), layout, arrays)
+    return join_groups(dq), dk, dv
 
 
 @_first_order.defjvp
@@ -216,7 +197,9 @@ class _Walk:
         return self.head.blocks[:, rank] >= 0, place[:, rank]
 
 
-def _forward_head(static: Static, start: Array, length: Array, head: Head) -> tuple[Array, Array]:
+def _forward_head(static: Static, start: Array, length: Array, **arrays: Array) -> tuple[Array, Array]:
+    """Output [T, G, Hv] and log-sum-exp [T, G]."""
+    head, grid = _head(**arrays), arrays["q"].shape[:2]
     walk = _Walk(static, start, length, head)
     precise = jnp.promote_types(head.q.dtype, jnp.float32)
 
@@ -248,11 +231,16 @@ def _forward_head(static: Static, start: Array, length: Array, head: Head) -> tu
         return out + jnp.where(has_block[:, None], share * parts[place], 0)
 
     out = jax.lax.fori_loop(0, ranks, add, jnp.zeros((head.q.shape[0], head.v.shape[1]), precise))
-    return out.astype(head.q.dtype), jnp.where(total == 0.0, -jnp.inf, jnp.log(some) + top)
+    lse = jnp.where(total == 0.0, -jnp.inf, jnp.log(some) + top)
+    return out.astype(head.q.dtype).reshape(*grid, -1), lse.reshape(grid)
 
 
-def _backward_head(static: Static, start: Array, length: Array, arguments) -> tuple[Array, Array, Array]:
-    head, d_out, lse, delta = arguments
+def _backward_head(
+    static: Static, start: Array, length: Array, *, d_out: Array, lse: Array, delta: Array, **arrays: Array
+) -> tuple[Array, Array, Array]:
+    """dq [T, G, H], dk [S, H], dv [S, Hv]; `lse` is inf for rows that take no part."""
+    head = _head(**arrays)
+    d_out, lse, delta = (_rows(x) for x in (d_out, lse, delta))
     walk = _Walk(static, start, length, head)
     precise = lse.dtype
 
@@ -292,7 +280,7 @@ def _backward_head(static: Static, start: Array, length: Array, arguments) -> tu
     def back(x, like):  # every key lies in at most one block
         return jnp.zeros(like.shape, like.dtype).at[keys].set(x[: start.shape[0]].astype(like.dtype), mode="drop")
 
-    return dq_rows.astype(head.q.dtype), back(dk, head.k), back(dv, head.v)
+    return dq_rows.astype(head.q.dtype).reshape(arrays["q"].shape), back(dk, head.k), back(dv, head.v)
 
 
 def _add_blocks(sums: Array, block: Array, new: Array) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.moba.centroids import centroids_at
+from pallas_kernels.moba.heads import join_groups, map_heads, split_groups
 from pallas_kernels.moba.layout import Layout
 
 ROWS, COLUMNS = 1024, 128  # scores held at once: changes memory and speed only
@@ -20,26 +21,20 @@ def select(
     """Selected blocks of each query head, counted from the start of its sequence; see `moba_select`."""
     q, k = jax.lax.stop_gradient((q, k))
     batch, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    group = num_heads // num_kv_heads
+    group = num_heads // k.shape[2]
     ranks = min(top_k - causal, layout.block_start.shape[1])
 
-    def one_head(of_head):
-        q, k, layout = of_head
-        means = centroids_at(k, layout.block_start, layout.block_length, block_size)
-        first, eligible = (jnp.repeat(x, group) for x in (layout.first, layout.eligible))
-        return choose(q.reshape(num_queries * group, head_dim), means, first, eligible, ranks)
-
-    def one_row(of_row):
-        q, k, layout = of_row
-        each = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_kv_heads, *x.shape)), layout)
-        q = jnp.moveaxis(q.reshape(num_queries, num_kv_heads, group, head_dim), 1, 0)
-        routed = jax.lax.map(one_head, (q, jnp.moveaxis(k, 1, 0), each))
-        routed = routed.reshape(num_kv_heads, num_queries, group, ranks)
-        return jnp.moveaxis(routed, 0, 1).reshape(num_queries, num_heads, ranks)
+    def one_head(start, length, *, q, k, first, eligible):
+        means = centroids_at(k, start, length, block_size)
+        first, eligible = (jnp.repeat(x, group) for x in (first, eligible))
+        chosen = choose(q.reshape(num_queries * group, head_dim), means, first, eligible, ranks)
+        return (chosen.reshape(num_queries, group, ranks),)
 
     if ranks:
-        indices = jax.lax.map(one_row, (q, k, layout))
+        per_head = (batch, num_queries, k.shape[2])
+        first, eligible = (jnp.broadcast_to(x[..., None], per_head) for x in (layout.first, layout.eligible))
+        arrays = {"q": split_groups(q, k), "k": k, "first": first, "eligible": eligible}
+        indices = join_groups(*map_heads(one_head, layout, arrays))
     else:
         indices = jnp.zeros((batch, num_queries, num_heads, 0), jnp.int32)
     if causal:

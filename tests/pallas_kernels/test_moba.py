@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -349,19 +351,7 @@ def test_what_padding_holds_never_matters():
         np.testing.assert_array_equal(got, want)
 
 
-def test_padded_rows_equal_their_sequences():
-    q, k, v, *_ = solved("odd length, groups")[0]
-    lengths = (147, 70)
-    ids = jnp.where(jnp.arange(147) < jnp.asarray(lengths)[:, None], 0, -1)
-    options = dict(block_size=16, top_k=3, implementation="xla")
-    got = jax.jit(functools.partial(moba_attention, **options))(q, k, v, segment_ids=ids)
-    for row, length in enumerate(lengths):
-        rows = [x[row : row + 1, :length] for x in (q, k, v)]
-        alone = jax.jit(functools.partial(moba_attention, **options))(*rows)
-        np.testing.assert_allclose(got[row : row + 1, :length], alone, atol=1e-5)
-    assert (np.asarray(got)[1, 70:] == 0).all()
-
-
+@pytest.mark.slow
 def test_under_transformations():
     """vmap and checkpoint change nothing; a second derivative is refused."""
     arrays = [x[:, :24] for x in solved("odd length, groups")[0][:3]]
@@ -390,7 +380,7 @@ def compiled_sizes(compiled) -> set[int]:
     return {int(np.prod([int(n) for n in dims.split(",")])) for dims in found}
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_buffer_grows_with_queries_times_blocks(packed):
     """From the compiled forward and backward: the largest array, and memory that doubles when the length does."""
     block_size, top_k, heads, head_dim = 8, 3, 2, 8
@@ -610,6 +600,44 @@ def test_theory_of_choices():
 def test_the_page_has_the_numbers_of_the_theory():
     """docs/moba.md tells what `python -m benchmarks.moba_theory` prints."""
     assert moba_theory.table() in (Path(__file__).parents[2] / "docs/moba.md").read_text()
+
+
+SHARDED = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from pallas_kernels.moba import moba_attention
+
+mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+rng = np.random.default_rng(0)
+q = jnp.asarray(rng.normal(size=(4, 60, 4, 8)), jnp.float32)
+k, v = (jnp.asarray(rng.normal(size=(4, 60, 2, 8)), jnp.float32) for _ in range(2))
+ids = jnp.asarray(np.sort(rng.integers(0, 3, (4, 60))), jnp.int32)
+heads, rows = NamedSharding(mesh, P("data", None, "tensor", None)), NamedSharding(mesh, P("data", None))
+placed = [jax.device_put(x, s) for x, s in ((q, heads), (k, heads), (v, heads), (ids, rows))]
+
+for packed in (False, True):
+    def gradient(q, k, v, ids):
+        run = lambda q, k, v: moba_attention(q, k, v, block_size=8, top_k=3, segment_ids=ids if packed else None)
+        out, pull = jax.vjp(run, q, k, v)
+        return out, pull(out)
+
+    compiled = jax.jit(gradient).lower(*placed).compile()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert collective not in compiled.as_text(), collective
+    got, want = compiled(*placed), jax.jit(gradient)(q, k, v, ids)
+    assert got[1][0].sharding.is_equivalent_to(heads, 4), got[1][0].sharding
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), got, want)
+print("sharded ok")
+"""
+
+
+@pytest.mark.slow
+def test_sharded_over_batch_and_heads_without_communication():
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "sharded ok" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.fixture
