@@ -21,25 +21,30 @@ def map_heads(one_head: Callable[..., Any], layout: Layout, arrays: dict[str, Ar
     def all_heads(start: Array, length: Array, **arrays: Array) -> tuple[Array, ...]:
         num_rows, _, num_heads = next(iter(arrays.values())).shape[:3]
 
-        def visit(index, results):
+        def of(index):
             row, head = index // num_heads, index % num_heads
 
             def pick(x):
                 return jnp.squeeze(jax.lax.dynamic_slice(x, *_window(x, row, head)), (0, 2))
 
-            new = one_head(start[row], length[row], **{name: pick(x) for name, x in arrays.items()})
+            return one_head(start[row], length[row], **{name: pick(x) for name, x in arrays.items()})
+
+        def visit(index, results):
+            row, head = index // num_heads, index % num_heads
+            new = (jnp.expand_dims(x, (0, 2)) for x in of(index))
             return tuple(
-                jax.lax.dynamic_update_slice(x, jnp.expand_dims(here, (0, 2)), _window(x, row, head)[0])
+                jax.lax.dynamic_update_slice(x, here, _window(x, row, head)[0])
                 for x, here in zip(results, new, strict=True)
             )
 
-        of_row = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (start, length))
-        of_head = {n: jax.ShapeDtypeStruct((x.shape[1], *x.shape[3:]), x.dtype) for n, x in arrays.items()}
-        shapes = jax.eval_shape(one_head, *of_row, **of_head)
-        empty = tuple(jnp.zeros((num_rows, x.shape[0], num_heads, *x.shape[1:]), x.dtype) for x in shapes)
-        return jax.lax.fori_loop(0, num_rows * num_heads, visit, empty) if num_rows else empty
+        shapes = jax.eval_shape(of, jnp.int32(0))
+        results = (jnp.zeros((num_rows, x.shape[0], num_heads, *x.shape[1:]), x.dtype) for x in shapes)
+        return jax.lax.fori_loop(0, num_rows * num_heads, visit, tuple(results))
 
     operands = {"start": layout.block_start, "length": layout.block_length, **arrays}
+    if layout.block_start.shape[0] == 0:  # no row to slice: one of zeros instead, and none of its results
+        some = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in operands.items()}
+        return tuple(x[:0] for x in all_heads(**some))
     shapes = jax.eval_shape(all_heads, **operands)
     results = {f"result{i}": x for i, x in enumerate(shapes)}
     axes = {name: _axes(name, x.ndim) for name, x in (arrays | results).items()}

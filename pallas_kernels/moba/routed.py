@@ -162,17 +162,16 @@ class _Walk:
     def num_steps(self) -> Array:
         return -(-self.tiles.total // self.lanes)
 
-    def keys_of(self, block: Array) -> Array:
-        return self.start[block][..., None] + jnp.arange(self.block_size, dtype=jnp.int32)
-
     def step(self, index: Array) -> Step:
-        take = lambda x: jax.lax.dynamic_slice_in_dim(x, index * self.lanes, self.lanes)  # noqa: E731
+        def take(x):
+            return jax.lax.dynamic_slice_in_dim(x, index * self.lanes, self.lanes)
+
         block = take(self.tiles.block)
         entry = take(self.tiles.start)[:, None] + jnp.arange(self.rows, dtype=jnp.int32)
         is_row = jnp.arange(self.rows) < take(self.tiles.size)[:, None]
         is_key = jnp.arange(self.block_size) < self.length[block][:, None]
         ranks = self.head.blocks.shape[1]
-        keys = self.keys_of(block)
+        keys = self.start[block][:, None] + jnp.arange(self.block_size, dtype=jnp.int32)
         return Step(
             row=self.lists.entries.at[entry].get(mode="clip") // ranks,
             k=self.head.k.at[keys].get(mode="clip"),
