@@ -1,0 +1,73 @@
+"""One key head of one row of the batch at a time, in bounded memory; cut by rows and key heads over several devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels import partitioning
+from pallas_kernels.moba.layout import Layout
+
+
+def map_heads(one_head: Callable[..., Any], layout: Layout, arrays: dict[str, Array]) -> tuple[Array, ...]:
+    """`one_head(block_start [C], block_length [C], **arrays of a head [L, ...])` -> arrays [L, ...], for every head.
+
+    `arrays` and results are [B, L, K, ...], each with an L of its own. They are sliced and written in place: no
+    transposed copy of all heads is made. No derivatives.
+    """
+
+    def all_heads(start: Array, length: Array, **arrays: Array) -> tuple[Array, ...]:
+        num_rows, _, num_heads = next(iter(arrays.values())).shape[:3]
+
+        def of(index):
+            row, head = index // num_heads, index % num_heads
+
+            def pick(x):
+                return jnp.squeeze(jax.lax.dynamic_slice(x, *_window(x, row, head)), (0, 2))
+
+            return one_head(start[row], length[row], **{name: pick(x) for name, x in arrays.items()})
+
+        def visit(index, results):
+            row, head = index // num_heads, index % num_heads
+            new = (jnp.expand_dims(x, (0, 2)) for x in of(index))
+            return tuple(
+                jax.lax.dynamic_update_slice(x, here, _window(x, row, head)[0])
+                for x, here in zip(results, new, strict=True)
+            )
+
+        shapes = jax.eval_shape(of, jnp.int32(0))
+        results = (jnp.zeros((num_rows, x.shape[0], num_heads, *x.shape[1:]), x.dtype) for x in shapes)
+        return jax.lax.fori_loop(0, num_rows * num_heads, visit, tuple(results))
+
+    operands = {"start": layout.block_start, "length": layout.block_length, **arrays}
+    if layout.block_start.shape[0] == 0:  # no row to slice: one of zeros instead, and none of its results
+        some = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in operands.items()}
+        return tuple(x[:0] for x in all_heads(**some))
+    shapes = jax.eval_shape(all_heads, **operands)
+    results = {f"result{i}": x for i, x in enumerate(shapes)}
+    axes = {name: _axes(name, x.ndim) for name, x in (arrays | results).items()}
+    axes |= {name: f"b {name}0" for name in ("start", "length")}
+    return partitioning.cut(all_heads, operands, axes=axes, results=list(results), group=1)
+
+
+def split_groups(x: Array, k: Array) -> Array:
+    """[B, T, N, ...] -> [B, T, K, G, ...], for keys [B, S, K, H]."""
+    num_kv_heads = k.shape[2]
+    return x.reshape(*x.shape[:2], num_kv_heads, x.shape[2] // num_kv_heads, *x.shape[3:])
+
+
+def join_groups(x: Array) -> Array:
+    """[B, T, K, G, ...] -> [B, T, N, ...]."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def _window(x: Array, row: Array, head: Array) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Where one head of [B, L, K, ...] begins, and its size."""
+    return (row, 0, head, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:])
+
+
+def _axes(name: str, ndim: int) -> str:
+    """In the words of `partitioning.cut`: rows and key heads, and axes that are never cut."""
+    return " ".join(["b", f"{name}0", "k", *(f"{name}{axis}" for axis in range(1, ndim - 2))])

@@ -1,0 +1,295 @@
+"""Attention of queries to the whole blocks that they chose, block-major, both directions.
+
+The queries that chose a block are gathered into tiles of rows, which share its keys and values; all query heads of a
+key head are rows of the same lists. Every (query, rank) pair gets a partial result of its own, written once, and a
+query adds up its partials in the order of their ranks. The backward pass walks the same tiles: dK and dV add up block
+by block, dQ through partial rows. Nothing is added atomically, so every run gives the same bits. One key head of one
+row of the batch is worked on at a time; nothing of size T x S or T x blocks is ever held.
+
+Numerics: scores, softmax and all sums in float32; partial results, probabilities and `ds` are rounded to the input
+dtype.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.moba import lists
+from pallas_kernels.moba.heads import join_groups, map_heads, split_groups
+from pallas_kernels.moba.layout import Layout
+from pallas_kernels.moba.lists import BlockLists, Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How lists are cut: rows of a tile, and tiles worked on at once. Changes speed and memory only."""
+
+    rows: int
+    lanes: int
+
+
+def default_tiling(num_pairs: int, num_blocks: int, block_size: int, platform: str) -> Tiling:
+    """Tiles no longer than an average list, and as many at once as their scores stay small. Not tuned."""
+    average = -(-num_pairs // num_blocks)
+    rows = max(16, min(128, average + -average % 16))
+    budget, most = (2**18, 16) if platform == "cpu" else (2**24, 64)
+    lanes = min(most, budget // (rows * block_size), lists.most_tiles(num_pairs, num_blocks, rows))
+    return Tiling(rows, max(1, lanes))
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    layout: Layout,
+    indices: Int[Array, "B T N ranks"],
+    *,
+    block_size: int,
+    scale: float,
+    tiling: Tiling | None = None,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
+    """Output and log-sum-exp over all keys of the candidates `indices`, counted from each query's first; -1 is none.
+
+    `ranks` is at least 1, and so is the number of candidates of the layout.
+    """
+    if tiling is None:
+        num_pairs = math.prod(indices.shape[1:]) // k.shape[2]
+        tiling = default_tiling(num_pairs, layout.block_start.shape[1], block_size, jax.default_backend())
+    return _routed(Static(block_size, scale, tiling), q, k, v, layout, indices)
+
+
+class Static(NamedTuple):
+    block_size: int
+    scale: float
+    tiling: Tiling
+
+
+class Head(NamedTuple):
+    """One key head of one row of the batch. R = T * G rows, the query heads of the group innermost."""
+
+    q: Float[Array, "R H"]
+    k: Float[Array, "S H"]
+    v: Float[Array, "S Hv"]
+    blocks: Int[Array, "R ranks"]  # chosen candidates of the layout, -1 for none
+
+
+def _arrays(q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> dict[str, Array]:
+    """Those of all heads, [B, L, K, ...]."""
+    blocks = jnp.where(indices < 0, -1, indices + layout.first[:, :, None, None])
+    return {"q": split_groups(q, k), "k": k, "v": v, "blocks": split_groups(blocks, k)}
+
+
+def _head(q: Array, k: Array, v: Array, blocks: Array) -> Head:
+    return Head(_rows(q), k, v, _rows(blocks))
+
+
+def _rows(x: Array) -> Array:
+    """[T, G, ...] -> [T * G, ...]."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _routed(static: Static, q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> tuple[Array, Array]:
+    """Output [B, T, N, Hv] and log-sum-exp [B, N, T] over whole candidate blocks."""
+    out, lse = map_heads(functools.partial(_forward_head, static), layout, _arrays(q, k, v, layout, indices))
+    return join_groups(out), jnp.swapaxes(join_groups(lse), 1, 2)
+
+
+def _routed_fwd(static, q, k, v, layout, indices):
+    # A rematerialisation policy that keeps "attention" then need not run the forward pass again.
+    out, lse = jax.tree.map(lambda x: checkpoint_name(x, "attention"), _routed(static, q, k, v, layout, indices))
+    return (out, lse), (q, k, v, layout, indices, out, lse)
+
+
+def _routed_bwd(static, residuals, cotangents):
+    return *_first_order(static, *residuals, *cotangents), None, None
+
+
+_routed.defvjp(_routed_fwd, _routed_bwd)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _first_order(static: Static, q, k, v, layout, indices, out, lse, d_out, d_lse):
+    lse, d_lse = (jnp.swapaxes(x, 1, 2) for x in (lse, d_lse))
+    empty = lse == -jnp.inf
+    # Queries without a routed block take no part: zeroed by selection, whatever q and the cotangent hold there.
+    q, d_out = (jnp.where(empty[..., None], 0, x) for x in (q, d_out))
+    # d score = p * (dp - delta): softmax's own correction, and the part that goes through the log-sum-exp.
+    delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1) - d_lse
+    of_rows = {"d_out": d_out, "lse": jnp.where(empty, jnp.inf, lse), "delta": jnp.where(empty, 0.0, delta)}
+    arrays = _arrays(q, k, v, layout, indices) | {name: split_groups(x, k) for name, x in of_rows.items()}
+    dq, dk, dv = map_heads(functools.partial(_backward_head, static), layout, arrays)
+    return join_groups(dq), dk, dv
+
+
+@_first_order.defjvp
+def _second_order(static, primals, tangents):
+    raise NotImplementedError(
+        'moba_attention "xla" has no second derivative: differentiate implementation="reference" instead'
+    )
+
+
+class Step(NamedTuple):
+    """What the `lanes` tiles of one step read."""
+
+    row: Int[Array, "lanes rows"]
+    k: Float[Array, "lanes keys H"]
+    v: Float[Array, "lanes keys Hv"]
+    seen: Bool[Array, "lanes rows keys"]
+    block: Int[Array, "lanes"]
+
+
+class _Walk:
+    """The tiles of one head, a step at a time."""
+
+    def __init__(self, static: Static, start: Array, length: Array, head: Head):
+        self.block_size, self.scale, tiling = static
+        self.rows, self.lanes = tiling.rows, tiling.lanes
+        self.start, self.length, self.head = start, length, head
+        num_blocks, num_pairs = start.shape[0], head.blocks.size
+        num_tiles = lists.most_tiles(num_pairs, num_blocks, self.rows)
+        self.num_tiles = num_tiles + -num_tiles % self.lanes
+        self.lists: BlockLists = lists.invert_selection(head.blocks, num_blocks)
+        self.tiles: Tiles = lists.cut(self.lists, self.rows, self.num_tiles)
+
+    @property
+    def num_steps(self) -> Array:
+        return -(-self.tiles.total // self.lanes)
+
+    def step(self, index: Array) -> Step:
+        def take(x):
+            return jax.lax.dynamic_slice_in_dim(x, index * self.lanes, self.lanes)
+
+        block = take(self.tiles.block)
+        entry = take(self.tiles.start)[:, None] + jnp.arange(self.rows, dtype=jnp.int32)
+        is_row = jnp.arange(self.rows) < take(self.tiles.size)[:, None]
+        is_key = jnp.arange(self.block_size) < self.length[block][:, None]
+        ranks = self.head.blocks.shape[1]
+        keys = self.start[block][:, None] + jnp.arange(self.block_size, dtype=jnp.int32)
+        return Step(
+            row=self.lists.entries.at[entry].get(mode="clip") // ranks,
+            k=self.head.k.at[keys].get(mode="clip"),
+            v=self.head.v.at[keys].get(mode="clip"),
+            seen=is_row[:, :, None] & is_key[:, None],
+            block=block,
+        )
+
+    def scores(self, q: Array, step: Step) -> Array:
+        precise = jnp.promote_types(q.dtype, jnp.float32)
+        scores = jnp.einsum("LRH,LSH->LRS", q, step.k, preferred_element_type=precise) * self.scale
+        return jnp.where(step.seen, scores, -jnp.inf)
+
+    def put(self, rows: Array, index: Array, new: Array) -> Array:
+        """Writes the results [lanes, rows, ...] of a step among those of all tiles."""
+        new = new.reshape(-1, *new.shape[2:]).astype(rows.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(rows, new, index * self.lanes * self.rows, 0)
+
+    def per_pair(self, rank: Array | int) -> tuple[Array, Array]:
+        """Which rows have a block of this rank, and where its results are."""
+        place = self.tiles.place.reshape(self.head.blocks.shape)
+        return self.head.blocks[:, rank] >= 0, place[:, rank]
+
+
+def _forward_head(static: Static, start: Array, length: Array, **arrays: Array) -> tuple[Array, Array]:
+    """Output [T, G, Hv] and log-sum-exp [T, G]."""
+    head, grid = _head(**arrays), arrays["q"].shape[:2]
+    walk = _Walk(static, start, length, head)
+    precise = jnp.promote_types(head.q.dtype, jnp.float32)
+
+    def visit(index, state):
+        step = walk.step(index)
+        scores = walk.scores(head.q[step.row], step)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
+        total = weights.sum(axis=-1)
+        some = jnp.where(total == 0.0, 1.0, total)
+        out = jnp.einsum("LRS,LSV->LRV", weights.astype(step.v.dtype), step.v, preferred_element_type=precise)
+        lse = jnp.where(total == 0.0, -jnp.inf, jnp.log(some) + top[..., 0])
+        return walk.put(state[0], index, out / some[..., None]), walk.put(state[1], index, lse)
+
+    num_places = walk.num_tiles * walk.rows
+    empty = jnp.zeros((num_places, head.v.shape[1]), head.q.dtype), jnp.full((num_places,), -jnp.inf, precise)
+    parts, lses = jax.lax.fori_loop(0, walk.num_steps, visit, empty)
+
+    ranks = head.blocks.shape[1]
+    lse_of = jnp.where(head.blocks >= 0, lses[walk.tiles.place.reshape(head.blocks.shape)], -jnp.inf)
+    top = lse_of.max(axis=1)
+    weights = jnp.exp(lse_of - jnp.where(top == -jnp.inf, 0.0, top)[:, None])
+    total = weights.sum(axis=1)
+    some = jnp.where(total == 0.0, 1.0, total)
+
+    def add(rank, out):
+        has_block, place = walk.per_pair(rank)
+        share = jax.lax.dynamic_index_in_dim(weights, rank, 1) / some[:, None]
+        return out + jnp.where(has_block[:, None], share * parts[place], 0)
+
+    out = jax.lax.fori_loop(0, ranks, add, jnp.zeros((head.q.shape[0], head.v.shape[1]), precise))
+    lse = jnp.where(total == 0.0, -jnp.inf, jnp.log(some) + top)
+    return out.astype(head.q.dtype).reshape(*grid, -1), lse.reshape(grid)
+
+
+def _backward_head(
+    static: Static, start: Array, length: Array, *, d_out: Array, lse: Array, delta: Array, **arrays: Array
+) -> tuple[Array, Array, Array]:
+    """dq [T, G, H], dk [S, H], dv [S, Hv]; `lse` is inf for rows that take no part."""
+    head = _head(**arrays)
+    d_out, lse, delta = (_rows(x) for x in (d_out, lse, delta))
+    walk = _Walk(static, start, length, head)
+    precise = lse.dtype
+
+    def visit(index, state):
+        dq, dk, dv = state
+        step = walk.step(index)
+        q_here, d_out_here = head.q[step.row], d_out[step.row]
+        p = jnp.exp(walk.scores(q_here, step) - lse[step.row][..., None])
+        dp = jnp.einsum("LRV,LSV->LRS", d_out_here, step.v, preferred_element_type=precise)
+        ds = jnp.where(step.seen, p * (dp - delta[step.row][..., None]) * walk.scale, 0).astype(head.q.dtype)
+        p = p.astype(head.q.dtype)
+        dk_here = jnp.einsum("LRS,LRH->LSH", ds, q_here, preferred_element_type=precise)
+        dv_here = jnp.einsum("LRS,LRV->LSV", p, d_out_here, preferred_element_type=precise)
+        dq = walk.put(dq, index, jnp.einsum("LRS,LSH->LRH", ds, step.k, preferred_element_type=precise))
+        return dq, _add_blocks(dk, step.block, dk_here), _add_blocks(dv, step.block, dv_here)
+
+    num_sums = start.shape[0] + walk.lanes
+    dq, dk, dv = jax.lax.fori_loop(
+        0,
+        walk.num_steps,
+        visit,
+        (
+            jnp.zeros((walk.num_tiles * walk.rows, head.q.shape[1]), head.q.dtype),
+            jnp.zeros((num_sums, walk.block_size, head.k.shape[1]), precise),
+            jnp.zeros((num_sums, walk.block_size, head.v.shape[1]), precise),
+        ),
+    )
+
+    def add(rank, total):
+        has_block, place = walk.per_pair(rank)
+        return total + jnp.where(has_block[:, None], dq[place].astype(precise), 0)
+
+    dq_rows = jax.lax.fori_loop(0, head.blocks.shape[1], add, jnp.zeros(head.q.shape, precise))
+    offset = jnp.arange(walk.block_size)
+    keys = jnp.where(offset < length[:, None], start[:, None] + offset, head.k.shape[0])  # beyond the end: dropped
+
+    def back(x, like):  # every key lies in at most one block
+        return jnp.zeros(like.shape, like.dtype).at[keys].set(x[: start.shape[0]].astype(like.dtype), mode="drop")
+
+    return dq_rows.astype(head.q.dtype).reshape(arrays["q"].shape), back(dk, head.k), back(dv, head.v)
+
+
+def _add_blocks(sums: Array, block: Array, new: Array) -> Array:
+    """Adds new [lanes, ...] to sums [blocks, ...]; `block` [lanes] grows by 0 or 1 from lane to lane.
+
+    A product with zeros and ones instead of a scatter: the same sum in every run.
+    """
+    lanes = block.shape[0]
+    is_of = block - block[0] == jnp.arange(lanes)[:, None]  # [window, lanes]
+    if lanes > 1:
+        new = jnp.einsum("WL,LSH->WSH", is_of.astype(new.dtype), new, precision="highest")
+    old = jax.lax.dynamic_slice_in_dim(sums, block[0], lanes)
+    return jax.lax.dynamic_update_slice_in_dim(sums, old + new, block[0], 0)

@@ -1,0 +1,147 @@
+"""Portable block-routed attention: routing, the own block by `flash_attention`, the others by `routed.py`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import flash_attention
+from pallas_kernels.masks import Causal, SlidingWindow
+from pallas_kernels.moba import layout as layouts
+from pallas_kernels.moba import routed, routing
+from pallas_kernels.moba.layout import Layout
+from pallas_kernels.moba.routed import Tiling
+
+Segments = tuple[Array, Array]  # of queries [B, T] and keys [B, S], int32
+
+
+def unsupported(q: Array, k: Array, segments: Segments | None, *, top_k: int, causal: bool) -> str | None:
+    """Why this call cannot run here, in words; None when it can."""
+    if segments is not None and not causal:
+        return "segment_ids need causal=True"
+    pairs = q.shape[1] * (q.shape[2] // k.shape[2]) * top_k
+    if pairs >= 2**30:  # with their padding to whole tiles they are counted in int32
+        return f"T * N / K * top_k must be below 2^30; got {pairs}"
+    return None
+
+
+def make_layout(q: Array, k: Array, segments: Segments | None, *, block_size: int, causal: bool) -> Layout:
+    if segments is None:
+        return layouts.of_one_sequence(q.shape[0], q.shape[1], k.shape[1], block_size, causal=causal)
+    return layouts.of_segments(*segments, block_size)
+
+
+def select(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    segments: Segments | None,
+    *,
+    block_size: int,
+    top_k: int,
+    causal: bool,
+) -> Int[Array, "B T N top_k"]:
+    """See `moba_select`."""
+    layout = make_layout(q, k, segments, block_size=block_size, causal=causal)
+    return routing.select(q, k, layout, block_size=block_size, top_k=top_k, causal=causal)
+
+
+def run(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    segments: Segments | None,
+    *,
+    block_size: int,
+    top_k: int,
+    causal: bool,
+    scale: float,
+    own_implementation: str | None = "xla",
+    tiling: Tiling | None = None,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"], Int[Array, "B T N top_k"]]:
+    """Output, log-sum-exp and selection; see `moba_attention`.
+
+    The own blocks are left to `flash_attention` with the implementation given, the others to `routed.attend`.
+    """
+    layout = make_layout(q, k, segments, block_size=block_size, causal=causal)
+    indices = routing.select(q, k, layout, block_size=block_size, top_k=top_k, causal=causal)
+    num_blocks = layout.block_start.shape[1]
+    others = indices[..., int(causal) :][..., :num_blocks]
+    parts = []
+    if causal:
+        own = functools.partial(flash_attention, scale=scale, return_lse=True, implementation=own_implementation)
+        if segments is None:
+            parts.append(_own_blocks(own, q, k, v, block_size))
+        else:
+            parts.append(_own_blocks_of_segments(own, q, k, v, layout, segments, block_size))
+    if others.shape[3]:
+        parts.append(routed.attend(q, k, v, layout, others, block_size=block_size, scale=scale, tiling=tiling))
+    out, lse = parts[0] if len(parts) == 1 else merge(*parts)
+    return out, lse, indices
+
+
+def merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Attention over the union of two disjoint sets of keys, from outputs [B, T, N, H] and log-sum-exps [B, N, T]."""
+    lse = jnp.stack([a[1], b[1]])
+    top = jax.lax.stop_gradient(lse.max(axis=0))
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp(lse - top)
+    total = weights.sum(axis=0)
+    empty = total == 0.0
+    total = jnp.where(empty, 1.0, total)
+    share = jnp.swapaxes(weights / total, 2, 3)[..., None]
+    out = share[0] * a[0] + share[1] * b[0]
+    return out.astype(a[0].dtype), jnp.where(empty, -jnp.inf, jnp.log(total) + top)
+
+
+def _own_blocks(own, q: Array, k: Array, v: Array, block_size: int) -> tuple[Array, Array]:
+    """Causal attention inside each block, the blocks of one sequence as rows of a batch."""
+    batch, num_queries, num_heads, _ = q.shape
+    num_keys = k.shape[1]
+    begin = max(0, num_keys - num_queries) // block_size * block_size  # of the first query's own block
+    shift = num_keys - num_queries - begin  # where query 0 stands on the grid that begins there
+    num_blocks = -(-(num_keys - begin) // block_size)
+    blank = num_blocks * block_size - (num_keys - begin)
+    # How many blocks at once: what a step of scores of that attention should hold at most.
+    chunk = max(1, min(num_blocks, 2**22 // max(1, batch * num_heads * min(block_size, 512) ** 2)))
+    num_chunks = -(-num_blocks // chunk)
+    blank += (num_chunks * chunk - num_blocks) * block_size
+
+    def cut(x, first):
+        x = jnp.pad(x[:, max(0, -first) :], ((0, 0), (max(0, first), blank), (0, 0), (0, 0)))
+        x = x.reshape(batch, num_chunks, chunk * block_size, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0).reshape(num_chunks, batch * chunk, block_size, *x.shape[3:])
+
+    chunks = (cut(q, shift), cut(k[:, begin:], 0), cut(v[:, begin:], 0))
+    out, lse = jax.lax.map(lambda x: own(*x, mask=Causal()), chunks)
+    lse = jnp.swapaxes(lse, 2, 3)
+
+    def join(x, empty):
+        x = x.reshape(num_chunks, batch, chunk * block_size, *x.shape[3:])
+        x = jnp.moveaxis(x, 0, 1).reshape(batch, num_chunks * chunk * block_size, *x.shape[3:])
+        x = x[:, max(0, shift) : num_keys - begin]
+        missing = num_queries - x.shape[1]  # leading queries before the first key
+        return jnp.pad(x, [(0, 0), (missing, 0)] + [(0, 0)] * (x.ndim - 2), constant_values=empty)
+
+    return join(out, 0), jnp.swapaxes(join(lse, -jnp.inf), 1, 2)
+
+
+def _own_blocks_of_segments(
+    own, q: Array, k: Array, v: Array, layout: Layout, segments: tuple[Array, Array], block_size: int
+) -> tuple[Array, Array]:
+    """The same where blocks begin anywhere: a window of one block, with the blocks as segments."""
+    q_blocks, k_blocks = layouts.own_blocks(layout, *segments, block_size)
+    window = SlidingWindow(block_size)
+    if segments[0] is segments[1]:  # every real query stands at its own index
+        return own(q, k, v, mask=window, segment_ids=(q_blocks, k_blocks))
+    # Queries move to the index of the key at their position, and back.
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    to_key = jnp.where(layout.key >= 0, layout.key, num_keys)
+    query = jnp.arange(num_queries, dtype=jnp.int32)
+    at_key = jax.vmap(lambda at: jnp.full((num_keys,), num_queries, jnp.int32).at[at].set(query, mode="drop"))(to_key)
+
+    def move(x, index, fill):
+        return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=fill))(x, index)
+
+    out, lse = own(move(q, at_key, 0), k, v, mask=window, segment_ids=(move(q_blocks, at_key, -1), k_blocks))
+    return move(out, to_key, 0), jnp.swapaxes(move(jnp.swapaxes(lse, 1, 2), to_key, -jnp.inf), 1, 2)
