@@ -202,6 +202,7 @@ def test_a_window_and_alternatives(capsys, tiny_directory):
     assert (code, again) == (0, record["text"] + "\n")
 
 
+@pytest.mark.slow  # 15 s; last passed on 2026-11-27
 def test_infilling(capsys, tiny_diffusion_directory, tmp_path):
     model = ["text", "--model", tiny_diffusion_directory, "--quiet", "--capacity", "64"]
     code, out, _ = run(capsys, *model, "--infill", "--prompt", "ab<fill:3>cd<fill:2>")

@@ -251,7 +251,7 @@ def test_a_decoder_checks_its_sizes(tiny):
     assert prefill_buckets(100) == (32, 64, 100) and prefill_buckets(32) == (32,) and prefill_buckets(8) == (8,)
 
 
-@pytest.mark.parametrize("prefill_rows", [pytest.param(1, marks=pytest.mark.slow), 2])  # both passed 2026-11-25
+@pytest.mark.parametrize("prefill_rows", [pytest.param(1, marks=pytest.mark.slow), 2])  # both passed 2026-11-27
 def test_long_prompts_in_pieces_change_nothing(tiny, plain, prefill_rows):
     """Prompts of one and of two pieces mixed, with alternatives: the tokens are those of whole prompts."""
     requests = [
@@ -303,7 +303,7 @@ def test_a_window_runs_prompt_and_text_beyond_every_length(tiny, caplog):
             assert tokens.tolist() == logprobs.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=pytest.mark.slow)])  # passed 2026-11-26, 5 minutes
+@pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=pytest.mark.slow)])  # passed 2026-11-27, 5 minutes
 def test_an_endless_stream_compiles_once_and_keeps_memory_flat(tiny, steps):
     engine = TextEngine.from_pretrained(tiny, window=24, num_sinks=3)
     events = engine.generate([Request(prompt="on and on", max_new_tokens=2**31 - 100, eos_ids=(), temperature=1.0)])
@@ -319,7 +319,7 @@ def test_an_endless_stream_compiles_once_and_keeps_memory_flat(tiny, steps):
     events.close()
 
 
-@pytest.mark.slow  # 45 s on two busy cores, passed 2026-11-23
+@pytest.mark.slow  # 45 s on two busy cores, passed 2026-11-27
 def test_ten_thousand_steps_compile_nothing_and_keep_memory_flat(tiny):
     engine = TextEngine.from_pretrained(tiny, batch=2, capacity=256)
     requests = [Request(prompt=f"{i}", max_new_tokens=200, eos_ids=(), temperature=float(i % 2)) for i in range(10)]
@@ -355,7 +355,7 @@ print("OK")
 """
 
 
-@pytest.mark.slow  # 38 s on two busy cores, passed 2026-11-23
+@pytest.mark.slow  # 38 s on two busy cores, passed 2026-11-27
 def test_weights_sharded_over_a_mesh_give_the_same_tokens(tiny_directory):
     done = subprocess.run(
         [sys.executable, "-c", MESH, str(tiny_directory)], capture_output=True, text=True, timeout=300

@@ -1,7 +1,7 @@
 """The Hopper kernel of decode_attention: interpreted with race detection, lowered for CUDA, explained; its work list.
 
 The interpreter is slow (10 to 70 ms per tile and head), so sizes are a few tiles; what varies is the edge. By default
-few cases run; the others are slow. All slow ones, races included, last passed on 2026-11-26.
+few cases run; the others are slow. All slow ones, races included, last passed on 2026-11-27.
 """
 
 import dataclasses

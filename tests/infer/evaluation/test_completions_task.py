@@ -41,6 +41,7 @@ def config_for(models, output, **changes) -> Completions:
     return Completions(ar=models / "ar", dlm=models / "dlm", output=output, **(options | changes))
 
 
+@pytest.mark.slow  # 18 s; last passed on 2026-11-27
 def test_rows_do_not_depend_on_batches_and_forwards_are_counted(models, tmp_path):
     prompts = [[4 + (i * 37 + j * 11) % 250 for j in range(16)] for i in range(3)]
     config = config_for(models, tmp_path)

@@ -231,7 +231,7 @@ def test_cached_decoding_equals_full_recomputation_in_all_variants(length, optio
     compare(length, range(3), **options)
 
 
-@pytest.mark.slow  # 24 minutes at low priority on two busy cores, passed 2026-11-25
+@pytest.mark.slow  # last passed on 2026-11-27
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("length", range(1, 9))
 def test_cached_decoding_of_a_hundred_models(length, fused):
