@@ -268,7 +268,7 @@ def compile_case(case: CompileCase, *, gpu: str = "h100", keep: Path | None = No
     Args:
       case: the call.
       gpu: key of GPUS.
-      keep: directory that receives PTX, SASS and logs.
+      keep: directory of this case alone that receives PTX, SASS and logs; what an earlier run left in it goes.
 
     Raises:
       MissingToolError: no CUDA plugin or no nvdisasm.

@@ -2,10 +2,10 @@
 
 import os
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
 # Before anything of the project is imported: every annotated function then checks its arguments' shapes.
-install_import_hook(["pallas_kernels", "jaxmodels", "train", "infer"], "beartype.beartype")
+jaxtyping.install_import_hook(["pallas_kernels", "jaxmodels", "train", "infer"], "beartype.beartype")
 
 # The interpreter of Mosaic kernels blocks a thread of XLA's pool, which has one per core, for each warpgroup that waits
 # at a barrier, and one more: on two cores a kernel of three warpgroups may never end.
@@ -35,3 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def plain_calls():
+    """Shape annotations off: what a user without the checker in the tests gets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

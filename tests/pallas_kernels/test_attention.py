@@ -7,7 +7,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -397,14 +396,6 @@ def test_importing_creates_no_devices():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.fixture
-def plain_calls():
-    """Shape annotations off: what a user without the checker in the tests gets."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def zeros(*shape, dtype=jnp.float32):

@@ -8,7 +8,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -457,14 +456,6 @@ def test_sharded_over_batch_and_heads():
     preamble = "import jax; jax.config.update('jax_platforms', 'cpu'); jax.config.update('jax_num_cpu_devices', 8)\n"
     done = subprocess.run([sys.executable, "-c", preamble + SHARDED], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "sharded ok" in done.stdout, done.stderr[-3000:]
-
-
-@pytest.fixture
-def plain_calls():
-    """Shape annotations off: what a user without the checker in the tests gets."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def zeros(*shape, dtype=jnp.float32):

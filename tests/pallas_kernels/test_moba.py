@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -638,14 +637,6 @@ print("sharded ok")
 def test_sharded_over_batch_and_heads_without_communication():
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "sharded ok" in done.stdout, done.stderr[-3000:]
-
-
-@pytest.fixture
-def plain_calls():
-    """Shape annotations off: what a user without the checker in the tests gets."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def zeros(*shape, dtype=jnp.float32):

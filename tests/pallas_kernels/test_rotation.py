@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -112,14 +111,6 @@ def test_float32_inside():
     assert y.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(y, np.float64) - right) / np.linalg.norm(right)
     assert error < 2.5e-3, "one rounding at the end"
-
-
-@pytest.fixture
-def plain_calls():
-    """Calls as users make them: the tests' import hook checks shapes before the library does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("plain_calls")

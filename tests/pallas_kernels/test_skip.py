@@ -5,7 +5,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -497,14 +496,6 @@ def test_under_vmap():
     run = lambda q, k, v, t: flash_attention(q, k, v, scale=SCALE, skip_threshold=t, skip_tile=TILE)  # noqa: E731
     got = jax.jit(jax.vmap(lambda q, k, v, t: run(q[None], k[None], v[None], t)))(q, k, v, thresholds)
     np.testing.assert_allclose(got[:, 0], run(q, k, v, thresholds), rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def plain_calls():
-    """Shape annotations off: what a user without the checker in the tests gets."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 BAD_CALLS = {

@@ -205,11 +205,6 @@ def _unturn(rotated: Weights, turns: dict[str, Rotated], pairs: dict[str, Pairs]
     return {name: weight / turns[name].scale for name, weight in back.items()}
 
 
-def smooth_l1(difference: Array) -> Array:
-    size = jnp.abs(difference.astype(jnp.float32))
-    return jnp.where(size < 1, 0.5 * size**2, size - 0.5).mean()
-
-
 def _train(
     model: Callable[[Any, Array], Array],
     start: Any,
@@ -230,16 +225,17 @@ def _train(
     per_epoch = len(samples[0]) // config.batch_size
     steps = max(1, epochs * per_epoch)
 
+    cosine = optax.cosine_decay_schedule(1.0, steps, alpha=1 / 20)
+
     def decay(count):  # the original asks its scheduler once before the first step
-        done = jnp.minimum(jnp.maximum(count - 1, 0) / steps, 1)
-        return (1 + 19 * 0.5 * (1 + jnp.cos(jnp.pi * done))) / 20
+        return cosine(jnp.maximum(count - 1, 0))
 
     optimizer = optax.chain(
         optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-10), optax.add_decayed_weights(0.01), optax.scale_by_schedule(decay)
     )
 
     def loss(state, x, y):
-        return smooth_l1(model(state, x) - y)
+        return optax.losses.huber_loss(model(state, x).astype(jnp.float32), y.astype(jnp.float32)).mean()  # smooth L1
 
     @jax.jit
     def step(state, momenta, x, y):

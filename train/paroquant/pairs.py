@@ -54,4 +54,7 @@ def select_pairs(seed: int, num_groups: int, *, group_size: int = 128, num_rotat
             left = sorted(free)
             channels[rotation, group] = [*itertools.chain(*taken), *left]
             is_real[rotation, group, : len(taken)] = True
-    return Pairs(channels.reshape(num_rotations, -1), is_real.reshape(num_rotations, -1))
+    result = Pairs(channels.reshape(num_rotations, -1), is_real.reshape(num_rotations, -1))
+    for array in result:
+        array.flags.writeable = False  # later calls get the same arrays
+    return result
