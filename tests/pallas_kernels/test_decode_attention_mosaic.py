@@ -43,6 +43,7 @@ class Call:
     own: masks.Mask | None = masks.Full()
     own_lengths: tuple[int, ...] | None = None
     ring: bool = False
+    empty_tiles: tuple[int, ...] = ()  # of 128 slots, in a ring
     window: int | None = None
     num_sinks: int = 0
     varied: bool = False  # tiles of 128 keys differ in how large their scores are, and tend to be smaller the later
@@ -58,7 +59,8 @@ class Call:
         if self.ring:
             slots = np.arange(self.capacity)
             positions = np.stack([np.roll(slots, 37 * (b + 1)) for b in range(batch)])
-            positions = jnp.asarray(np.where(rng.random(positions.shape) < 0.1, -1, positions), jnp.int32)
+            is_empty = (rng.random(positions.shape) < 0.1) | np.isin(slots // 128, self.empty_tiles)
+            positions = jnp.asarray(np.where(is_empty, -1, positions), jnp.int32)
         empty = jnp.arange(self.capacity) >= lengths[:, None]
         if positions is not None:
             empty |= positions < 0
@@ -280,6 +282,9 @@ SKIP_CALLS = {
     "more rows than one CTA": SkipCall((800,), 36, 800, thresholds=(0.8,), own=masks.BlockCausal(8)),
     "32 queries of 8 heads": SkipCall((800,), 32, 800, group=8, thresholds=(0.9,), own=masks.Full()),
     "positions": SkipCall((1100, 1000), 3, 1000, group=2, ring=True, thresholds=(0.4, 0.6)),
+    "positions, a dense row, empty tiles": SkipCall(
+        (1000, 1000), 3, 1000, group=2, ring=True, empty_tiles=(0, 3), thresholds=(0.4, 1.5)
+    ),
     "positions, two warpgroups of rows": SkipCall((900,), 20, 1000, ring=True, thresholds=(0.7,)),
     "float16": SkipCall((800,), 2, 800, thresholds=(0.4,), dtype="float16"),
     "96": SkipCall((800,), 2, 800, head_dim=96),
