@@ -32,6 +32,8 @@ from jaxmodels.checkpoints.mapping import (
     unflatten,
 )
 from jaxmodels.decoding.sampling import SamplingOptions
+from jaxmodels.quantization.load import dense_names, find_scheme, load_quantized, plan
+from jaxmodels.quantization.source import Scheme
 from jaxmodels.qwen import load as qwen_load
 from jaxmodels.qwen.model import CausalLM, build
 from jaxmodels.sharding import param_shardings
@@ -164,6 +166,7 @@ class Pretrained:
       directory: where it was loaded from.
       hf_config: config.json as it is, for fields that do not change the model (how it was trained).
       sparse_attention: calibrated thresholds of config.json, or None; nothing skips unless it is asked to.
+      quantization: how the checkpoint stores its linears, in words; None when they are dense.
     """
 
     lm: CausalLM
@@ -173,6 +176,7 @@ class Pretrained:
     directory: Path
     hf_config: Mapping[str, Any]
     sparse_attention: SkipSoftmaxConfig | None = None
+    quantization: str | None = None
 
     def skip(
         self,
@@ -238,13 +242,17 @@ def load_pretrained(
 ) -> Pretrained:
     """Reads a Hugging Face directory (config.json, safetensors, tokenizer), or a repository `org/name`.
 
+    Linears that the checkpoint stores quantized (AWQ, GPTQ, ParoQuant, compressed-tensors, ModelOpt) stay so: their
+    parameters are `QuantizedTensor`s, which `apply` and all drivers take as they take arrays.
+
     Weights are copied once, from the memory-mapped files into the arrays. With a mesh each process reads only
     the parts that its devices hold.
 
     Args:
       directory_or_repo_id: a local directory, else a repository in the Hugging Face cache or on the hub.
-      dtype: float32, bfloat16 or float16 for all weights; None takes the checkpoint's, which must then be
-        one.
+      dtype: float32, bfloat16 or float16 for all dense weights and so for activations; None takes the checkpoint's,
+        which must then be one. For quantized checkpoints None reads float16 as bfloat16, because scaled and rotated
+        activations may lie beyond float16.
       mesh: devices to shard over by `jaxmodels.sharding`; None puts everything on the default device.
       mask_id: mask token of a model whose config.json lacks it; never guessed.
       block_size: training block of a block-diffusion model whose config.json lacks it.
@@ -263,8 +271,10 @@ def load_pretrained(
     try:
         qwen_load.check_fields(hf_config, ignore_config)  # before the weights: says what the directory is
         checkpoint = Checkpoint(directory)
+        scheme = find_scheme(directory, hf_config)
+        names = dense_names(scheme, checkpoint.names())
         config = qwen_load.config_from_hf(
-            hf_config, checkpoint.names(), mask_id=mask_id, block_size=block_size, ignore=ignore_config
+            hf_config, names, mask_id=mask_id, block_size=block_size, ignore=ignore_config
         )
         block = hf_config.get(SPARSE_ATTENTION)
         unread = block is None or SPARSE_ATTENTION in ignore_config
@@ -273,15 +283,16 @@ def load_pretrained(
         if str(error).startswith(str(directory)):
             raise
         raise ValueError(f"{config_path}: {error}") from None
-    layout = qwen_load.Layout.find(checkpoint.names())
+    layout = qwen_load.Layout.find(names)
     config, ignored = _settle_head(checkpoint, config, layout)
     tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").is_file() else None
     generation = _generation(directory, config, tokenizer)
     if (after := directory.stat()).st_ino != before.st_ino or after.st_dev != before.st_dev:
         raise ValueError(f"{directory}: was replaced by another save while it was being opened; load it again")
     lm = build(config)
-    params = load_params(checkpoint, lm, layout, dtype=dtype, mesh=mesh, ignored=ignored)
-    return Pretrained(lm, params, tokenizer, generation, directory, hf_config, sparse_attention)
+    params = load_params(checkpoint, lm, layout, dtype=dtype, mesh=mesh, ignored=ignored, scheme=scheme)
+    title = None if scheme is None else scheme.title
+    return Pretrained(lm, params, tokenizer, generation, directory, hf_config, sparse_attention, title)
 
 
 def _settle_head(checkpoint: Checkpoint, config: Any, layout: qwen_load.Layout) -> tuple[Any, tuple[str, ...]]:
@@ -292,6 +303,8 @@ def _settle_head(checkpoint: Checkpoint, config: Any, layout: qwen_load.Layout) 
     """
     if not config.tied_head or layout.head is None:
         return config, ()
+    if layout.head not in checkpoint.names():  # a quantized copy of the embedding
+        return dataclasses.replace(config, tied_head=False), ()
     embed, head = (checkpoint.view(name) for name in (layout.prefix + "embed_tokens.weight", layout.head))
     same = embed.dtype == head.dtype and embed.shape == head.shape
     if same and all(np.array_equal(embed[i : i + 4096], head[i : i + 4096]) for i in range(0, len(embed), 4096)):
@@ -311,23 +324,27 @@ def load_params(
     dtype: Any = None,
     mesh: Mesh | None = None,
     ignored: Collection[str] = (),
+    scheme: Scheme | None = None,
 ) -> dict[str, Any]:
     """The parameters of `lm` from the tensors of `checkpoint`; see `load_pretrained`."""
-    rows = qwen_load.table(lm.config, layout)
-    names = [row.name(n) for row in rows for n in range(lm.config.layers if row.stacked else 1)]
-    check_names(checkpoint, names, (*qwen_load.IGNORED_TENSORS, *ignored))
-    dtype = common_dtype(checkpoint, names) if dtype is None else jnp.dtype(dtype)
-    shapes = flatten(jax.eval_shape(lambda: lm.init(jax.random.key(0))))
-    shardings = None
-    if mesh is not None:
-        shardings = flatten(param_shardings(lm, mesh))
-    arrays = load_arrays(
-        checkpoint,
-        rows,
-        {path: leaf.shape for path, leaf in shapes.items()},
-        dtype=dtype,
-        shardings=shardings,
+    layers = lm.config.layers
+    parts = plan(scheme, checkpoint, qwen_load.table(lm.config, layout), layers)
+    check_names(checkpoint, parts.names, (*qwen_load.IGNORED_TENSORS, *ignored))
+    if dtype is None:
+        dense = [row.name(n) for row in parts.dense for n in range(layers if row.stacked else 1)]
+        dtype = common_dtype(checkpoint, dense)
+        if scheme is not None and dtype == np.float16:
+            dtype = jnp.bfloat16  # scaled and rotated activations may lie beyond float16
+    shapes = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(lambda: lm.init(jax.random.key(0)))).items()}
+    shardings = None if mesh is None else flatten(param_shardings(lm, mesh))
+    own = {row.path: shapes[row.path] for row in parts.dense}
+    arrays: dict[tuple[str, ...], Any] = dict(
+        load_arrays(checkpoint, parts.dense, own, dtype=jnp.dtype(dtype), shardings=shardings)
     )
+    if scheme is not None:
+        for row in parts.quantized:
+            sharding = None if shardings is None else shardings[row.path]
+            arrays[row.path] = load_quantized(scheme, checkpoint, row, shapes[row.path], sharding)
     return unflatten(arrays)
 
 

@@ -7,12 +7,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.quantized_matmul import QuantizedTensor, quantized_matmul
+
 FEW_ROWS = 64
 """On a CPU, products with at most this many rows run with the weight as the left operand (see `linear`)."""
 
 
 def linear(
-    x: Float[Array, "..."], weight: Float[Array, "..."], equation: str, *, dtype: jnp.dtype | None = None
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."] | QuantizedTensor,
+    equation: str,
+    *,
+    dtype: jnp.dtype | None = None,
 ) -> Float[Array, "..."]:
     """`einsum(equation, x, weight)`, for example `linear(x, w, "BTD,NHD->BTNH")`.
 
@@ -25,7 +31,7 @@ def linear(
 
     Args:
       x: activations, leading axes and then the contracted ones.
-      weight: weight of the layer, output axes and then the contracted ones.
+      weight: weight of the layer, output axes and then the contracted ones; in any format (`quantized_matmul`).
       equation: the two operands in the letters of the legend; `...` stands for the leading axes.
       dtype: type of the result, also of the accumulation; None means that of `x`.
     """
@@ -43,6 +49,11 @@ def linear(
     if x.shape[len(lead_shape) :] != weight.shape[len(produced) :]:
         raise ValueError(f"{equation}: x {x.shape} and weight {weight.shape} differ in the contracted axes")
     rows = x.reshape(*lead_shape, math.prod(weight.shape[len(produced) :]))
+    if isinstance(weight, QuantizedTensor):
+        if weight.num_inputs != len(contracted):
+            raise ValueError(f"{equation}: {len(contracted)} contracted axes; the weight has {weight.num_inputs}")
+        product = quantized_matmul(rows, weight, dtype=dtype or x.dtype)
+        return product.reshape(*lead_shape, *produced_shape)
     return _product(rows, weight, dtype or x.dtype).reshape(*lead_shape, *produced_shape)
 
 

@@ -236,18 +236,14 @@ def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Fam
     """The family of a config.json whose every field is understood.
 
     `ignore` names further fields that the caller knows to be without effect. Raises ValueError naming the
-    field and its value for an unknown model_type, quantized weights, unknown fields, and values not
-    implemented.
+    field and its value for an unknown model_type, unknown fields, and values not implemented.
+    How weights are quantized is read elsewhere (jaxmodels.quantization).
     """
     model_type = config.get("model_type")
     if model_type in REFUSED:
         raise ValueError(f"model_type {model_type!r} is {REFUSED[model_type]}, which is not implemented")
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not implemented; known: {[*FAMILIES]}")
-    for field in ("quantization_config", "compression_config"):
-        if config.get(field) is not None:
-            method = config[field].get("quant_method") if isinstance(config[field], Mapping) else config[field]
-            raise ValueError(f"field {field!r} (quant_method {method!r}): quantized weights are not implemented")
     for field, allowed in FIXED.items():
         if field in config and config[field] not in allowed:
             raise ValueError(f"field {field!r} is {config[field]!r}; implemented: {allowed[0]!r}")

@@ -34,6 +34,7 @@ from pallas_kernels.attention import flash_attention
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.skip import SkipStats
 from pallas_kernels.masks import Causal, Mask, SlidingWindow
+from pallas_kernels.quantized_matmul import QuantizedTensor
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -467,8 +468,14 @@ class CausalLM:
 
 
 def _layer(layers: Params, index: int | Array) -> Params:
-    """One layer of stacked parameters."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
+    """One layer of stacked parameters. Quantized weights stay in their stack, which their kernels read in place."""
+
+    def one(leaf: Array | QuantizedTensor) -> Array | QuantizedTensor:
+        if isinstance(leaf, QuantizedTensor):
+            return leaf.of_layer(index)
+        return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+    return jax.tree.map(one, layers, is_leaf=lambda node: isinstance(node, QuantizedTensor))
 
 
 def _scan(

@@ -14,9 +14,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.quantized_matmul.grid import Grid, codes_of, grid_of, quantize
 from pallas_kernels.rotation import pairwise_rotation
 from train.paroquant.pairs import Pairs, select_pairs
-from train.paroquant.quantizer import Grid, codes_of, grid_of, quantize
 
 Weights = dict[str, Array]  # of one block, each [O, I], by name
 Apply = Callable[[Weights, Array], Array]  # the block as a function of its quantized weights and its input

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.quantized_matmul.grid import codes_of, grid_of, quantize
 from pallas_kernels.rotation import pairwise_rotation
 from train.paroquant import ParoquantConfig, QuantizedLinear, optimize_block, select_pairs
-from train.paroquant.quantizer import codes_of, grid_of, quantize
 
 
 def smooth_l1(difference):

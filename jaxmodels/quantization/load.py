@@ -1,0 +1,230 @@
+"""Quantized checkpoints: which scheme it is, and its linears as stacked `QuantizedTensor`s on their devices.
+
+Codes are repacked once, into the one form that kernels read; nothing is ever expanded to a float.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from jaxmodels.checkpoints.huggingface import Checkpoint, read_json
+from jaxmodels.checkpoints.mapping import Row, aligned_empty
+from jaxmodels.quantization.awq import Awq, Paroquant
+from jaxmodels.quantization.compressed_tensors import CompressedTensors
+from jaxmodels.quantization.gptq import Gptq
+from jaxmodels.quantization.modelopt import ModelOpt
+from jaxmodels.quantization.source import Linear, Scheme
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
+
+METHODS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
+    "awq": Awq.from_hf,
+    "gptq": Gptq.from_hf,
+    "paroquant": Paroquant.from_hf,
+    "compressed-tensors": CompressedTensors.from_hf,
+}
+FIELDS = ("quantization_config", "compression_config")
+SEPARATE = "hf_quant_config.json"
+
+
+def find_scheme(directory: Path, hf_config: Mapping[str, Any]) -> Scheme | None:
+    """How the linears of a model directory are stored; None when they are not quantized.
+
+    Raises ValueError naming the field and its value for methods and variants that are not implemented.
+    """
+    blocks = {field: hf_config[field] for field in FIELDS if hf_config.get(field) is not None}
+    if len(blocks) > 1:
+        raise ValueError(f"config.json has both {' and '.join(blocks)}: which one holds is not known")
+    separate = directory / SEPARATE
+    if not blocks:
+        if not separate.is_file():
+            return None
+        block = read_json(separate).get("quantization")
+        if not isinstance(block, Mapping):
+            raise ValueError(f"{separate}: field 'quantization' must be an object; got {block!r}")
+        return ModelOpt.from_hf(block, str(separate))
+    field, block = next(iter(blocks.items()))
+    if not isinstance(block, Mapping):
+        raise ValueError(f"field {field!r} must be an object; got {block!r}")
+    method = block.get("quant_method")
+    if method in ("modelopt", "modelopt_fp4"):
+        return ModelOpt.from_hf(block, field)
+    if method not in METHODS:
+        raise ValueError(
+            f"field {field!r}: quant_method {method!r} is not implemented; known: {[*METHODS, 'modelopt']}"
+        )
+    return METHODS[method](block)
+
+
+def quantized_modules(scheme: Scheme, names: Collection[str]) -> set[str]:
+    """The modules that a checkpoint stores quantized."""
+    suffix = f".{scheme.marker}"
+    for name in names:
+        if ".qlinear." in name:
+            raise ValueError(f"tensor {name!r} is of ParoQuant's older native layout; convert it to the HF one")
+    return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+
+
+def dense_names(scheme: Scheme | None, names: Collection[str]) -> set[str]:
+    """Names of the tensors as if nothing was quantized: what tells about the structure of the model."""
+    if scheme is None:
+        return set(names)
+    return set(names) | {f"{module}.weight" for module in quantized_modules(scheme, names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which parameters of a checkpoint are dense, and which quantized.
+
+    Attributes:
+      dense: rows of dense parameters.
+      quantized: rows of quantized ones.
+      names: every tensor of them all that is there.
+    """
+
+    dense: tuple[Row, ...]
+    quantized: tuple[Row, ...]
+    names: tuple[str, ...]
+
+
+def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers: int) -> Plan:
+    """Sorts the rows of a model's table; ValueError naming a linear that only some layers have quantized.
+
+    A quantized linear may have a bias that the model has not, as some tools write it; it must be 0.
+    """
+    if scheme is None:
+        names = tuple(row.name(n) for row in rows for n in range(layers if row.stacked else 1))
+        return Plan(tuple(rows), (), names)
+    modules, present = quantized_modules(scheme, source.names()), set(source.names())
+    biases = {row.name(n) for row in rows if row.key.endswith(".bias") for n in range(layers)}
+    dense, quantized, used = [], [], []
+    for row in rows:
+        own = [row.name(n) for n in range(layers if row.stacked else 1)]
+        linears = [name.removesuffix(".weight") for name in own]
+        stored = [linear in modules for linear in linears]
+        if any(stored) and not all(stored):
+            raise ValueError(
+                f"checkpoint {source}: {linears[stored.index(False)]} is not quantized, but "
+                f"{linears[stored.index(True)]} is: layers that differ are not implemented"
+            )
+        if not any(stored):
+            dense.append(row)
+            used += own
+            continue
+        quantized.append(row)
+        for linear in linears:
+            needed, possible = scheme.suffixes(linear)
+            used += [f"{linear}.{suffix}" for suffix in sorted(needed)]
+            used += [name for suffix in sorted(possible) if (name := f"{linear}.{suffix}") in present]
+            if (bias := f"{linear}.bias") in present - biases:
+                if np.asarray(source.view(bias), np.float32).any():
+                    raise ValueError(f"{source.describe(bias)[2]}: tensor {bias!r} is a bias that the model has not")
+                used.append(bias)
+    if not quantized:
+        raise ValueError(f"checkpoint {source}: should be {scheme.title}, but has no tensor {scheme.marker!r}")
+    return Plan(tuple(dense), tuple(quantized), tuple(used))
+
+
+def load_quantized(
+    scheme: Scheme,
+    source: Checkpoint,
+    row: Row,
+    shape: tuple[int, ...],
+    sharding: Sharding | None,
+) -> QuantizedTensor:
+    """One parameter of a model, stacked if its row is; one staging copy in host memory, which a CPU goes on to use.
+
+    Args:
+      scheme: of the checkpoint.
+      source: the checkpoint.
+      row: of the parameter.
+      shape: of the dense parameter, with the layer axis if it is stacked.
+      sharding: of the dense parameter; None: the default device.
+    """
+    own = shape[1:] if row.stacked else shape
+    outputs, inputs = row.stored_shape(own)
+    layers = range(shape[0] if row.stacked else 1)
+    linears = [Linear(source, row.name(n).removesuffix(".weight"), outputs, inputs) for n in layers]
+    first = scheme.read(linears[0])
+    leaves, treedef = jax.tree.flatten(first)
+    stacks = [aligned_empty((len(linears), *leaf.shape), leaf.dtype) for leaf in leaves]
+
+    def fill(layer: int) -> None:
+        read = first if layer == 0 else scheme.read(linears[layer])
+        parts, other = jax.tree.flatten(read)
+        if str(other) != str(treedef) or any(a.dtype != b.dtype for a, b in zip(parts, leaves, strict=True)):
+            raise ValueError(f"{linears[layer].name} is stored differently from {linears[0].name}")
+        for stack, part in zip(stacks, parts, strict=True):
+            stack[layer] = part
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(fill, range(len(linears))):
+            pass
+    weight = jax.tree.unflatten(treedef, stacks if row.stacked else [stack[0] for stack in stacks])
+    if weight.zeros is not None and not weight.zeros.any():
+        weight = dataclasses.replace(weight, zeros=None)
+    if weight.order is not None and (weight.order == np.arange(inputs)).all():
+        weight = dataclasses.replace(weight, order=None)
+    weight = dataclasses.replace(weight, shape=own, num_inputs=num_inputs(row))
+    return _place(weight, sharding, linears[0].name)
+
+
+def num_inputs(row: Row) -> int:
+    """Contracted axes of a parameter: the letters of the last dimension in the checkpoint."""
+    last = row.dims.rsplit("(", 1)[-1] if row.dims.endswith(")") else row.dims.rsplit(" ", 1)[-1]
+    return len(last.strip(")").split())
+
+
+def _place(weight: QuantizedTensor, sharding: Sharding | None, name: str) -> QuantizedTensor:
+    if sharding is None:
+        return jax.block_until_ready(jax.tree.map(jax.device_put, weight))
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError(f"{name}: quantized weights need a NamedSharding; got {sharding}")
+    specs = partition_specs(weight, sharding, name)
+
+    def place(leaf: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(sharding.mesh, spec), lambda index: leaf[index])
+
+    return jax.block_until_ready(jax.tree.map(place, weight, specs))
+
+
+def partition_specs(weight: QuantizedTensor, sharding: NamedSharding, name: str) -> QuantizedTensor:
+    """How the parts of a weight lie where the dense one would lie as `sharding` says: a tensor of PartitionSpecs.
+
+    Raises:
+      ValueError: the parts would cut through groups, or through more than the first axis of outputs or inputs.
+    """
+    axes = len(weight.shape)
+    spec = (*sharding.spec, *(None,) * (axes + 1 - len(sharding.spec)))
+    stack: tuple = (None,) * (weight.codes.ndim - 2)
+    spec = spec[len(stack) : len(stack) + axes]
+    produced, contracted = spec[: axes - weight.num_inputs], spec[axes - weight.num_inputs :]
+    if any(part is not None for part in (*produced[1:], *contracted[1:])):
+        raise ValueError(f"{name}: quantized weights are cut along the first axis of outputs and of inputs; got {spec}")
+    out, into = produced[0], contracted[0]
+    names = (into,) if isinstance(into, str) else into or ()
+    ways = int(np.prod([sharding.mesh.shape[axis] for axis in names]))
+    if weight.scales.shape[-2] > 1 and weight.scales.shape[-2] % ways:
+        raise ValueError(
+            f"{name}: mesh axes {names} cut {weight.inputs} inputs {ways} ways, through groups of {weight.group_size}"
+        )
+    grid = PartitionSpec(*stack, into if weight.scales.shape[-2] > 1 else None, out)
+    whole = PartitionSpec()
+    turn = PartitionSpec(*stack, None, into)
+    return dataclasses.replace(
+        weight,
+        codes=PartitionSpec(*stack, out, into),
+        scales=grid,
+        zeros=None if weight.zeros is None else grid,
+        global_scale=None if weight.global_scale is None else whole,
+        input_scales=None if weight.input_scales is None else PartitionSpec(*stack, into),
+        rotation=None if weight.rotation is None else Rotation(turn, turn),
+        order=None if weight.order is None else whole,
+        activation_scale=None if weight.activation_scale is None else whole,
+    )

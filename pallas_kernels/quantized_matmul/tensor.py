@@ -1,0 +1,202 @@
+"""`QuantizedTensor`: a weight in few bits, whatever the format, and what it stands for.
+
+Letters: O outputs, I inputs (the contracted channels), g inputs of a group, G = I / g, R steps of rotation, L layers.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.quantized_matmul import nibbles
+from pallas_kernels.rotation import pairwise_rotation
+
+Format = Literal["int4", "int8", "fp8", "nvfp4"]
+Activations = Literal["int8", "fp8"]
+CODES = {"int4": jnp.uint8, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "nvfp4": jnp.uint8}
+"""What codes are stored in. Four-bit codes lie two to a byte, the even input in the low bits."""
+SCALES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn)
+
+
+class Rotation(NamedTuple):
+    """The arguments of `pairwise_rotation`."""
+
+    theta: Any  # floating [R, I / 2]
+    pairs: Any  # integer [R, I]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight `[*outputs, *inputs]` as codes, scales, and what happens to activations before they meet them.
+
+    The matrix of codes stands for `W[o, i] = (codes[o, i] - zeros[k, o]) * scales[k, o] * global_scale`, k the group of
+    input i. Its product with activations x is that of `turn(x)`: x times `input_scales`, rotated, and in the `order`
+    of the codes' inputs. With every leaf stacked along a first axis L, and `layer` its index, it is one layer's weight;
+    the stack itself has no `layer` and is what scans and slices take apart.
+
+    Attributes:
+      codes: `[O, I]` in `int8` or `float8_e4m3fn`, `[O, I / 2]` in uint8 for 4 bits: signed integers ("int4"), or
+        E2M1 floats ("nvfp4").
+      scales: `[G, O]`; G = 1 is one scale per output. "nvfp4" has float8_e4m3fn for every 16 inputs.
+      zeros: int8 `[G, O]`, code that stands for 0; None: 0 ("int4" only).
+      global_scale: float32 `[]`; None: 1.
+      input_scales: `[I]`, multiply the activations first; None: 1.
+      rotation: of the activations, in groups of I / G channels; None: none.
+      order: int32 `[I]`; input i of the codes is input `order[i]` of the activations; None: the same.
+      activation_scale: float32 `[]`, fixed scale of quantized activations; None: the largest of each token.
+      layer: int32 `[]`.
+      format: what `codes` are.
+      shape: of the weight in the model, outputs and then inputs.
+      num_inputs: trailing axes of `shape` that are contracted.
+      activations: what activations are rounded to before the product; None: they are not.
+    """
+
+    codes: Any
+    scales: Any
+    zeros: Any = None
+    global_scale: Any = None
+    input_scales: Any = None
+    rotation: Rotation | None = None
+    order: Any = None
+    activation_scale: Any = None
+    layer: Any = None
+    format: Format = dataclasses.field(default="int4", metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    num_inputs: int = dataclasses.field(default=1, metadata={"static": True})
+    activations: Activations | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def inputs(self) -> int:
+        """I."""
+        return math.prod(self.shape[len(self.shape) - self.num_inputs :])
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return math.prod(self.shape[: len(self.shape) - self.num_inputs])
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.inputs // self.scales.shape[-2]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def __getitem__(self, index: Any) -> "QuantizedTensor":
+        """`tensor[...]`, which is how a module reads any of its weights."""
+        if index is not Ellipsis:
+            raise TypeError(f"a QuantizedTensor has no parts; got the index {index!r}")
+        return self
+
+    def of_layer(self, layer: int | Array) -> "QuantizedTensor":
+        """One layer's weight of a stack; copies nothing."""
+        return dataclasses.replace(self, layer=jnp.asarray(layer, jnp.int32))
+
+    def sliced(self) -> "QuantizedTensor":
+        """The weight with leaves of its own; one of a stack is cut out."""
+        if self.layer is None:
+            return self
+        layer, stack = self.layer, dataclasses.replace(self, layer=None)
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
+
+    def check(self, name: str = "weight") -> None:
+        """Raises ValueError, naming the part, when shapes, dtypes and fields do not fit together."""
+        if self.format not in CODES:
+            raise ValueError(f"{name}: format must be one of {[*CODES]}; got {self.format!r}")
+        if self.activations not in (None, *get_args(Activations)):
+            raise ValueError(f"{name}: activations must be None, 'int8' or 'fp8'; got {self.activations!r}")
+        if self.activations is not None and self.activations != self.format:
+            raise ValueError(f"{name}: {self.activations} activations need {self.activations} codes; got {self.format}")
+        if not 0 < self.num_inputs < len(self.shape) or min(self.shape) < 1:
+            raise ValueError(f"{name}: shape {self.shape} must have outputs and {self.num_inputs} axes of inputs")
+        stack = () if self.layer is None else self.codes.shape[:1]
+        packed = self.inputs // 2 if self.format in ("int4", "nvfp4") else self.inputs
+        if self.format in ("int4", "nvfp4") and self.inputs % 2:
+            raise ValueError(f"{name}: four-bit codes need an even number of inputs; got {self.inputs}")
+        groups = self.scales.shape[-2] if self.scales.ndim > 1 else 0
+        if not groups or self.inputs % groups:
+            raise ValueError(f"{name}: scales {self.scales.shape} must be [G, O], G a divisor of {self.inputs} inputs")
+        if self.format == "nvfp4" and self.group_size != 16:
+            raise ValueError(f"{name}: NVFP4 has groups of 16; got {self.group_size}")
+        if self.activations is not None and groups != 1:
+            raise ValueError(f"{name}: quantized activations need one scale per output; got {groups} groups")
+        if self.zeros is not None and self.format != "int4":
+            raise ValueError(f"{name}: only int4 codes have zeros; got {self.format}")
+        grid = (groups, self.outputs)
+        parts = [
+            ("codes", self.codes, (self.outputs, packed), (CODES[self.format],)),
+            ("scales", self.scales, grid, SCALES),
+            ("zeros", self.zeros, grid, (jnp.int8,)),
+            ("global_scale", self.global_scale, (), (jnp.float32,)),
+            ("input_scales", self.input_scales, (self.inputs,), SCALES[:3]),
+            ("order", self.order, (self.inputs,), (jnp.int32,)),
+            ("activation_scale", self.activation_scale, (), (jnp.float32,)),
+        ]
+        if self.rotation is not None:
+            steps = self.rotation.theta.shape[-2]
+            parts.append(("rotation.theta", self.rotation.theta, (steps, self.inputs // 2), SCALES[:3]))
+            parts.append(("rotation.pairs", self.rotation.pairs, (steps, self.inputs), (jnp.int16, jnp.int32)))
+        for part, array, shape, dtypes in parts:
+            if array is not None and (tuple(array.shape) != stack + shape or array.dtype not in dtypes):
+                wanted = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+                raise ValueError(
+                    f"{name}: {part} must be {wanted} of shape {stack + shape}; got {array.dtype} {tuple(array.shape)}"
+                )
+
+    def turn(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows I"]:
+        """Activations as the codes meet them. In float32 when anything is done to them, which may outgrow float16."""
+        if self.input_scales is None and self.rotation is None and self.order is None:
+            return x
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.rotation is not None:
+            x = pairwise_rotation(x, *self.rotation, self.input_scales, group_size=self.group_size)
+        elif self.input_scales is not None:
+            x = x * self.input_scales.astype(x.dtype)
+        return x if self.order is None else x[..., self.order]
+
+
+def matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
+    """What the codes stand for, without rotation, order and scales of inputs; computed in float32."""
+    weight = weight.sliced()
+    if weight.format == "int4":
+        values = nibbles.signed(weight.codes)
+    elif weight.format == "nvfp4":
+        values = nibbles.e2m1(weight.codes)
+    else:
+        values = weight.codes
+    groups, outputs = weight.scales.shape
+    values = values.astype(jnp.float32).reshape(outputs, groups, -1)
+    if weight.zeros is not None:
+        values = values - weight.zeros.astype(jnp.float32).T[..., None]
+    scales = weight.scales.astype(jnp.float32)
+    if weight.global_scale is not None:
+        scales = scales * weight.global_scale
+    return (values * scales.T[..., None]).reshape(outputs, -1).astype(dtype)
+
+
+def dequantize(weight: QuantizedTensor) -> Float[Array, "..."]:
+    """The dense float32 weight, of the model's shape, whose product with activations is the quantized one's.
+
+    Rounding of activations apart, which a dense weight cannot have.
+    """
+    weight.check()
+    weight = weight.sliced()
+    dense = matrix(weight)
+    if weight.order is not None:
+        dense = jnp.zeros_like(dense).at[:, weight.order].set(dense)
+    if weight.rotation is not None:
+        dense = pairwise_rotation(dense, *weight.rotation, group_size=weight.group_size, inverse=True)
+    if weight.input_scales is not None:
+        dense = dense * weight.input_scales.astype(jnp.float32)
+    return dense.reshape(weight.shape)
