@@ -14,7 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmodels import load_pretrained
+from jaxmodels.checkpoints.huggingface import Checkpoint
+from jaxmodels.checkpoints.safetensors import SafetensorsFile
 from jaxmodels.pretrained import save_pretrained
+from jaxmodels.quantization import find_scheme
+from jaxmodels.quantization.source import Linear
 from jaxmodels.qwen.config import QwenConfig
 from jaxmodels.qwen.model import build
 from pallas_kernels.quantized_matmul import QuantizedTensor, dequantize
@@ -313,3 +317,219 @@ def test_rounded_activations_change_little_and_something(dense, tmp_path, layout
     logits, expected = model.apply(model.params, TOKENS), plain.apply(plain.params, TOKENS)
     error = float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected))
     assert 1e-4 < error < 0.15
+
+
+# ----------------------------------------------------------------------------------------------------
+# One linear at a time
+
+
+GOLDENS = Path(__file__).with_name("goldens")
+PRESETS = ["W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "NVFP4"]
+
+
+def read_linear(directory: Path, block: dict[str, Any], tensors: dict[str, np.ndarray], shape: tuple[int, int]) -> Any:
+    directory.mkdir(exist_ok=True)
+    tensors = {f"linear.{suffix}": np.ascontiguousarray(tensor) for suffix, tensor in tensors.items()}
+    save_file(tensors, directory / "model.safetensors")
+    scheme = find_scheme(directory, {"quantization_config": block})
+    needed, possible = scheme.suffixes("linear")
+    assert {f"linear.{suffix}" for suffix in needed} <= set(tensors)
+    assert set(tensors) <= {f"linear.{suffix}" for suffix in needed | possible}
+    return jax.tree.map(jnp.asarray, scheme.read(Linear(Checkpoint(directory), "linear", *shape)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_linears_that_compressed_tensors_wrote(tmp_path, preset):
+    block = json.loads((GOLDENS / "compressed_tensors.json").read_text())[preset]
+    tensors = SafetensorsFile(GOLDENS / "compressed_tensors.safetensors")
+    own = {name.partition(".")[2]: np.asarray(tensors[name]) for name in tensors if name.startswith(f"{preset}.")}
+    expected = own.pop("expected")
+    weight = read_linear(tmp_path / "golden", block, own, expected.shape)
+    assert weight.activations == {"W8A8": "int8", "FP8": "fp8", "FP8_DYNAMIC": "fp8"}.get(preset)
+    if preset.startswith("NVFP4"):  # the package multiplies scales and codes in bfloat16
+        np.testing.assert_allclose(dequantize(weight), expected, rtol=2**-8 + 2**-9)
+    else:
+        np.testing.assert_array_equal(dequantize(weight), expected)
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["[rows, columns]", "[rows, 1, columns, 1]"])
+def test_modelopt_blocks(tmp_path, separate):
+    stored = blocks(np.random.default_rng(0), 136, 256)
+    tensors = dict(stored.tensors)
+    if separate:
+        tensors["weight_scale"] = tensors["weight_scale"][:, None, :, None]
+    weight = read_linear(tmp_path / "one", MODELOPT | {"quant_algo": "FP8_PB_WO"}, tensors, (136, 256))
+    np.testing.assert_array_equal(dequantize(weight), stored.dense)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is refused, and what is named
+
+
+def model(dense: Path, directory: Path, layout: str, change: Callable[[dict[str, np.ndarray]], Any], **fields) -> Path:
+    """A model in one layout, its tensors changed in place."""
+    block, store = LAYOUTS[layout]
+    write(dense, directory, block | fields, store)
+    file = SafetensorsFile(directory / "model.safetensors")
+    tensors = {name: np.array(file[name]) for name in file}
+    change(tensors)
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+DOWN, K = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.k_proj"
+
+
+def put(name: str, index: Any, value: float) -> Callable[[dict[str, np.ndarray]], None]:
+    return lambda tensors: tensors[name].__setitem__(index, value)
+
+
+def replace(name: str, value: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict[str, np.ndarray]], None]:
+    return lambda tensors: tensors.__setitem__(name, value(tensors[name]))
+
+
+def undo(tensors: dict[str, np.ndarray]) -> None:
+    """The second layer's down projection dense."""
+    for suffix in ("qweight", "qzeros", "scales"):
+        del tensors[f"{DOWN}.{suffix}"]
+    tensors[f"{DOWN}.weight"] = np.ones((64, 96), np.float32)
+
+
+@pytest.mark.parametrize(
+    "layout, change, message",
+    [
+        ("awq", lambda t: t.pop(f"{DOWN}.qzeros"), f"lacks {DOWN}.qzeros"),
+        ("awq", lambda t: t.pop(f"{DOWN}.qweight"), f"{DOWN} is not quantized, but model.layers.0.mlp.down_proj is"),
+        ("awq", undo, f"{DOWN} is not quantized, but .* layers that differ"),
+        ("awq", put(f"{DOWN}.scales", (1, 2), np.nan), f"'{DOWN}.scales' holds values that are not finite"),
+        ("awq", replace(f"{K}.scales", lambda x: x[:1]), rf"'{K}.scales' has shape \(1, 64\); .* needs \(2, 64\)"),
+        ("awq", replace(f"{K}.qweight", lambda x: x[:, :-1]), rf"'{K}.qweight' has shape \(64, 7\)"),
+        (
+            "awq",
+            replace(f"{K}.qweight", lambda x: x.astype(np.int64)),
+            f"'{K}.qweight' has dtype int64; expected int32",
+        ),
+        ("awq", lambda t: t.update({f"{DOWN}.bias": np.ones(64, np.float32)}), f"'{DOWN}.bias' is a bias that"),
+        ("awq", lambda t: t.update({f"{K}.g_idx": np.zeros(64, np.int32)}), f"nothing uses: {K}.g_idx"),
+        ("gptq desc_act", put(f"{K}.g_idx", 0, 7), f"'{K}.g_idx' must name each of 2 groups 32 times"),
+        ("gptq desc_act", put(f"{K}.g_idx", slice(None), 0), f"'{K}.g_idx' must name each of 2 groups"),
+        ("gptq desc_act", put(f"{K}.g_idx", 3, -1), f"'{K}.g_idx' must name each of 2 groups"),
+        ("paroquant", put(f"{K}.pairs", (2, 33), 40), f"'{K}.pairs' is no permutation of 0..31 in rotation 2, group 1"),
+        ("paroquant", put(f"{K}.theta", (0, 0), np.inf), f"'{K}.theta' holds values that are not finite"),
+        ("paroquant", put(f"{K}.channel_scales", (0, 5), 0), f"'{K}.channel_scales' must be positive"),
+        ("paroquant", put(f"{K}.channel_scales", (0, 5), -1), f"'{K}.channel_scales' must be positive"),
+        ("paroquant", put(f"{K}.channel_scales", (0, 5), np.inf), f"'{K}.channel_scales' holds values that are not"),
+        ("paroquant", lambda t: t.pop(f"{K}.theta"), f"lacks {K}.theta"),
+        ("paroquant", lambda t: t.update({f"{K}.qlinear.qweight": t[f"{K}.qweight"]}), "native layout"),
+        ("pack-quantized", put(f"{K}.weight_shape", 0, 65), rf"'{K}.weight_shape' is \(65, 64\); the model has"),
+        ("nvfp4-pack-quantized", put(f"{K}.weight_global_scale", 0, 0), f"'{K}.weight_global_scale' must be positive"),
+        ("nvfp4-pack-quantized", put(f"{K}.weight_scale", (0, 0), np.nan), f"'{K}.weight_scale' holds values"),
+        ("modelopt int4", put(f"{K}.pre_quant_scale", 3, 0), f"'{K}.pre_quant_scale' must be positive"),
+        ("modelopt nvfp4", lambda t: t.pop(f"{K}.weight_scale_2"), f"lacks {K}.weight_scale_2"),
+    ],
+)
+def test_damaged_tensors_are_named(dense, tmp_path, layout, change, message):
+    directory = model(dense, tmp_path / "damaged", layout, change)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    "block, message",
+    [
+        (AWQ | {"bits": 8}, "'bits' is 8; implemented: 4"),
+        (AWQ | {"version": "gemv_fast"}, "'version' is 'gemv_fast'; implemented: 'gemm'"),
+        (AWQ | {"version": "marlin"}, "'version' is 'marlin'"),
+        (AWQ | {"zero_point": False}, "'zero_point' is False"),
+        (AWQ | {"group_size": 0}, "'group_size' must be -1 or a positive integer; got 0"),
+        (AWQ | {"group_size": 48}, r"q_proj: group_size 48 does not divide its 64 inputs"),
+        (AWQ | {"outliers": True}, "unknown field 'outliers' = True"),
+        (GPTQ | {"bits": 3}, "'bits' is 3; implemented: 4"),
+        (GPTQ | {"is_marlin_format": True}, "'is_marlin_format' is True"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "'checkpoint_format' is 'marlin'"),
+        (GPTQ | {"dynamic": {"-:.*": {}}}, "'dynamic' is"),
+        (GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"}, "'checkpoint_format' and 'format' disagree"),
+        (PARO | {"krot": 0}, "'krot' must be a positive integer; got 0"),
+        (PARO | {"bits": 3}, "'bits' is 3"),
+        (ct("marlin-24", {}), "format 'marlin-24' is not implemented"),
+        (ct("pack-quantized", {"strategy": "group", "group_size": 32, "actorder": "group"}), "'actorder' is 'group'"),
+        (ct("pack-quantized", {"strategy": "group", "group_size": 32, "num_bits": 8}), "'num_bits' is 8"),
+        (ct("pack-quantized", {"strategy": "channel"}, {"strategy": "token"}), "quantized inputs with format 'pack-q"),
+        (ct("int-quantized", {"strategy": "channel", "symmetric": False}), "'symmetric' is False"),
+        (ct("int-quantized", {"strategy": "channel"}, {"strategy": "group"}), "'strategy' is 'group' of static inputs"),
+        (ct("float-quantized", {"strategy": "channel"}) | {"kv_cache_scheme": {"num_bits": 8}}, "'kv_cache_scheme'"),
+        (ct("float-quantized", {"strategy": "channel"}) | {"config_groups": {}}, "must hold one group"),
+        (MODELOPT | {"quant_algo": "W8A16"}, "quant_algo 'W8A16' is not implemented"),
+        (MODELOPT | {"quant_algo": "MIXED_PRECISION"}, "needs 'quantized_layers'"),
+        (MODELOPT | {"kv_cache_quant_algo": "NVFP4"}, "'kv_cache_quant_algo' is 'NVFP4'"),
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not implemented; known: .*awq"),
+        ("awq", "'quantization_config' must be an object; got 'awq'"),
+    ],
+)
+def test_variants_are_refused_by_name(dense, tmp_path, block, message):
+    with pytest.raises(ValueError, match=message):
+        write(dense, tmp_path / "model", block, awq)
+        load_pretrained(tmp_path / "model")
+
+
+def test_a_config_without_quantized_tensors_and_the_reverse(dense, tmp_path):
+    config = json.loads((dense / "config.json").read_text())
+    (tmp_path / "dense").mkdir()
+    save_file(load_file(dense / "model.safetensors"), tmp_path / "dense" / "model.safetensors")
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"quantization_config": AWQ}))
+    with pytest.raises(ValueError, match="should be AWQ, 4 bits, groups of 32, but has no tensor 'qweight'"):
+        load_pretrained(tmp_path / "dense")
+    write(dense, tmp_path / "awq", AWQ, awq)
+    (tmp_path / "awq" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lacks .*down_proj.weight.*nothing uses: .*down_proj.qweight"):
+        load_pretrained(tmp_path / "awq")
+    both = config | {"quantization_config": AWQ, "compression_config": AWQ}
+    (tmp_path / "awq" / "config.json").write_text(json.dumps(both))
+    with pytest.raises(ValueError, match="has both quantization_config and compression_config"):
+        load_pretrained(tmp_path / "awq")
+
+
+def test_biases_of_zero_are_ignored_and_a_separate_config_is_found(dense, tmp_path):
+    directory = model(
+        dense, tmp_path / "gptq", "gptq v1", lambda t: t.update({f"{DOWN}.bias": np.zeros(64, np.float16)})
+    )
+    load_pretrained(directory)
+    block, store = ROUNDED_INPUTS["modelopt fp8"]
+    write(dense, tmp_path / "modelopt", block, store)
+    expected = load_pretrained(tmp_path / "modelopt")
+    (tmp_path / "modelopt" / "config.json").write_text((dense / "config.json").read_text())
+    separate = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "modelopt" / "hf_quant_config.json").write_text(json.dumps(separate))
+    found = load_pretrained(tmp_path / "modelopt")
+    assert found.quantization == expected.quantization == "ModelOpt FP8"
+    np.testing.assert_array_equal(found.apply(found.params, TOKENS), expected.apply(expected.params, TOKENS))
+
+
+def test_mixed_precision_goes_by_the_list(dense, tmp_path):
+    """Four-bit floats in the MLP, eight-bit ones in attention."""
+    kinds = {}
+
+    def store(rng, outputs, inputs):
+        wide = 96 in (outputs, inputs)
+        return (
+            LAYOUTS["modelopt nvfp4"][1](rng, outputs, inputs)
+            if wide
+            else ROUNDED_INPUTS["modelopt fp8"][1](rng, outputs, inputs)
+        )
+
+    for layer in range(CONFIG.layers):
+        for part, names in (("mlp", ("gate", "up", "down")), ("self_attn", ("q", "k", "v", "o"))):
+            algorithm = {"quant_algo": "NVFP4", "group_size": 16} if part == "mlp" else {"quant_algo": "FP8"}
+            kinds |= {f"model.layers.{layer}.{part}.{name}_proj": algorithm for name in names}
+    block = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": kinds}
+    write(dense, tmp_path / "model", block, store)
+    found = load_pretrained(tmp_path / "model")
+    layers = found.params["layers"]
+    assert (layers["mlp"]["up"].format, layers["attention"]["q"].format) == ("nvfp4", "fp8")
+    del kinds[K]
+    (tmp_path / "less").mkdir()
+    (tmp_path / "less" / "model.safetensors").write_bytes((tmp_path / "model" / "model.safetensors").read_bytes())
+    config = json.loads((dense / "config.json").read_text()) | {"quantization_config": block}
+    (tmp_path / "less" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{K}: has quantized tensors, but no entry of quantized_layers"):
+        load_pretrained(tmp_path / "less")
