@@ -33,6 +33,7 @@ from jaxmodels.checkpoints.mapping import (
 )
 from jaxmodels.decoding.sampling import SamplingOptions
 from jaxmodels.quantization.load import dense_names, find_scheme, load_quantized, plan
+from jaxmodels.quantization.save import config_block, quantized_tensors
 from jaxmodels.quantization.source import Scheme
 from jaxmodels.qwen import load as qwen_load
 from jaxmodels.qwen.model import CausalLM, build
@@ -42,6 +43,7 @@ from jaxmodels.sparse_attention.config import KEY as SPARSE_ATTENTION
 from jaxmodels.sparse_attention.config import PhaseName
 from jaxmodels.tokenizer import Tokenizer
 from pallas_kernels.attention.skip import DECODE_TILE, SkipTile
+from pallas_kernels.quantized_matmul import QuantizedTensor
 
 log = logging.getLogger("jaxstream")
 
@@ -374,6 +376,9 @@ def save_pretrained(
 ) -> None:
     """Writes a Hugging Face directory that `load_pretrained` reads back, and transformers does.
 
+    Quantized parameters go into the layouts of AWQ (int4), ParoQuant (int4 with rotations) or compressed-tensors (int8,
+    fp8, nvfp4).
+
     The directory appears, or replaces the previous model of that name, in one step when everything is on
     disk; after any failure the previous one is untouched. Other files in it (notes, a tokenizer if none is
     given) stay. With several processes all must call this; the first one writes.
@@ -385,7 +390,7 @@ def save_pretrained(
       tokenizer: written beside the weights.
       generation: written as generation_config.json; None writes the end and padding tokens of the config
         only.
-      dtype: float32, bfloat16 or float16 for all weights; None keeps each array's.
+      dtype: float32, bfloat16 or float16 for all dense weights; None keeps each array's.
       max_shard_bytes: larger models are split into files of at most this size, with an index.
       family: "qwen2", "qwen3" or "edlm"; None takes "edlm" (Efficient-DLM's layout, `encoder.` and
         `diffusion_head`) for models with a block size, else the Qwen that fits. transformers reads the Qwens.
@@ -404,14 +409,21 @@ def save_pretrained(
     leaves = flatten(params)
     expected = flatten(jax.eval_shape(lambda: lm.init(jax.random.key(0))))
     for path, leaf in expected.items():
-        if path not in leaves or tuple(leaves[path].shape) != leaf.shape:
-            found = f"has shape {tuple(leaves[path].shape)}" if path in leaves else "is missing"
+        shape = _shape(leaves[path]) if path in leaves else None
+        if shape != leaf.shape:
+            found = "is missing" if shape is None else f"has shape {shape}"
             raise ValueError(f"parameter {'.'.join(path)!r} {found}; the model has {leaf.shape}")
     stored = jnp.dtype(dtype if dtype is not None else leaves[("embed",)].dtype)
     hf_config = qwen_load.config_to_hf(lm.config, dtype=stored.name, family=family)
     hf_config |= {key: value for key, value in (extra_config or {}).items() if value is not None}
     layout = qwen_load.Layout.standard(hf_config["model_type"], lm.config)
-    tensors = to_tensors(qwen_load.table(lm.config, layout), params, None if dtype is None else stored, _fetch)
+    rows = qwen_load.table(lm.config, layout)
+    quantized = {row.path: leaves.pop(row.path) for row in rows if isinstance(leaves[row.path], QuantizedTensor)}
+    dense = [row for row in rows if row.path not in quantized]
+    tensors = to_tensors(dense, unflatten(leaves), None if dtype is None else stored, _fetch)
+    if quantized:
+        hf_config["quantization_config"] = config_block({".".join(path): w for path, w in quantized.items()})
+        tensors |= quantized_tensors([row for row in rows if row.path in quantized], quantized, _fetch)
     if jax.process_index() != 0:
         write_weights(directory, tensors, max_shard_bytes=max_shard_bytes, write=False)
     else:
@@ -424,6 +436,11 @@ def save_pretrained(
                 tokenizer.save(new)
     if jax.process_count() > 1:  # nobody goes on to load what is not there yet
         multihost_utils.sync_global_devices("save_pretrained")
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    """Shape of a parameter; of a stack of quantized ones with its first axis."""
+    return (*leaf.codes.shape[:-2], *leaf.shape) if isinstance(leaf, QuantizedTensor) else tuple(leaf.shape)
 
 
 def _fetch(array: Any, layer: int | None) -> np.ndarray:

@@ -288,6 +288,13 @@ class CausalLM:
         return params
 
     @property
+    def linears(self) -> dict[tuple[str, ...], int]:
+        """Paths of the weights of the blocks' linears, and how many of their last axes are contracted."""
+        paths: dict[tuple[str, ...], int] = {("layers", "attention", name): 1 for name in ("q", "k", "v")}
+        paths[("layers", "attention", "o")] = 2
+        return paths | {("layers", "mlp", name): 1 for name in ("gate", "up", "down")}
+
+    @property
     def logical_axes(self) -> dict[str, Any]:
         """Nested dict like the parameters; per array a tuple of logical axis names or None."""
         axes = dict(_structure(Ends, self.config).axes)
