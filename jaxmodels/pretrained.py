@@ -454,7 +454,7 @@ def _fetch(array: Any, layer: int | None) -> np.ndarray:
         return np.asarray(array)
     if isinstance(array, jax.Array) and (len(array.devices()) > 1 or next(iter(array.devices())).platform != "cpu"):
         return np.asarray(array[layer])  # one layer at a time off the device
-    return np.asarray(array)[layer]
+    return np.asarray(np.asarray(array)[layer])  # of a stack of numbers, an array without axes
 
 
 @functools.lru_cache(maxsize=8)

@@ -163,7 +163,7 @@ def load_quantized(
         for stack, part in zip(stacks, parts, strict=True):
             stack[layer] = part
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each expands one layer to a byte per code
         for _ in pool.map(fill, range(len(linears))):
             pass
     weight = jax.tree.unflatten(treedef, stacks if row.stacked else [stack[0] for stack in stacks])

@@ -1,8 +1,8 @@
 """Writing quantized linears in the layouts that other tools read.
 
-    int4                             AWQ ("gemm")
-    int4, scaled and rotated inputs  ParoQuant
-    int8, fp8, nvfp4                 compressed-tensors
+int4                             AWQ ("gemm")
+int4, scaled and rotated inputs  ParoQuant
+int8, fp8, nvfp4                 compressed-tensors
 """
 
 import dataclasses
@@ -47,7 +47,9 @@ def layout_of(weight: QuantizedTensor, name: str) -> str:
     if weight.outputs % 8:
         raise ValueError(f"{name}: AWQ packs eight outputs into a word; got {weight.outputs}")
     if turned and (weight.rotation is None or weight.input_scales is None):
-        raise ValueError(f"{name}: ParoQuant has both a rotation and scales of inputs; this weight has only one of them")
+        raise ValueError(
+            f"{name}: ParoQuant has both a rotation and scales of inputs; this weight has only one of them"
+        )
     return "paroquant" if turned else "awq"
 
 

@@ -1,0 +1,242 @@
+"""Whole quantized models: saved and loaded, decoded, spread over devices, and how much memory they take."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodels import load_pretrained, save_pretrained
+from jaxmodels.cache import KVCache
+from jaxmodels.checkpoints.mapping import flatten, unflatten
+from jaxmodels.checkpoints.safetensors import SafetensorsFile
+from jaxmodels.decoding.autoregressive import Prompt, init_state, make_prefill, make_step
+from jaxmodels.decoding.complete import complete_autoregressive, complete_blocks
+from jaxmodels.decoding.sampling import Sampling, SamplingOptions
+from jaxmodels.quantization import round_head, round_params
+from jaxmodels.qwen import QwenConfig, build
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, dequantize
+
+CONFIG = QwenConfig.tiny(layers=2, dim=64, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)
+LM = build(CONFIG)
+TOKENS = jnp.array([[3, 14, 15, 92, 65, 35, 89, 79, 32]])
+FORMATS = {
+    "int4": dict(format="int4", group_size=32),
+    "int4 symmetric": dict(format="int4", group_size=32, symmetric=True),
+    "int8": dict(format="int8"),
+    "int8 by token": dict(format="int8", activations="int8"),
+    "fp8": dict(format="fp8"),
+    "fp8 by token": dict(format="fp8", activations="fp8"),
+    "nvfp4": dict(format="nvfp4"),
+}
+AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, LM.init(jax.random.key(0)))
+
+
+def rotated(params, seed=0):
+    """int4 parameters as ParoQuant has them, the rotation at random."""
+    leaves = flatten(round_params(LM, params, "int4", group_size=32))
+    rng = np.random.default_rng(seed)
+    for path in LM.linears:
+        weight, steps = leaves[path], 3
+        shape = (CONFIG.layers, steps, weight.inputs // 32)
+        pairs = rng.permuted(np.broadcast_to(np.arange(32), (*shape, 32)), axis=-1).reshape(*shape[:2], -1)
+        leaves[path] = dataclasses.replace(
+            weight,
+            input_scales=jnp.asarray(rng.uniform(0.5, 2, (CONFIG.layers, weight.inputs)), jnp.float16),
+            rotation=Rotation(
+                jnp.asarray(rng.normal(0, 0.5, (CONFIG.layers, steps, weight.inputs // 2)), jnp.float16),
+                jnp.asarray(pairs, jnp.int16),
+            ),
+        )
+    return unflatten(leaves)
+
+
+def expand(params):
+    """The same parameters with dense weights."""
+
+    def dense(leaf):
+        if not isinstance(leaf, QuantizedTensor):
+            return leaf
+        if leaf.codes.ndim == 2:
+            return dequantize(leaf)
+        return jnp.stack([dequantize(leaf.of_layer(layer)) for layer in range(len(leaf.codes))])
+
+    return jax.tree.map(dense, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "paroquant"])
+def test_saved_and_loaded(params, tmp_path, name):
+    quantized = rotated(params) if name == "paroquant" else round_params(LM, params, **FORMATS[name])
+    save_pretrained(tmp_path / "model", LM, quantized)
+    loaded = load_pretrained(tmp_path / "model")
+    if name == "nvfp4":  # the file has the inverse of one factor
+        quantized = jax.tree.map(lambda x: 1 / (1 / x) if x.shape == (2,) else x, quantized)
+    if name == "int4 symmetric":
+        assert loaded.params["layers"]["mlp"]["up"].zeros is None
+    assert_same(loaded.params, quantized)
+    stored = sum(a.nbytes for a in jax.tree.leaves(loaded.params))
+    assert stored <= 1.1 * (tmp_path / "model" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["int4", "paroquant"])
+def test_an_independent_reader_understands_what_is_saved(params, tmp_path, name):
+    quantized = rotated(params) if name == "paroquant" else round_params(LM, params, **FORMATS[name])
+    save_pretrained(tmp_path / "model", LM, quantized, dtype=jnp.float16)
+    tensors = SafetensorsFile(tmp_path / "model" / "model.safetensors")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == {"int4": "awq"}.get(name, name) and config["group_size"] == 32
+    down = quantized["layers"]["mlp"]["down"]
+    for layer in range(CONFIG.layers):
+        own = {
+            s: np.asarray(tensors[f"model.layers.{layer}.mlp.down_proj.{s}"]) for s in ("qweight", "qzeros", "scales")
+        }
+        columns = {key: np.zeros((len(own[key]), 64), np.int64) for key in ("qweight", "qzeros")}
+        for key, codes in columns.items():
+            for bit, column in enumerate(AWQ_COLUMNS):
+                codes[:, column::8] = own[key].view(np.uint32) >> np.uint32(4 * bit) & np.uint32(15)
+        weight = (columns["qweight"] - columns["qzeros"].repeat(32, 0)) * own["scales"].astype(np.float32).repeat(32, 0)
+        one = dataclasses.replace(down.of_layer(layer).sliced(), rotation=None, input_scales=None)
+        np.testing.assert_array_equal(weight.T.astype(np.float32), dequantize(one))
+        if name == "paroquant":
+            assert tensors[f"model.layers.{layer}.mlp.down_proj.channel_scales"].shape == (1, 96)
+            theta = tensors[f"model.layers.{layer}.mlp.down_proj.theta"]
+            np.testing.assert_array_equal(theta, down.rotation.theta[layer])
+            np.testing.assert_array_equal(
+                tensors[f"model.layers.{layer}.mlp.down_proj.pairs"], down.rotation.pairs[layer]
+            )
+    assert np.asarray(tensors["model.embed_tokens.weight"]).dtype == np.float16
+
+
+def test_what_no_layout_can_hold(params, tmp_path):
+    quantized = flatten(round_params(LM, params, "int4", group_size=32))
+    down = ("layers", "mlp", "down")
+    order = jnp.tile(jnp.arange(96, dtype=jnp.int32), (2, 1))
+    cases = {
+        "inputs in an order of their own": {down: dataclasses.replace(quantized[down], order=order)},
+        "only one of them": {down: dataclasses.replace(quantized[down], input_scales=jnp.ones((2, 96)))},
+        "is quantized differently from": {down: flatten(round_params(LM, params, "int8"))[down]},
+        "do not fit into float16": {down: dataclasses.replace(quantized[down], scales=jnp.full((2, 3, 64), 1e6))},
+    }
+    for message, change in cases.items():
+        with pytest.raises(ValueError, match=rf"down.*{message}"):
+            save_pretrained(tmp_path / "model", LM, unflatten(quantized | change))
+        assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match=r"layers.attention.q.*quantized already \(int4\)"):
+        round_params(LM, unflatten(quantized), "int8")
+    with pytest.raises(ValueError, match=r"layers.attention.q.*divide the 64 inputs; got 48"):
+        round_params(LM, params, "int4", group_size=48)
+
+
+@pytest.mark.parametrize("name, unrolled", [("int4", True), ("paroquant", False), ("nvfp4", False)])
+def test_completions_are_those_of_the_dense_weights(params, name, unrolled):
+    quantized = rotated(params) if name == "paroquant" else round_params(LM, params, **FORMATS[name])
+    own = LM.unstack(quantized) if unrolled else quantized
+    prompts = [[5, 6, 7], [44], [9] * 8]
+    found = complete_autoregressive(LM, own, prompts, max_new_tokens=8, batch=3)
+    assert found == complete_autoregressive(LM, expand(quantized), prompts, max_new_tokens=8, batch=3)
+    assert found != complete_autoregressive(LM, params, prompts, max_new_tokens=8, batch=3)
+
+
+def test_block_diffusion_with_quantized_weights(params):
+    config = dataclasses.replace(CONFIG, block_size=4)
+    lm, quantized = build(config), rotated(params)
+    found = complete_blocks(lm, quantized, [[5, 6, 7], [44]], max_new_tokens=8, batch=2)
+    assert found == complete_blocks(lm, expand(quantized), [[5, 6, 7], [44]], max_new_tokens=8, batch=2)
+
+
+def test_steps_compile_once(params):
+    quantized, traces = rotated(params), 0
+    step = make_step(LM)
+
+    def counted(params, state):
+        nonlocal traces
+        traces += 1
+        return step(params, state)
+
+    run = jax.jit(counted, donate_argnums=1)
+    state = init_state(KVCache.init(CONFIG, batch=1, capacity=32, dtype=jnp.float32), CONFIG.vocab_size)
+    prompt = Prompt(
+        tokens=jnp.array([[5, 6, 7]]), lengths=jnp.array([3]), rows=jnp.array([0]), remaining=jnp.array([30]),
+        eos=jnp.full((1, 8), -1), sampling=Sampling.stack([SamplingOptions()]),
+    )  # fmt: skip
+    state, _ = jax.jit(make_prefill(LM))(quantized, state, prompt)
+    for _ in range(12):
+        state, _ = run(quantized, state)
+    assert traces == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("format, activations", [("int8", None), ("fp8", "fp8")])
+def test_a_head_in_eight_bits(tied, format, activations):
+    lm = build(dataclasses.replace(CONFIG, tied_head=tied))
+    params = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, lm.init(jax.random.key(1)))
+    rounded, own = round_head(lm, params, format, activations=activations)
+    logits, expected = rounded.apply(own, TOKENS), lm.apply(params, TOKENS)
+    error = float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected))
+    assert 1e-4 < error < 0.05
+    np.testing.assert_array_equal(own["embed"], params["embed"])
+    both = round_params(rounded, own, "int4", group_size=32)
+    assert rounded.apply(both, TOKENS).shape == (1, 9, CONFIG.vocab_size)
+    with pytest.raises(ValueError, match="the head is quantized already"):
+        round_head(rounded, own, "int8")
+
+
+MESH = """
+import sys, jax, numpy as np
+from jax.sharding import AxisType
+from jaxmodels import load_pretrained
+tokens = np.array([[3, 14, 15, 92, 65, 35, 89, 79, 32]])
+for directory in sys.argv[1:]:
+    one = load_pretrained(directory)
+    expected = np.asarray(one.apply(one.params, tokens))
+    stored = sum(x.nbytes for x in jax.tree.leaves(one.params))
+    for shape in ((1, 1, 2), (2, 2, 2)):
+        mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        model = load_pretrained(directory, mesh=mesh)
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model.params))
+        with jax.set_mesh(mesh):
+            logits = np.asarray(jax.jit(model.lm.apply)(model.params, tokens))
+        print(shape[1] * shape[2], held / stored, np.abs(logits - expected).max(), np.abs(expected).max())
+mesh = jax.make_mesh((1, 4, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+try:
+    load_pretrained(directory, mesh=mesh)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_on_a_mesh(tmp_path):
+    """Logits of one device, and every device holds its part. Groups are never cut."""
+    config = dataclasses.replace(CONFIG, vocab_size=96, mlp_dim=128)
+    lm = build(config)
+    params = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, lm.init(jax.random.key(0)))
+    models = {name: round_params(lm, params, **FORMATS[name]) for name in ("int4", "fp8 by token")}
+    for name, own in (models | {"paroquant": rotated(params)}).items():
+        save_pretrained(tmp_path / name, lm, own)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", MESH, *(str(tmp_path / name) for name in (*models, "paroquant"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *lines, error = done.stdout.strip().splitlines()
+    assert len(lines) == 6
+    for line in lines:
+        parts, held, difference, largest = map(float, line.split())
+        assert held < 1.25 / parts + 0.05 and difference < 2e-5 * max(1, largest)
+    assert "cut 64 inputs 4 ways, through groups of 32" in error
