@@ -18,6 +18,7 @@ LINE = CommandLine(
             "Retrieval",
             "does a small model that skips tiles of attention still find what it is asked for",
         ),
+        Command("paroquant", "train.recipes.paroquant", "Paroquant", "quantize a model to INT4 with rotations"),
         Command("shipped", "train.recipes.shipped", "Shipped", "train the models that the project ships"),
     ),
     notes=("The same command continues an interrupted run.",),

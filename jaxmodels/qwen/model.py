@@ -348,6 +348,27 @@ class CausalLM:
         matrix = params["embed"] if self.config.tied_head else params["head"]
         return linear(states, matrix, "...D,VD->...V", dtype=jnp.dtype(jnp.float32))
 
+    def block(
+        self,
+        params: Params,
+        states: Float[Array, "B T D"],
+        *,
+        layer: int,
+        positions: Int[Array, "B T"] | None = None,
+        mask: Mask = Causal(),
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """One decoder block by itself: `hidden` is the embedding, all of these in turn, and the final norm.
+
+        `params` are of this layer alone, `layer` says which window it has; the rest is as in `hidden`.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(states.shape[1], dtype=jnp.int32), states.shape[:2])
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions, None)
+        attend = Attend(cos, sin, mask, positions, segment_ids, None, None)
+        block = _structure(Block, self.config).module(params)
+        return block(states, attend, layer=layer, window=self.config.layer_windows[layer])[0]
+
     def hidden(
         self,
         params: Params,
