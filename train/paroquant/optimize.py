@@ -97,6 +97,7 @@ def optimize_block(
             f"{_count(validation)}"
         )
     weights = {name: jnp.asarray(weight, jnp.float32) for name, weight in weights.items()}
+    devices = next(iter(weights.values())).sharding
     pairs = {
         name: select_pairs(
             config.seed + layer,
@@ -106,25 +107,18 @@ def optimize_block(
         )
         for name, weight in weights.items()
     }
-    frozen = Frozen(rest, weights, {name: jnp.asarray(pair.channels) for name, pair in pairs.items()}, None)
+    frozen = Frozen(rest, weights, {name: jax.device_put(pair.channels, devices) for name, pair in pairs.items()}, None)
     train = functools.partial(
         _train, apply=apply, samples=samples, validation=validation, config=config, place=place, report=report
     )
 
-    start = {
-        name: Rotated(jnp.ones(weight.shape[1]), jnp.zeros((config.num_rotations, weight.shape[1] // 2)))
-        for name, weight in weights.items()
-    }
+    start = {name: _unturned(weight, config) for name, weight in weights.items()}
     real = {name: Rotated(jnp.ones(()), jnp.asarray(pair.is_real)) for name, pair in pairs.items()}
     rates = jax.tree.map(lambda x: jnp.float32(config.rotation_rate), start)
     turns, first_losses = train("rotation", frozen, start, rates, config.epochs[0], keep=real)
 
     frozen = frozen._replace(turns=turns)
-    rotated = _turn(weights, frozen, config)
-    tuned = {
-        name: Tuned(weight, grid_of(rotated[name], config.group_size, reference_range=config.reference_range))
-        for name, weight in weights.items()
-    }
+    tuned = {name: _untuned(weights[name], turns[name], frozen.pairs[name], config) for name in weights}
     weight_rate, grid_rate = jnp.float32(config.weight_rate), jnp.float32(config.grid_rate)
     rates = {name: Tuned(weight_rate, Grid(grid_rate, grid_rate)) for name in tuned}
     tuned, second_losses = train("rounding", frozen, tuned, rates, config.epochs[1], keep=None)
@@ -132,10 +126,26 @@ def optimize_block(
     return Result(linears, {"rotation": first_losses, "rounding": second_losses})
 
 
+# Beginnings and ends run as one program per shape of a linear.
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _unturned(weight: Array, config: ParoquantConfig) -> Rotated:
+    channels = weight.shape[1]
+    return Rotated(jnp.ones_like(weight[0]), jnp.zeros_like(weight, shape=(config.num_rotations, channels // 2)))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _untuned(weight: Array, turn: Rotated, pairs: Array, config: ParoquantConfig) -> Tuned:
+    rotated = rotate(weight * turn.scale, turn.theta, pairs, config.group_size)
+    return Tuned(weight, grid_of(rotated, config.group_size, reference_range=config.reference_range))
+
+
 def rotate(weight: Array, theta: Array, pairs: Array, group_size: int, *, inverse: bool = False) -> Array:
     return pairwise_rotation(weight, theta, pairs, group_size=group_size, inverse=inverse)
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def _store(tuned: Tuned, turn: Rotated, pairs: Array, config: ParoquantConfig) -> QuantizedTensor:
     """The linear as a checkpoint holds it. Codes are chosen after everything else is rounded to float16."""
     factors, theta = storable(1 / turn.scale), turn.theta.astype(jnp.float16)
@@ -255,7 +265,10 @@ def _train(
             total += float(_loss(frozen, state, place(part), **fixed)) * _count(part)
         return total / _count(validation)
 
-    best, state, momenta = start, start, _optimizer(steps).init(start)
+    # Placed like the weights from the beginning, or the second step would be compiled once more.
+    devices = next(iter(frozen.weights.values())).sharding
+    start, momenta, rates, keep = jax.device_put((start, _optimizer(steps).init(start), rates, keep), devices)
+    best, state = start, start
     losses = [validate(start)]
     report(stage, 0, losses[0])
     if not np.isfinite(losses[0]):

@@ -46,8 +46,8 @@ class BlockReport:
     """
 
     layer: int
-    snr_before: float
-    """With the block itself as it was: what comes from the blocks before."""
+    snr_before: float | None
+    """With the block itself as it was: what comes from the blocks before. None: nothing does."""
     snr_nearest: float
     """Its weights rounded to the nearest codes."""
     snr: float
@@ -99,6 +99,11 @@ def _forward(params: Params, inputs: Any, *, lm: CausalLM, layer: int, dtype: An
         own, inputs["states"].astype(dtype), layer=layer, positions=inputs["positions"], mask=mask,
         segment_ids=inputs["segment_ids"],
     )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("num_inputs", "group_size"))
+def _rounded(weight: Array, num_inputs: int, group_size: int) -> QuantizedTensor:
+    return round_weight(weight, "int4", num_inputs=num_inputs, group_size=group_size)
 
 
 def quantize_model(
@@ -188,23 +193,23 @@ def quantize_model(
         if block is None:
             nearest: dict[Path_, Any] = dict(own)
             for _, path in names.items():
-                nearest[path] = round_weight(
-                    jnp.asarray(own[path]), "int4", num_inputs=lm.linears[("layers", *path)],
-                    group_size=config.group_size,
-                )  # fmt: skip
+                nearest[path] = _rounded(own[path], lm.linears[("layers", *path)], config.group_size)
             held, target = quantized["validation"], targets["validation"]
             block = BlockReport(
                 layer=layer,
-                snr_before=snr(target, passed(layer, unflatten(own), held)),
+                snr_before=None if layer == 0 else snr(target, passed(layer, unflatten(own), held)),
                 snr_nearest=snr(target, passed(layer, unflatten(nearest), held)),
                 snr=snr(target, outputs["validation"]),
-                weight_snr={name: snr(matrices[name], np.asarray(dequantize(linears[name]))) for name in names},
+                weight_snr={
+                    name: snr(matrices[name], np.asarray(jax.jit(dequantize)(linears[name]))) for name in names
+                },
                 losses=losses,
             )
             _write_block(file, linears, block)
+        before = "" if block.snr_before is None else f", errors of earlier blocks alone {block.snr_before:.1f}"
         report(
-            f"block {layer + 1}/{lm.config.layers}  output SNR {block.snr:.1f} dB (nearest {block.snr_nearest:.1f}, "
-            f"from earlier blocks {block.snr_before:.1f})"
+            f"block {layer + 1}/{lm.config.layers}  output SNR {block.snr:.1f} dB (nearest {block.snr_nearest:.1f}"
+            f"{before})"
         )
         reports.append(block)
         finished.append({path: done[path] for path in names.values()})

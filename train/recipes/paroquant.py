@@ -10,6 +10,7 @@ Below `directory`:
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -201,12 +202,13 @@ def _draw(path: Path, blocks: "list[BlockReport]") -> None:
     layers = [block.layer for block in blocks]
     lines = {"snr_nearest": "rounded to nearest", "snr": "ParoQuant", "snr_before": "errors of the blocks before alone"}
     for name, label in lines.items():
-        left.plot(layers, [min(getattr(block, name), 100) for block in blocks], marker="o", ms=3, label=label)
+        values = [math.nan if getattr(block, name) is None else getattr(block, name) for block in blocks]
+        left.plot(layers, values, marker="o", ms=3, label=label)
     left.set(xlabel="block", ylabel="SNR of the block's output (dB)", title="After each block")
     left.legend()
     for name in blocks[0].weight_snr:
         right.plot(layers, [block.weight_snr[name] for block in blocks], marker="o", ms=3, label=name)
     right.set(xlabel="block", ylabel="SNR of the weight (dB)", title="Linears")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)

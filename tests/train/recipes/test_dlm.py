@@ -6,39 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 import train.__main__ as cli
-from jaxmodels import load_pretrained, save_pretrained
+from jaxmodels import load_pretrained
 from jaxmodels.decoding.block_diffusion import generate, nelbo
-from jaxmodels.qwen import QwenConfig, build
-from jaxmodels.tokenizer import Tokenizer
 from train.drift import weight_drift
 from train.recipes.dlm import DLM, LoraConfig
 
-TEXTS = [f"def f{i}(x):\n    return x + {i}\n\n\nfor j in range({i}):\n    print(f{i}(j))\n" * 4 for i in range(40)]
-
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(make_start):
     """(initial autoregressive model without mask token, corpus)."""
-    directory = tmp_path_factory.mktemp("start")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<eos>", "<spare>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    lm = build(QwenConfig.tiny(vocab_size=304, layers=1, eos_ids=(0,), pad_id=None, mask_id=None))
-    tokenizer = Tokenizer(backend, config={"eos_token": "<eos>"})
-    save_pretrained(directory / "init", lm, lm.init(jax.random.key(0)), tokenizer=tokenizer)
-    corpus = directory / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return directory / "init", corpus
+    return make_start(layers=1)
 
 
 @pytest.fixture
@@ -77,7 +56,7 @@ def test_converts_reports_bound_and_drift_and_exports(dlm, start, tmp_path, caps
     assert drift["drift_mlp"] == pytest.approx((up + gate + down) / 3, rel=1e-4)
 
     # The exported model scores as the run said it does, and decodes.
-    tokens = jnp.asarray([model.tokenizer.encode(TEXTS[3])[:32]], jnp.int32)
+    tokens = jnp.asarray([model.tokenizer.encode("def f3(x):\n    return x + 3\n" * 8)[:32]], jnp.int32)
     bound = nelbo(model.lm, model.params, tokens, jax.random.key(0), block_size=8, num_samples=8)
     assert float(bound.nats[0] / bound.tokens[0]) < np.log(304) - 0.3
     done, _ = generate(model.lm, model.params, [tokens[0, :5].tolist()], max_new_tokens=8, eos_ids=())

@@ -2,40 +2,17 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
-import tokenizers
 
 import train.__main__ as cli
-from jaxmodels import load_pretrained, save_pretrained
-from jaxmodels.qwen import build
-from jaxmodels.qwen.config import QwenConfig
-from jaxmodels.tokenizer import Tokenizer
-
-TEXTS = [f"def f{i}(x):\n    return x + {i}\n\n\nfor j in range({i}):\n    print(f{i}(j))\n" * 4 for i in range(40)]
+from jaxmodels import load_pretrained
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """(initial model, corpus): a tiny random model with a byte-level tokeniser, and Python text."""
-    directory = tmp_path_factory.mktemp("start")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<eos>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    lm = build(QwenConfig.tiny(vocab_size=304, layers=1, eos_ids=(0,), pad_id=None, mask_id=None))
-    tokenizer = Tokenizer(backend, config={"eos_token": "<eos>"})
-    save_pretrained(directory / "init", lm, lm.init(jax.random.key(0)), tokenizer=tokenizer, dtype="bfloat16")
-    corpus = directory / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return directory / "init", corpus
+def start(make_start):
+    """(initial model, corpus)."""
+    return make_start(dtype="bfloat16", layers=1)
 
 
 @pytest.fixture
