@@ -104,7 +104,7 @@ def test_a_quantized_model_is_refused(start, flags, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_several_devices_give_what_one_gives(flags, tmp_path, clean_env):
-    """Before the first step the losses are equal. Adam's first step is the sign of the gradient, so that sums in another
+    """Before the first step the losses are equal. Adam's first step is the sign of the gradient, so sums in another
     order turn some angles the other way; what comes of it is as good, not the same.
 
     Last run: 2026-11-27.
