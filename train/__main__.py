@@ -18,6 +18,9 @@ LINE = CommandLine(
             "Retrieval",
             "does a small model that skips tiles of attention still find what it is asked for",
         ),
+        Command(
+            "quantize", "train.recipes.quantize", "Quantize", "round a model's weights to int4, int8, fp8 or nvfp4"
+        ),
         Command("paroquant", "train.recipes.paroquant", "Paroquant", "quantize a model to INT4 with rotations"),
         Command("shipped", "train.recipes.shipped", "Shipped", "train the models that the project ships"),
     ),

@@ -32,7 +32,7 @@ class Quality(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("lm",))
 def _row(original: Any, own: Any, row: dict[str, Array], *, lm: CausalLM) -> tuple[Array, Array, Array, Array]:
-    """Sums over one row `[1, T]` of likelihood, divergence, agreement and weights."""
+    """Sums over rows `[B, T]` of likelihood, divergence, agreement and weights."""
     mask: Mask = Causal() if lm.config.block_size is None else BlockCausal(lm.config.block_size)
     options: dict[str, Any] = {"positions": row["positions"], "segment_ids": row["segment_ids"], "mask": mask}
     expected, found = (
@@ -46,6 +46,12 @@ def _row(original: Any, own: Any, row: dict[str, Array], *, lm: CausalLM) -> tup
     return (weights * nll).sum(), (real * kl).sum(), (real * same).sum(), jnp.stack([weights.sum(), real.sum()])
 
 
+def row_sums(lm: CausalLM, original: Any, own: Any, row: Batch) -> np.ndarray:
+    """Of rows `[B, T]`: nats of the next tokens, KL(original || own), agreeing tokens, predicted tokens, tokens."""
+    nll, kl, same, counts = _row(original, own, {name: jnp.asarray(x) for name, x in row.items()}, lm=lm)
+    return np.array([float(nll), float(kl), float(same), *map(float, counts)])
+
+
 def measure_quality(lm: CausalLM, original: Any, own: Any, rows: Batch, *, num_bytes: int) -> Quality:
     """Compares two sets of parameters of one model.
 
@@ -56,12 +62,11 @@ def measure_quality(lm: CausalLM, original: Any, own: Any, rows: Batch, *, num_b
       rows: held-out rows with "tokens", "positions", "segment_ids" and "loss_mask", `[S, T]`.
       num_bytes: of the text whose tokens are predicted.
     """
-    totals = np.zeros(5)
-    for i in range(len(rows["tokens"])):
-        row = {name: jnp.asarray(x[i : i + 1]) for name, x in rows.items()}
-        nll, kl, same, counts = _row(original, own, row, lm=lm)
-        totals += [float(nll), float(kl), float(same), *map(float, counts)]
-    nll, kl, same, predicted, real = totals
+    each = [
+        row_sums(lm, original, own, {name: x[i : i + 1] for name, x in rows.items()})
+        for i in range(len(rows["tokens"]))
+    ]
+    nll, kl, same, predicted, real = np.sum(each, axis=0)
     causal = lm.config.block_size is None
     return Quality(
         nll=nll / predicted if causal else None,
