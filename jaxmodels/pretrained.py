@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from jaxmodels.cache import Scales
 from jaxmodels.checkpoints.huggingface import (
     Checkpoint,
     read_json,
@@ -32,9 +33,10 @@ from jaxmodels.checkpoints.mapping import (
     unflatten,
 )
 from jaxmodels.decoding.sampling import SamplingOptions
-from jaxmodels.quantization.load import dense_names, find_scheme, load_quantized, plan
+from jaxmodels.quantization.load import dense_names, find_scheme, load_kv_scales, load_quantized, plan
 from jaxmodels.quantization.save import config_block, quantized_tensors
 from jaxmodels.quantization.source import Scheme
+from jaxmodels.quantization.whole import round_head
 from jaxmodels.qwen import load as qwen_load
 from jaxmodels.qwen.model import CausalLM, build
 from jaxmodels.sharding import param_shardings
@@ -169,6 +171,7 @@ class Pretrained:
       hf_config: config.json as it is, for fields that do not change the model (how it was trained).
       sparse_attention: calibrated thresholds of config.json, or None; nothing skips unless it is asked to.
       quantization: how the checkpoint stores its linears, in words; None when they are dense.
+      kv_scales: per layer, of keys and values in eight bits, if the checkpoint has them.
     """
 
     lm: CausalLM
@@ -179,6 +182,7 @@ class Pretrained:
     hf_config: Mapping[str, Any]
     sparse_attention: SkipSoftmaxConfig | None = None
     quantization: str | None = None
+    kv_scales: Scales | None = None
 
     def skip(
         self,
@@ -241,6 +245,7 @@ def load_pretrained(
     mask_id: int | None = None,
     block_size: int | None = None,
     ignore_config: Collection[str] = (),
+    head: Literal["int8", "fp8"] | None = None,
 ) -> Pretrained:
     """Reads a Hugging Face directory (config.json, safetensors, tokenizer), or a repository `org/name`.
 
@@ -259,6 +264,7 @@ def load_pretrained(
       mask_id: mask token of a model whose config.json lacks it; never guessed.
       block_size: training block of a block-diffusion model whose config.json lacks it.
       ignore_config: fields of config.json that are unknown here and known to be without effect.
+      head: round the vocabulary projection to eight bits, one scale per token (see `round_head`).
 
     Raises:
       ValueError: naming file, field or tensor, for an unknown architecture, an unimplemented value, missing
@@ -293,8 +299,20 @@ def load_pretrained(
         raise ValueError(f"{directory}: was replaced by another save while it was being opened; load it again")
     lm = build(config)
     params = load_params(checkpoint, lm, layout, dtype=dtype, mesh=mesh, ignored=ignored, scheme=scheme)
-    title = None if scheme is None else scheme.title
-    return Pretrained(lm, params, tokenizer, generation, directory, hf_config, sparse_attention, title)
+    rows = qwen_load.table(config, layout)
+    if head is not None:
+        lm, params = round_head(lm, params, head)
+    return Pretrained(
+        lm,
+        params,
+        tokenizer,
+        generation,
+        directory,
+        hf_config,
+        sparse_attention,
+        quantization=None if scheme is None else scheme.title,
+        kv_scales=None if scheme is None else load_kv_scales(checkpoint, rows, config.layers),
+    )
 
 
 def _settle_head(checkpoint: Checkpoint, config: Any, layout: qwen_load.Layout) -> tuple[Any, tuple[str, ...]]:

@@ -96,6 +96,11 @@ class Text:
     the window or 8192, whichever is less."""
     chunk: int | None = None
     """Tokens decoded per call of the device; default 1, with --jsonl 8. More hides the host behind a small model."""
+    kv_cache: Literal["int8", "fp8"] | None = None
+    """Keep keys and values in eight bits, which halves the memory of long contexts: int8 with a scale per token and
+    head, fp8 with one per layer (the checkpoint's, else 1); default: the data type of the weights."""
+    head: Literal["int8", "fp8"] | None = None
+    """Round the vocabulary projection to eight bits after loading; default: as the checkpoint has it."""
     decoder: Literal["auto", "ar", "diffusion"] = "auto"
     """ar: one token per forward pass. diffusion: blocks of tokens, several per pass. auto: diffusion if the checkpoint
     was trained for it (its config.json has a block size and a mask token)."""
@@ -257,7 +262,7 @@ def _load(config: Text) -> Any:
         from jaxmodels.pretrained import load_pretrained
 
         try:
-            return load_pretrained(config.model, dtype=config.dtype, mask_id=config.mask_id)
+            return load_pretrained(config.model, dtype=config.dtype, mask_id=config.mask_id, head=config.head)
         except ValueError as error:
             if config.mask_id is None and "mask_token_id" in str(error):
                 raise ValueError(f"{error} (on the command line: --mask-id ID)") from None
@@ -280,6 +285,7 @@ def _engine(config: Text, pretrained: Any, requests: Sequence[Request], batch: i
         prefill_chunk=config.prefill_chunk,
         on_compile=CompileNotes(config.quiet),
         diffusion=diffusion,
+        kv_cache=config.kv_cache,
         **skips,
     )
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from infer.text.events import Chunk, Job
-from jaxmodels.cache import KVCache, SinkRingCache
+from jaxmodels.cache import KVCache, KVCodes, SinkRingCache
 from jaxmodels.decoding.autoregressive import (
     ARState,
     Piece,
@@ -168,6 +168,7 @@ class ARDecoder:
       max_eos: most EOS ids that a request may have.
       skip: read prompts with skip-softmax attention, in one piece; its numbers are Python floats here.
       decode_skip: leave out tiles of the cache in decode steps; not with a window.
+      kv_codes: keep keys and values in eight bits; None: in the dtype of the weights.
       top_logprobs: most alternatives per token that a request may ask for; 0 leaves them out of the programs.
       on_compile: see `Programs.get`.
     """
@@ -191,6 +192,7 @@ class ARDecoder:
         max_eos: int = 8,
         skip: SkipAttention | None = None,
         decode_skip: SkipAttention | None = None,
+        kv_codes: KVCodes | None = None,
         top_logprobs: int = 0,
         on_compile: OnCompile | None = None,
     ):
@@ -230,13 +232,14 @@ class ARDecoder:
         self.lm, self.batch, self.capacity, self.chunk = lm, batch, capacity, chunk
         self.window, self.num_sinks, self.top_logprobs = window, num_sinks, top_logprobs
         self.prefill_rows, self.prefill_chunk, self.buckets = prefill_rows, prefill_chunk, buckets
-        self.max_eos = max_eos
+        self.max_eos, self.kv_codes = max_eos, kv_codes
         self.on_compile = on_compile
         on_cpu = jax.tree.leaves(params)[0].devices().pop().platform == "cpu"
         self.params = lm.unstack(params) if on_cpu and isinstance(params["layers"], dict) else params
         leaves, structure = jax.tree.flatten(self.params)
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
-        static = (batch, capacity, window, num_sinks, chunk, prefill_rows, max_eos, top_logprobs)
+        codes = None if kv_codes is None else kv_codes.format
+        static = (batch, capacity, window, num_sinks, chunk, prefill_rows, max_eos, top_logprobs, codes)
         self.programs = _programs(lm, *static, structure, shapes, (skip, decode_skip))
         self._prefill = _as_chunk(make_prefill(lm, skip, top=top_logprobs))
         self._extend = make_extend(lm)
@@ -249,6 +252,7 @@ class ARDecoder:
     def _new_state(self) -> ARState:
         config = self.lm.config
         sizes: dict[str, Any] = {"batch": self.batch, "capacity": self.slots, "dtype": self.params["embed"].dtype}
+        sizes["codes"] = self.kv_codes
 
         def init() -> ARState:
             if self.window is None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from infer.text.decoders import OnCompile, check_vocabulary
 from infer.text.events import Chunk, Job
+from jaxmodels.cache import KVCodes
 from jaxmodels.decoding.block_diffusion.generation import Block, BlockDecoding, RevealOptions, RowOptions
 from jaxmodels.decoding.block_diffusion.stream import BlockStream, Plan, plan_request, prefill_length
 from jaxmodels.decoding.sampling import SamplingOptions
@@ -45,6 +46,7 @@ class DiffusionDecoder:
       on_step: called with the block after every denoising pass, and the host waits for each: for watching.
       prefill_rows: prompts per prefill call.
       max_eos: most EOS ids that a request may have.
+      kv_codes: keep keys and values in eight bits; None: in the dtype of the weights.
       on_compile: called with (name, None) before a compilation and (name, seconds) after it.
     """
 
@@ -62,6 +64,7 @@ class DiffusionDecoder:
         on_step: Callable[[Block], None] | None = None,
         prefill_rows: int = 1,
         max_eos: int = 8,
+        kv_codes: KVCodes | None = None,
         on_compile: OnCompile | None = None,
     ):
         for name, value in (("batch", batch), ("capacity", capacity)):
@@ -85,6 +88,7 @@ class DiffusionDecoder:
             fused=fused and on_step is None,
             prefill_rows=self.prefill_rows,
             eos_slots=max_eos,
+            kv_codes=kv_codes,
         )
         self.mask_id = self.decoding.mask_id if self.decoding.infill else None
         self._rows = tuple(range(batch))

@@ -20,6 +20,7 @@ from infer.text.decoders import ARDecoder, Decoder, OnCompile
 from infer.text.events import Alternatives, Chunk, Completion, Event, FinishReason, Job, Usage
 from infer.text.requests import SAMPLING_FIELDS, Request, split_holes
 from infer.text.stops import StopScanner
+from jaxmodels.cache import Codes, KVCodes
 from jaxmodels.decoding.sampling import SamplingOptions
 from jaxmodels.sparse_attention import SkipAttention
 from jaxmodels.tokenizer import StreamDecoder
@@ -184,14 +185,16 @@ class TextEngine:
         diffusion: Mapping[str, Any] | None = None,
         skip: SkipAttention | None = None,
         decode_skip: SkipAttention | None = None,
+        kv_cache: Codes | None = None,
     ) -> "TextEngine":
         """The engine of a loaded model (`jaxmodels.load_pretrained`).
 
         Without a `capacity` the slots are as large as the `requests` need (rounded up so that similar ones share
         compiled programs), or 4096 tokens where there are none, and never larger than the model's `max_positions`.
         `top_logprobs` None reports as many alternatives as the `requests` ask for. With `diffusion`, the further
-        arguments of a `DiffusionDecoder`, tokens are decoded in blocks. The other arguments are those of `ARDecoder`
-        and of the engine; the skips are for the autoregressive decoder only.
+        arguments of a `DiffusionDecoder`, tokens are decoded in blocks. With a `kv_cache`, "int8" or "fp8", keys and
+        values are kept in eight bits, fp8 by the checkpoint's scales if it has any. The other arguments are those of
+        `ARDecoder` and of the engine; the skips are for the autoregressive decoder only.
         """
         if diffusion is not None and (skip is not None or decode_skip is not None):
             raise NotImplementedError("skip-softmax exists for the autoregressive decoder only; leave out the skips")
@@ -201,6 +204,8 @@ class TextEngine:
             if requests:
                 capacity = min(limit, needed_capacity(pretrained, requests, max_new_tokens))
         options: dict[str, Any] = {"batch": batch, "capacity": capacity, "prefill_rows": prefill_rows}
+        if kv_cache is not None:
+            options["kv_codes"] = KVCodes(kv_cache, pretrained.kv_scales if kv_cache == "fp8" else None)
         if diffusion is None:
             if top_logprobs is None:
                 top_logprobs = max((request.top_logprobs for request in requests), default=0)

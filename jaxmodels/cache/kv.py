@@ -6,7 +6,7 @@ carries a cache. Layer axis first, so that a kernel takes the whole stack and a 
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import flax.struct
 import jax.numpy as jnp
@@ -14,6 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.masks import Mask
+from pallas_kernels.quantized_matmul.rounding import SMALLEST, to_codes
+
+Codes = Literal["int8", "fp8"]
+"""How a cache may round keys and values: int8 with a scale per token and head, or float8_e4m3fn with one per layer."""
+_DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
 class KV(NamedTuple):
@@ -55,10 +60,91 @@ def _check_chunk(cache: "KVCache | SinkRingCache", kv: KV, limit: int, what: str
         raise ValueError(f"a chunk of {kv.k.shape[2]} tokens does not fit into {limit} {what}")
 
 
-def _zeros(config: Shape, batch: int, capacity: int, dtype: Any) -> Array:
+class Scales(NamedTuple):
+    """What codes of keys and of values are multiplied with, per layer: float32 `[L]`."""
+
+    k: Any
+    v: Any
+
+
+class KVCodes(NamedTuple):
+    """Keys and values in eight bits. They are rounded once, when they are appended.
+
+    "int8" finds a scale for each token and head, float16. "fp8" takes one per layer, beyond 448 times which values
+    saturate.
+    """
+
+    format: Codes
+    scales: Scales | None = None  # of "fp8"; None: 1
+
+    def check(self, layers: int) -> None:
+        """Raises ValueError for another format, and for scales that it has not."""
+        if self.format not in get_args(Codes):
+            raise ValueError(f"the codes of a cache are 'int8' or 'fp8'; got {self.format!r}")
+        if self.scales is not None and self.format != "fp8":
+            raise ValueError(f"scales per layer are for fp8 codes; got {self.format!r}")
+        for scale in self.scales or ():
+            if jnp.shape(scale) != (layers,):
+                raise ValueError(f"scales must have shape ({layers},), one per layer; got {jnp.shape(scale)}")
+
+
+def _buffers(config: Shape, batch: int, capacity: int, dtype: Any, codes: KVCodes | None) -> dict[str, Any]:
+    """Empty buffers for keys and values, and their scales."""
     if batch < 1 or capacity < 1:
         raise ValueError(f"batch and capacity must be at least 1; got {batch} and {capacity}")
-    return jnp.zeros((config.layers, batch, capacity, config.kv_heads, config.head_dim), dtype)
+    shape = (config.layers, batch, capacity, config.kv_heads, config.head_dim)
+    if codes is None:
+        return {name: jnp.zeros(shape, dtype) for name in ("k", "v")}
+    codes.check(config.layers)
+    buffers: dict[str, Any] = {name: jnp.zeros(shape, _DTYPES[codes.format]) for name in ("k", "v")}
+    if codes.format == "int8":
+        own = jnp.ones((config.layers, batch, config.kv_heads, capacity), jnp.float16)
+        return buffers | {"k_scale": own, "v_scale": own}
+    scales = codes.scales or Scales(*[jnp.ones(config.layers)] * 2)
+    return buffers | {"k_scale": jnp.asarray(scales.k, jnp.float32), "v_scale": jnp.asarray(scales.v, jnp.float32)}
+
+
+def _encode(values: Array, like: Array, scale: Array | None) -> tuple[Array, Array | None]:
+    """`values [L, B, T, K, H]` as a cache like `like` stores them, and new scales `[L, B, T, K]` if it keeps these."""
+    if scale is None:
+        return values, None
+    exact = values.astype(jnp.float32)
+    if scale.ndim == 1:
+        return to_codes(
+            exact, "fp8" if like.dtype == jnp.float8_e4m3fn else "int8", scale[:, None, None, None, None]
+        ), None
+    own = jnp.maximum(jnp.abs(exact).max(axis=-1) / 127, SMALLEST)
+    # Rounded up in float16, or the largest would saturate; below its range the scale is its smallest number.
+    half = own.astype(jnp.float16)
+    half = jnp.where(half.astype(jnp.float32) < own, jnp.nextafter(half, jnp.float16(jnp.inf)), half)
+    return to_codes(exact, "int8", half.astype(jnp.float32)[..., None]), half
+
+
+def _written(
+    cache: "KVCache | SinkRingCache", kv: KV, slots: Int[Array, "B T"], rows: Int[Array, " B"] | None
+) -> dict[str, Array]:
+    """The buffers after `kv` is put into `slots` of `rows`."""
+    changed = {}
+    for name, values in (("k", kv.k), ("v", kv.v)):
+        buffer, scale = getattr(cache, name), getattr(cache, f"{name}_scale")
+        codes, own = _encode(values, buffer, scale)
+        changed[name] = _put(buffer, codes, slots, rows)
+        if own is not None:
+            chosen = jnp.arange(slots.shape[0]) if rows is None else rows
+            # [L, B, K, S]: the two indexed axes come first in what is written.
+            changed[f"{name}_scale"] = scale.at[:, chosen[:, None], :, slots].set(
+                own.transpose(1, 2, 0, 3), mode="drop", unique_indices=rows is None
+            )
+    return changed
+
+
+def _layer_of(cache: "KVCache | SinkRingCache", layer: int | Array, rows: Int[Array, " P"]) -> dict[str, Array]:
+    """Some rows of one layer of the buffers, as a cache of one layer."""
+    own = {"k": cache.k[layer, rows][None], "v": cache.v[layer, rows][None]}
+    for name in ("k_scale", "v_scale"):
+        if (scale := getattr(cache, name)) is not None:
+            own[name] = scale[layer][None] if scale.ndim == 1 else scale[layer, rows][None]
+    return own
 
 
 def _put(buffer: Array, new: Array, slots: Int[Array, "B T"], rows: Int[Array, " B"] | None) -> Array:
@@ -90,23 +176,34 @@ class KVCache(flax.struct.PyTreeNode):
     Attributes:
       k, v: keys and values, `[L, B, S, K, H]` with S = capacity; slots at or beyond a row's length hold
         garbage.
+      k_scale, v_scale: of codes: float32 `[L]`, or float16 `[L, B, K, S]`, one per token and head; else None.
       lengths: tokens each row has been given. Appending past the capacity drops the tokens that do not fit
         while the length keeps counting, so `remaining()` < 0 shows it afterwards; drivers check it
         beforehand.
     """
 
-    k: Any  # float [L, B, S, K, H]; no checked annotations: the class also holds shapes, shardings, donations
-    v: Any  # float [L, B, S, K, H]
+    k: Any  # float or codes [L, B, S, K, H]; no checked annotations: the class also holds shapes, shardings, donations
+    v: Any  # float or codes [L, B, S, K, H]
     lengths: Any  # int32 [B]
+    k_scale: Any = None
+    v_scale: Any = None
 
     @classmethod
-    def init(cls, config: Shape, *, batch: int, capacity: int, dtype: Any) -> "KVCache":
-        """An empty cache for `config.layers`, `config.kv_heads` and `config.head_dim`."""
-        return cls(
-            k=_zeros(config, batch, capacity, dtype),
-            v=_zeros(config, batch, capacity, dtype),
-            lengths=jnp.zeros((batch,), jnp.int32),
-        )
+    def init(
+        cls,
+        config: Shape,
+        *,
+        batch: int,
+        capacity: int,
+        dtype: Any,
+        codes: KVCodes | None = None,
+    ) -> "KVCache":
+        """An empty cache for `config.layers`, `config.kv_heads` and `config.head_dim`.
+
+        Keys and values are kept in `dtype`, or as `codes`.
+        """
+        buffers = _buffers(config, batch, capacity, dtype, codes)
+        return cls(**buffers, lengths=jnp.zeros((batch,), jnp.int32))
 
     @property
     def capacity(self) -> int:
@@ -135,11 +232,7 @@ class KVCache(flax.struct.PyTreeNode):
         positions = _lengths(self.lengths, rows)[:, None] + jnp.arange(time, dtype=jnp.int32)
         # Padding goes to distinct slots past the end, where it is dropped.
         slots = jnp.where(valid, positions, self.capacity + positions)
-        return self.replace(
-            k=_put(self.k, kv.k, slots, rows),
-            v=_put(self.v, kv.v, slots, rows),
-            lengths=_grown(self.lengths, count, rows),
-        )
+        return self.replace(**_written(self, kv, slots, rows), lengths=_grown(self.lengths, count, rows))
 
     def fill(self, kv: KV, count: Int[Array, " P"], rows: Int[Array, " P"]) -> "KVCache":
         """Rows `rows` hold only the first `count` of these tokens; an index beyond the batch writes nothing."""
@@ -147,11 +240,15 @@ class KVCache(flax.struct.PyTreeNode):
         if self.capacity < time:
             raise ValueError(f"a prompt padded to {time} tokens does not fit the cache capacity {self.capacity}")
 
-        def put(buffer: Array, new: Array) -> Array:  # what stands beyond a row's length is never read
-            return buffer.at[:, rows, :time].set(new.astype(buffer.dtype), mode="drop")
-
+        changed = {}  # what stands beyond a row's length is never read
+        for name, values in (("k", kv.k), ("v", kv.v)):
+            buffer, scale = getattr(self, name), getattr(self, f"{name}_scale")
+            codes, own = _encode(values, buffer, scale)
+            changed[name] = buffer.at[:, rows, :time].set(codes.astype(buffer.dtype), mode="drop")
+            if own is not None:
+                changed[f"{name}_scale"] = scale.at[:, rows, :, :time].set(jnp.swapaxes(own, 2, 3), mode="drop")
         lengths = self.lengths.at[rows].set(count.astype(jnp.int32), mode="drop")
-        return self.replace(k=put(self.k, kv.k), v=put(self.v, kv.v), lengths=lengths)
+        return self.replace(**changed, lengths=lengths)
 
     def restart(self, rows: Int[Array, " P"]) -> "KVCache":
         """Rows `rows` are empty; indices beyond the batch are ignored."""
@@ -159,9 +256,7 @@ class KVCache(flax.struct.PyTreeNode):
 
     def one_layer(self, layer: int | Array, rows: Int[Array, " P"]) -> "KVCache":
         """A copy of some rows of one layer."""
-        return self.replace(
-            k=self.k[layer, rows][None], v=self.v[layer, rows][None], lengths=_lengths(self.lengths, rows)
-        )
+        return self.replace(**_layer_of(self, layer, rows), lengths=_lengths(self.lengths, rows))
 
     def attend(
         self,
@@ -185,6 +280,8 @@ class KVCache(flax.struct.PyTreeNode):
             self.k,
             self.v,
             layer=layer,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
             kv_lengths=self.lengths,
             q_positions=q_positions,
             own_k=own_k,
@@ -205,25 +302,36 @@ class SinkRingCache(flax.struct.PyTreeNode):
     Attributes:
       k, v: keys (rotated at absolute positions) and values `[L, B, S, K, H]`; slots 0..num_sinks-1 are the
         sinks.
+      k_scale, v_scale: as in `KVCache`.
       positions: the position held by each slot, -1 = empty.
       lengths: tokens each row has been given.
       num_sinks: static.
     """
 
-    k: Any  # float [L, B, S, K, H]
-    v: Any  # float [L, B, S, K, H]
+    k: Any  # float or codes [L, B, S, K, H]
+    v: Any  # float or codes [L, B, S, K, H]
     positions: Any  # int32 [B, S]
     lengths: Any  # int32 [B]
     num_sinks: int = flax.struct.field(pytree_node=False)
+    k_scale: Any = None
+    v_scale: Any = None
 
     @classmethod
-    def init(cls, config: Shape, *, batch: int, capacity: int, dtype: Any, num_sinks: int = 4) -> "SinkRingCache":
-        """An empty cache of `capacity` slots, `num_sinks` of them sinks, the rest the ring."""
+    def init(
+        cls,
+        config: Shape,
+        *,
+        batch: int,
+        capacity: int,
+        dtype: Any,
+        num_sinks: int = 4,
+        codes: KVCodes | None = None,
+    ) -> "SinkRingCache":
+        """An empty cache of `capacity` slots, `num_sinks` of them sinks, the rest the ring. Codes as in `KVCache`."""
         if not 0 <= num_sinks < capacity:
             raise ValueError(f"num_sinks must lie in [0, capacity={capacity}); got {num_sinks}")
         return cls(
-            k=_zeros(config, batch, capacity, dtype),
-            v=_zeros(config, batch, capacity, dtype),
+            **_buffers(config, batch, capacity, dtype, codes),
             positions=jnp.full((batch, capacity), -1, jnp.int32),
             lengths=jnp.zeros((batch,), jnp.int32),
             num_sinks=num_sinks,
@@ -267,8 +375,7 @@ class SinkRingCache(flax.struct.PyTreeNode):
         slots = jnp.where(valid, slots, self.capacity + jnp.arange(time))
         own = (jnp.arange(slots.shape[0]) if rows is None else rows)[:, None]
         return self.replace(
-            k=_put(self.k, kv.k, slots, rows),
-            v=_put(self.v, kv.v, slots, rows),
+            **_written(self, kv, slots, rows),
             positions=self.positions.at[own, slots].set(positions, mode="drop", unique_indices=rows is None),
             lengths=_grown(self.lengths, count, rows),
         )
@@ -286,8 +393,7 @@ class SinkRingCache(flax.struct.PyTreeNode):
     def one_layer(self, layer: int | Array, rows: Int[Array, " P"]) -> "SinkRingCache":
         """A copy of some rows of one layer."""
         return self.replace(
-            k=self.k[layer, rows][None],
-            v=self.v[layer, rows][None],
+            **_layer_of(self, layer, rows),
             positions=self.positions[rows],
             lengths=_lengths(self.lengths, rows),
         )
@@ -314,6 +420,8 @@ class SinkRingCache(flax.struct.PyTreeNode):
             self.k,
             self.v,
             layer=layer,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
             kv_lengths=self.lengths,  # beyond the capacity once the ring has wrapped: all slots
             k_positions=self.positions,
             q_positions=self.next_positions(q.shape[1]) if q_positions is None else q_positions,

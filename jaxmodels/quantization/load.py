@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jaxmodels.cache import Scales
 from jaxmodels.checkpoints.huggingface import Checkpoint, read_json
 from jaxmodels.checkpoints.mapping import Row, aligned_empty
 from jaxmodels.quantization.awq import Awq, Paroquant
-from jaxmodels.quantization.compressed_tensors import CompressedTensors
+from jaxmodels.quantization.compressed_tensors import CompressedTensors, fixed_scale
 from jaxmodels.quantization.gptq import Gptq
 from jaxmodels.quantization.modelopt import ModelOpt
 from jaxmodels.quantization.source import Linear, Scheme
@@ -126,9 +127,40 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
                 if np.asarray(source.view(bias), np.float32).any():
                     raise ValueError(f"{source.describe(bias)[2]}: tensor {bias!r} is a bias that the model has not")
                 used.append(bias)
+    for scales in _kv_names(rows, layers):
+        used += [name for name in scales if name in present]
     if not quantized:
         raise ValueError(f"checkpoint {source}: should be {scheme.title}, but has no tensor {scheme.marker!r}")
     return Plan(tuple(dense), tuple(quantized), tuple(used))
+
+
+def _kv_names(rows: Sequence[Row], layers: int) -> list[list[str]]:
+    """Where ModelOpt puts the scales of cached keys, and those of values, one name per layer."""
+    found = []
+    for last in ("k", "v"):
+        row = next(row for row in rows if row.path == ("layers", "attention", last))
+        found.append([f"{row.name(n).removesuffix('.weight')}.{last}_scale" for n in range(layers)])
+    return found
+
+
+def load_kv_scales(source: Checkpoint, rows: Sequence[Row], layers: int) -> Scales | None:
+    """Scales of an 8-bit cache, float32 `[L]` of keys and of values; None when the checkpoint has none.
+
+    Raises ValueError naming a scale that is missing while others are there, or is no positive number.
+    """
+    kinds = _kv_names(rows, layers)
+    if not any(name in source.names() for names in kinds for name in names):
+        return None
+    values = []
+    for names in kinds:
+        own = []
+        for name in names:
+            if name not in source.names():
+                raise ValueError(f"checkpoint {source}: lacks {name}, which other layers have")
+            module, _, suffix = name.rpartition(".")
+            own.append(fixed_scale(Linear(source, module, 0, 0), suffix))
+        values.append(np.stack(own))
+    return Scales(*values)
 
 
 def load_quantized(

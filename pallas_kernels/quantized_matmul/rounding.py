@@ -133,10 +133,11 @@ def to_e2m1(x: Array) -> Array:
 def to_bytes(x: Array, format: Format, largest: Array) -> tuple[Array, Array]:
     """Codes and float32 scale of values whose magnitude is at most `largest` (broadcast against them)."""
     scale = jnp.maximum(largest, SMALLEST) / (127.0 if format == "int8" else FP8_MAX)
-    return _to_codes(x, format, scale), scale
+    return to_codes(x, format, scale), scale
 
 
-def _to_codes(x: Array, format: str, scale: Array) -> Array:
+def to_codes(x: Array, format: Format, scale: Array) -> Array:
+    """Codes of x / scale in int8 (-127..127) or float8_e4m3fn, the nearest ones; what lies beyond saturates."""
     if format == "fp8":
         return to_fp8(x / scale)
     return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8)
@@ -146,5 +147,5 @@ def activations(x: Float[Array, "M I"], kind: Activations, scale: Array | None =
     """Codes of activations and their scales: the fixed one, or one per token `[M, 1]` from its largest magnitude."""
     x = x.astype(jnp.float32)
     if scale is not None:
-        return _to_codes(x, kind, scale), scale
+        return to_codes(x, kind, scale), scale
     return to_bytes(x, kind, jnp.abs(x).max(axis=1, keepdims=True))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels.cache import KV, KVCache, SinkRingCache
+from jaxmodels.cache import KV, CacheRows, KVCache, KVCodes, Scales, SinkRingCache
 from jaxmodels.layers import RopeConfig
 from jaxmodels.qwen import QwenConfig, build
-from pallas_kernels.masks import Full, SlidingWindow
+from pallas_kernels.masks import Causal, Full, SlidingWindow
 
 CONFIGS = {
     "qwen3": QwenConfig.tiny(layers=2, dim=32, mlp_dim=32, head_dim=16),
@@ -271,3 +271,125 @@ def test_no_copy_of_cache_or_weights_in_a_compiled_step(path, batch, kind):
     chunk = 2 * batch * 256 * lm.config.kv_heads * lm.config.head_dim * 4  # what attention reads at once
     assert scratch < layer + 3 * chunk
     assert 3 * chunk < 2 * cache.k.nbytes
+
+
+# ----------------------------------------------------------------------------------------------------
+# Keys and values in eight bits
+
+
+CODES = {
+    "int8": KVCodes("int8"),
+    "fp8": KVCodes("fp8"),
+    "fp8 scaled": KVCodes("fp8", Scales(np.array([0.5, 2.0], np.float32), np.array([0.1, 0.25], np.float32))),
+}
+
+
+def coded(kind, codes, batch=2, capacity=12, **options):
+    config = QwenConfig.tiny(layers=2, kv_heads=2, head_dim=8)
+    return kind.init(config, batch=batch, capacity=capacity, dtype=jnp.float32, codes=codes, **options)
+
+
+def some_kv(time, seed=0, batch=2, scale=1.0):
+    rng = np.random.default_rng(seed)
+    k, v = (rng.normal(size=(2, batch, time, 2, 8)).astype(np.float32) * scale for _ in range(2))
+    k[..., 3] *= 20  # an outlier channel, and tokens of very different sizes
+    v *= np.logspace(-2, 1, time, dtype=np.float32)[:, None, None]
+    return KV(jnp.asarray(k), jnp.asarray(v))
+
+
+def decoded(cache, name):
+    """Values [L, B, S, K, H] that the codes stand for."""
+    codes, scale = getattr(cache, name).astype(jnp.float32), getattr(cache, f"{name}_scale")
+    if scale.ndim == 1:
+        return codes * scale[:, None, None, None, None]
+    return codes * jnp.swapaxes(scale.astype(jnp.float32), 2, 3)[..., None]
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("kind", [KVCache, SinkRingCache])
+def test_codes_stand_for_what_was_appended(kind, name):
+    cache = coded(kind, CODES[name])
+    assert cache.k.dtype == (jnp.int8 if name == "int8" else jnp.float8_e4m3fn)
+    kv = some_kv(7)
+    cache = cache.append(kv, count=jnp.array([7, 4]))
+    for part, values in (("k", kv.k), ("v", kv.v)):
+        found = decoded(cache, part)
+        for row, count in enumerate((7, 4)):
+            real, own = np.asarray(values[:, row, :count]), np.asarray(found[:, row, :count])
+            if name == "int8":  # half a step of the token's and head's own grid, which float16 makes a little wider
+                allowed = 0.502 * np.abs(real).max(axis=-1, keepdims=True) / 127
+            else:  # three bits of mantissa; below the normal numbers of the format half of its smallest step
+                scale = np.asarray(getattr(cache, f"{part}_scale"))[:, None, None, None]
+                allowed = np.maximum(np.abs(real) / 16, scale * 2.0**-10)
+            assert (np.abs(real - own) <= allowed + 1e-7).all()
+    assert not np.asarray(cache.k.astype(jnp.float32))[:, 1, 4:].any(), "padding is dropped"
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("kind", [KVCache, SinkRingCache])
+def test_attention_reads_codes_as_their_values(kind, name):
+    """The same attention as from a float cache that holds the decoded values; rows by themselves too."""
+    cache = coded(kind, CODES[name]).append(some_kv(8), count=jnp.array([8, 5]))
+    plain = cache.replace(k=decoded(cache, "k"), v=decoded(cache, "v"), k_scale=None, v_scale=None)
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.normal(size=(2, 3, 4, 8)), jnp.float32)
+    own = [jnp.asarray(rng.normal(size=(2, 3, 2, 8)), jnp.float32) for _ in range(2)]
+    for layer in range(2):
+        options = {"layer": layer, "own_mask": Causal()}
+        expected = plain.attend(q, *own, **options)
+        np.testing.assert_allclose(cache.attend(q, *own, **options), expected, atol=2e-5)
+        turned = CacheRows(cache, jnp.array([1, 0]))
+        np.testing.assert_allclose(
+            turned.attend(q[::-1], *[x[::-1] for x in own], **options), expected[::-1], atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_what_stays_in_a_ring_is_never_rounded_again(name):
+    cache = coded(SinkRingCache, CODES[name], capacity=6, num_sinks=2).append(some_kv(4))
+    sinks = np.asarray(cache.k.astype(jnp.float32))[:, :, :2].copy()
+    for step in range(8):
+        before = cache
+        cache = cache.append(some_kv(1, seed=step + 1, scale=10.0 ** (step % 3)))
+        changed = np.asarray(cache.positions != before.positions)
+        assert changed.sum() == 2
+        same = np.broadcast_to(~changed[None, :, :, None, None], cache.k.shape)
+        np.testing.assert_array_equal(
+            np.asarray(cache.k.astype(jnp.float32))[same], np.asarray(before.k.astype(jnp.float32))[same]
+        )
+        if name == "int8":
+            same = np.broadcast_to(~changed[None, :, None], cache.k_scale.shape)
+            np.testing.assert_array_equal(np.asarray(cache.k_scale)[same], np.asarray(before.k_scale)[same])
+    np.testing.assert_array_equal(np.asarray(cache.k.astype(jnp.float32))[:, :, :2], sinks)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_prompt_fills_rows_like_appending(name):
+    kv, count = some_kv(5), jnp.array([5, 3])
+    filled = coded(KVCache, CODES[name]).append(some_kv(2, seed=3)).fill(kv, count, jnp.array([0, 1]))
+    expected = coded(KVCache, CODES[name]).append(kv)
+    np.testing.assert_array_equal(filled.lengths, count)
+    for row, n in enumerate((5, 3)):
+        for part in ("k", "v"):
+            np.testing.assert_array_equal(decoded(filled, part)[:, row, :n], decoded(expected, part)[:, row, :n])
+
+
+def test_values_beyond_the_scale_saturate_and_nothing_is_not_a_number():
+    kv = some_kv(3, scale=1e6)
+    cache = coded(KVCache, KVCodes("fp8")).append(kv)
+    assert float(jnp.abs(decoded(cache, "k")[:, :, :3]).max()) == 448
+    zero = coded(KVCache, KVCodes("int8")).append(jax.tree.map(jnp.zeros_like, kv))
+    assert not np.asarray(decoded(zero, "k")).any()
+
+
+@pytest.mark.parametrize(
+    "codes, message",
+    [
+        (KVCodes("int4"), "the codes of a cache are 'int8' or 'fp8'; got 'int4'"),
+        (KVCodes("int8", Scales(np.ones(2), np.ones(2))), "scales per layer are for fp8 codes; got 'int8'"),
+        (KVCodes("fp8", Scales(np.ones(3), np.ones(2))), r"scales must have shape \(2,\), one per layer; got \(3,\)"),
+    ],
+)
+def test_codes_that_do_not_exist(plain_calls, codes, message):
+    with pytest.raises(ValueError, match=message):
+        coded(KVCache, codes)

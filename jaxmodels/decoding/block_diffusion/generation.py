@@ -246,10 +246,10 @@ class DecodeState(flax.struct.PyTreeNode):
     remaining: Int[Array, " B"]
 
     @classmethod
-    def init(cls, lm: Any, decoding: BlockDecoding, cache: Any) -> "DecodeState":
-        """No rows started; `cache` is empty. The dtype of the cache is that of the parameters."""
+    def init(cls, lm: Any, decoding: BlockDecoding, cache: Any, dtype: Any) -> "DecodeState":
+        """No rows started; `cache` is empty. `dtype` is that of the parameters."""
         rows = cache.lengths.shape[0]
-        context = jnp.zeros((rows, lm.config.dim), cache.k.dtype) if decoding.token_shift else None
+        context = jnp.zeros((rows, lm.config.dim), dtype) if decoding.token_shift else None
         return cls(cache, context, jnp.zeros((rows,), jnp.int32))
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.cache import KVCache
+from jaxmodels.cache import KVCache, KVCodes
 from jaxmodels.decoding.block_diffusion.generation import (
     Block,
     BlockDecoding,
@@ -183,6 +183,7 @@ class BlockStream:
         fused: commit a block in the same pass that starts the next one; same tokens, one pass less per block.
         prefill_rows: most rows that one `start` takes; prefills are padded to that many.
         eos_slots: most end tokens a row may have.
+        kv_codes: keep keys and values in eight bits; None: in the dtype of the weights.
     """
 
     def __init__(
@@ -196,6 +197,7 @@ class BlockStream:
         fused: bool = True,
         prefill_rows: int | None = None,
         eos_slots: int = 8,
+        kv_codes: KVCodes | None = None,
     ):
         vocab = lm.config.vocab_size
         if not 0 <= decoding.mask_id < vocab:
@@ -204,9 +206,9 @@ class BlockStream:
         self.batch, self.capacity, self.eos_slots = batch, capacity, eos_slots
         self.prefill_rows = batch if prefill_rows is None else min(prefill_rows, batch)
         dtype = params["embed"].dtype
-        cache = KVCache.init(lm.config, batch=batch, capacity=capacity, dtype=dtype)
+        cache = KVCache.init(lm.config, batch=batch, capacity=capacity, dtype=dtype, codes=kv_codes)
         # Arrays that are not committed to the weights' device would make the first call compile a program of its own.
-        self._state = jax.device_put(DecodeState.init(lm, decoding, cache), self._placement)
+        self._state = jax.device_put(DecodeState.init(lm, decoding, cache, dtype), self._placement)
         self._plans: list[Plan | None] = [None] * batch
         self._cursor = [0] * batch
         idle: tuple[RevealOptions, int, tuple[int, ...], SamplingOptions] = (RevealOptions(), 1, (), SamplingOptions())
