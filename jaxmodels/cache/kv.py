@@ -97,11 +97,15 @@ def _buffers(config: Shape, batch: int, capacity: int, dtype: Any, codes: KVCode
         return {name: jnp.zeros(shape, dtype) for name in ("k", "v")}
     codes.check(config.layers)
     buffers: dict[str, Any] = {name: jnp.zeros(shape, _DTYPES[codes.format]) for name in ("k", "v")}
-    if codes.format == "int8":
-        own = jnp.ones((config.layers, batch, config.kv_heads, capacity), jnp.float16)
-        return buffers | {"k_scale": own, "v_scale": own}
-    scales = codes.scales or Scales(*[jnp.ones(config.layers)] * 2)
-    return buffers | {"k_scale": jnp.asarray(scales.k, jnp.float32), "v_scale": jnp.asarray(scales.v, jnp.float32)}
+    for name in ("k", "v"):  # each its own array: a donated state must not hold one twice
+        if codes.format == "int8":
+            scale = jnp.ones((config.layers, batch, config.kv_heads, capacity), jnp.float16)
+        elif codes.scales is None:
+            scale = jnp.ones(config.layers)
+        else:
+            scale = jnp.array(getattr(codes.scales, name), jnp.float32)
+        buffers[f"{name}_scale"] = scale
+    return buffers
 
 
 def _encode(values: Array, like: Array, scale: Array | None) -> tuple[Array, Array | None]:

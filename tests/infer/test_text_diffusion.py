@@ -15,6 +15,7 @@ from infer.text.diffusion import DiffusionDecoder
 from infer.text.engine import TextEngine
 from infer.text.live import MASK, BlockView
 from infer.text.requests import Request
+from jaxmodels.cache import KVCodes
 from jaxmodels.decoding.block_diffusion import BlockDecoding, RevealOptions, generate
 from jaxmodels.decoding.sampling import SamplingOptions
 from jaxmodels.qwen import QwenConfig, build
@@ -195,3 +196,14 @@ def test_bad_requests(fields, message):
 def test_bad_flags(fields, message):
     with pytest.raises(ValueError, match=message):
         Text(model="none", **fields)
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_a_cache_in_eight_bits(form):
+    """It decodes, keeps codes, and comes near the float cache: most first tokens are the same."""
+    own = engine(kv_codes=KVCodes(form))
+    done, plain = own.complete(requests()), engine().complete(requests())
+    cache = own.decoder.stream._state.cache
+    assert cache.k.dtype == {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}[form]
+    assert [len(a.tokens) for a in done] == [len(b.tokens) for b in plain]
+    assert sum(a.tokens[0] == b.tokens[0] for a, b in zip(done, plain, strict=True)) >= 3

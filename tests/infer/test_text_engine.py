@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from infer.text.decoders import ARDecoder, prefill_buckets
 from infer.text.engine import TextEngine, join_events
 from infer.text.requests import Request
+from jaxmodels.cache import Scales
 from jaxmodels.pretrained import GenerationDefaults
 from pallas_kernels.masks import SlidingWindow
 
@@ -365,3 +367,30 @@ def test_weights_sharded_over_a_mesh_give_the_same_tokens(tiny_directory):
 
 def test_no_requests_no_events(engine):
     assert engine.complete([]) == []
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_a_cache_in_eight_bits(tiny, form, window):
+    """The log-probabilities of the first tokens are near those of a float cache, and the cache holds codes. Three bits
+    of mantissa are few for keys as large as those of random weights."""
+    requests = [dataclasses.replace(request, logprobs=True) for request in some_requests()[:2]]
+    sizes = {"batch": 2} | ({"capacity": 64} if window is None else {"window": window})
+    plain = TextEngine.from_pretrained(tiny, **sizes).complete(requests)
+    engine = TextEngine.from_pretrained(tiny, **sizes, kv_cache=form)
+    done = engine.complete(requests)
+    cache = engine.decoder.state.cache
+    assert cache.k.dtype == {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}[form]
+    for own, expected in zip(done, plain, strict=True):
+        assert own.logprobs[0] == expected.logprobs[0], "a prompt read in one piece sees itself as it is"
+        if own.tokens[1] == expected.tokens[1]:
+            np.testing.assert_allclose(own.logprobs[1], expected.logprobs[1], atol={"int8": 0.1, "fp8": 1.0}[form])
+
+
+def test_scales_of_the_checkpoint_reach_an_fp8_cache(tiny, plain_calls):
+    scales = Scales(np.linspace(0.5, 1, tiny.config.layers), np.linspace(1, 2, tiny.config.layers))
+    own = dataclasses.replace(tiny, kv_scales=scales)
+    engine = TextEngine.from_pretrained(own, capacity=64, kv_cache="fp8")
+    np.testing.assert_allclose(engine.decoder.state.cache.v_scale, scales.v)
+    with pytest.raises(ValueError, match="'int8' or 'fp8'; got 'fp4'"):
+        TextEngine.from_pretrained(own, capacity=64, kv_cache="fp4")

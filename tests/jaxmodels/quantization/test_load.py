@@ -533,3 +533,34 @@ def test_mixed_precision_goes_by_the_list(dense, tmp_path):
     (tmp_path / "less" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"{K}: has quantized tensors, but no entry of quantized_layers"):
         load_pretrained(tmp_path / "less")
+
+
+def test_scales_of_a_cache(dense, tmp_path):
+    """ModelOpt's scales are found by layer; one that is missing or no positive number is named."""
+    block, store = ROUNDED_INPUTS["modelopt fp8"]
+    write(dense, tmp_path / "none", block | {"kv_cache_quant_algo": "FP8"}, store)
+    assert load_pretrained(tmp_path / "none").kv_scales is None
+    file = SafetensorsFile(tmp_path / "none" / "model.safetensors")
+    tensors = {name: np.array(file[name]) for name in file}
+    scales = {
+        f"model.layers.{layer}.self_attn.{part}_proj.{part}_scale": np.array(1 + layer + (part == "v") / 2, np.float32)
+        for layer in range(CONFIG.layers)
+        for part in "kv"
+    }
+    config = (tmp_path / "none" / "config.json").read_text()
+
+    def load(name, changed):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        save_file(tensors | changed, tmp_path / name / "model.safetensors")
+        return load_pretrained(tmp_path / name)
+
+    found = load("all", scales)
+    assert found.quantization == "ModelOpt FP8, FP8 cache"
+    np.testing.assert_array_equal(found.kv_scales.k, [1, 2])
+    np.testing.assert_array_equal(found.kv_scales.v, [1.5, 2.5])
+    last = "model.layers.1.self_attn.v_proj.v_scale"
+    with pytest.raises(ValueError, match=f"lacks {last}, which other layers have"):
+        load("less", {name: scale for name, scale in scales.items() if name != last})
+    with pytest.raises(ValueError, match=f"'{last}' must be positive"):
+        load("zero", scales | {last: np.array(0, np.float32)})
