@@ -81,7 +81,8 @@ def main() -> None:
         }
         print(name, results[name], flush=True)
     result = {
-        "command": command_line(), **machine(), "rows": len(test), "tokens": int(test.size), "bytes": int(num_bytes.sum()),
+        "command": command_line(), **machine(), "rows": len(test), "tokens": int(test.size),
+        "bytes": int(num_bytes.sum()),
         "scales": {"k": np.asarray(largest.k).tolist(), "v": np.asarray(largest.v).tolist()}, "arms": results,
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)

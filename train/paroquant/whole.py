@@ -146,10 +146,10 @@ def quantize_model(
         count = len(jax.tree.leaves(batch)[0])
         return jax.device_put(batch, everywhere if count % ways else on_rows)
 
-    def passed(layer: int, own: Params, inputs: Batch) -> np.ndarray:
-        """What a block makes of all rows, batch by batch."""
+    def passed(layer: int, own: Params, inputs: Batch, *, in_place: bool = False) -> np.ndarray:
+        """What a block makes of all rows, batch by batch; if asked for where the inputs were."""
         same = layer if len(set(lm.config.layer_windows)) > 1 else 0
-        out = np.empty_like(inputs["states"])
+        out = inputs["states"] if in_place else np.empty_like(inputs["states"])
         own = jax.device_put(own, everywhere)
         for i in range(0, len(out), config.batch_size):
             batch = place({name: x[i : i + config.batch_size] for name, x in inputs.items()})
@@ -157,12 +157,12 @@ def quantize_model(
         return out
 
     original = {name: _embedded(params, rows) for name, rows in (("samples", samples), ("validation", validation))}
-    quantized = {name: dict(rows) for name, rows in original.items()}
+    quantized = {name: rows | {"states": rows["states"].copy()} for name, rows in original.items()}
     reports: list[BlockReport] = []
     finished: list[dict[Path_, Any]] = []
     for layer in range(lm.config.layers):
         own = {path: np.asarray(jax.device_get(leaf[layer])) for path, leaf in layers.items()}
-        targets = {name: passed(layer, unflatten(own), rows) for name, rows in original.items()}
+        targets = {name: passed(layer, unflatten(own), rows, in_place=True) for name, rows in original.items()}
         file = directory / f"block_{layer:03}.safetensors"
         matrices = {name: own[path].reshape(_matrix_shape(lm, path, own[path].shape)) for name, path in names.items()}
         if file.is_file():
@@ -189,7 +189,6 @@ def quantize_model(
         for name, path in names.items():
             num_inputs = lm.linears[("layers", *path)]
             done[path] = dataclasses.replace(linears[name], shape=own[path].shape, num_inputs=num_inputs)
-        outputs = {name: passed(layer, unflatten(done), rows) for name, rows in quantized.items()}
         if block is None:
             nearest: dict[Path_, Any] = dict(own)
             for _, path in names.items():
@@ -199,7 +198,7 @@ def quantize_model(
                 layer=layer,
                 snr_before=None if layer == 0 else snr(target, passed(layer, unflatten(own), held)),
                 snr_nearest=snr(target, passed(layer, unflatten(nearest), held)),
-                snr=snr(target, outputs["validation"]),
+                snr=snr(target, passed(layer, unflatten(done), held)),
                 weight_snr={
                     name: snr(matrices[name], np.asarray(jax.jit(dequantize)(linears[name]))) for name in names
                 },
@@ -213,9 +212,8 @@ def quantize_model(
         )
         reports.append(block)
         finished.append({path: done[path] for path in names.values()})
-        for name in original:
-            original[name] = original[name] | {"states": targets[name]}
-            quantized[name] = quantized[name] | {"states": outputs[name]}
+        for rows in quantized.values():
+            passed(layer, unflatten(done), rows, in_place=True)
     stacked = {
         path: jax.tree.map(lambda *leaves: np.stack(leaves), *(block[path] for block in finished))
         for path in names.values()
