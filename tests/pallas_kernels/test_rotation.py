@@ -61,8 +61,9 @@ def test_golden():
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize(
-    "rows, channels, group_size, steps", [((), 2, 2, 1), ((3,), 24, 6, 2), ((0,), 8, 4, 1), ((2, 1), 64, 32, 3)]
-)
+    "rows, channels, group_size, steps",
+    [((), 2, 2, 1), ((3,), 24, 6, 2), ((0,), 8, 4, 1), ((2, 1), 64, 32, 3), ((9, 5), 64, 32, 3), ((7,), 24, 6, 2)],
+)  # the last two have more rows than a group has channels
 def test_equals_the_loop(implementation, rows, channels, group_size, steps):
     x, theta, pairs, scales = random_arguments(rows, channels, group_size, steps)
     arrays = [jnp.asarray(a, jnp.float32) for a in (x, theta)] + [jnp.asarray(pairs)]
@@ -85,8 +86,9 @@ def test_another_order_or_direction_is_another_result():
         assert np.abs(wrong - right).max() > 0.1
 
 
-def test_gradients_equal_finite_differences():
-    x, theta, pairs, scales = random_arguments((3,), 8, 4, 2)
+@pytest.mark.parametrize("rows", [3, 6])  # fewer and more than channels of a group
+def test_gradients_equal_finite_differences(rows):
+    x, theta, pairs, scales = random_arguments((rows,), 8, 4, 2)
     weight = np.random.default_rng(1).normal(size=x.shape)
     with jax.enable_x64(True):
 
