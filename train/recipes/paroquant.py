@@ -88,7 +88,6 @@ def main(config: Paroquant) -> int:
     reporter = Reporter()
     model = open_model(config.model, mesh)
     assert model.create is not None
-    _check_dense(model.hf_config, config.model)
     directory.mkdir(parents=True, exist_ok=True)
     lock = RunLock(directory)
     try:
@@ -135,11 +134,6 @@ def main(config: Paroquant) -> int:
         reporter.line(line)
     print(config.out)
     return 0
-
-
-def _check_dense(hf_config: dict[str, Any], model: str) -> None:
-    if hf_config.get("quantization_config"):
-        raise ValueError(f"{model} is quantized already; give the dense model")
 
 
 def _choose(store: "RowStore", count: int, seed: int, name: str) -> "dict[str, np.ndarray]":

@@ -116,7 +116,7 @@ def open_model(
     With `random_weights` only config.json and the tokenizer are read.
 
     Raises:
-        ValueError: see `load_pretrained`; or there is no tokenizer.
+        ValueError: see `load_pretrained`; there is no tokenizer; or the weights are quantized.
     """
     from jaxmodels import load_pretrained
     from jaxmodels.checkpoints.huggingface import read_json, resolve
@@ -136,6 +136,10 @@ def open_model(
         tokenizer = Tokenizer.from_directory(directory)
         return StartModel(build(config), None, tokenizer, None, hf_config, "float32")
     loaded = load_pretrained(init, mesh=mesh, mask_id=mask_id, block_size=block_size)
+    if loaded.quantization is not None:
+        raise ValueError(
+            f"{init} is quantized ({loaded.quantization}), and codes cannot be trained; give dense weights"
+        )
     assert loaded.tokenizer is not None  # checked above
     dtype = loaded.params["embed"].dtype.name
     weights = [loaded.params]  # handed over once, so that the run does not keep a second copy alive

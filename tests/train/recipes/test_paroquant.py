@@ -90,18 +90,6 @@ def test_bad_input(flags, tmp_path, capsys, change, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_quantized_model_is_refused(start, flags, tmp_path, capsys):
-    directory = tmp_path / "again"
-    directory.mkdir()
-    for file in start[0].iterdir():
-        (directory / file.name).write_bytes(file.read_bytes())
-    config = json.loads((directory / "config.json").read_text())
-    block = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
-    assert cli.main(["paroquant", *flags, "--model", str(directory), "--out", str(tmp_path / "out")]) == 1
-    assert "AWQ" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_several_devices_give_what_one_gives(flags, tmp_path, clean_env):
     """Before the first step the losses are equal. Adam's first step is the sign of the gradient, so sums in another
