@@ -12,9 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxmodels.quantization.packing import unpack_int4
+from jaxmodels.quantization.packing import by_outputs, unpack_int4
 from jaxmodels.quantization.source import Linear, fields_of, group_size_of, groups_of
-from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, nibbles
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
 
 WHERE = "quantization_config"
 HALF = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -58,9 +58,8 @@ def read_gemm(linear: Linear, group_size: int) -> QuantizedTensor:
     words = linear.view("qweight", [np.int32], (inputs, outputs // 8))
     zeros = linear.view("qzeros", [np.int32], (groups, outputs // 8))
     scales = linear.view("scales", HALF, (groups, outputs), finite=True)
-    codes = np.ascontiguousarray(unpack_int4(words, "awq").T)
     return QuantizedTensor(
-        codes=nibbles.pack(codes - np.uint8(8)),
+        codes=by_outputs(words, "awq"),
         scales=scales,
         zeros=unpack_int4(zeros, "awq").astype(np.int8) - np.int8(8),
         format="int4",

@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxmodels.quantization.awq import HALF, WHERE
-from jaxmodels.quantization.packing import unpack_int4
+from jaxmodels.quantization.packing import by_outputs, unpack_int4
 from jaxmodels.quantization.source import Linear, fields_of, groups_of
-from pallas_kernels.quantized_matmul import QuantizedTensor, nibbles
+from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.tensor import Activations
 
 FP8 = ml_dtypes.float8_e4m3fn
@@ -162,7 +162,7 @@ class CompressedTensors:
             packed = linear.view("weight_zero_point", [np.int32], (math.ceil(outputs / 8), groups))
             zeros = unpack_int4(packed, "gptq")[:outputs].T.astype(np.int8) - np.int8(8)
         return QuantizedTensor(
-            codes=nibbles.pack(unpack_int4(words, "sequential") - np.uint8(8)),
+            codes=by_outputs(words, "sequential"),
             scales=scales.T,
             zeros=zeros,
             format="int4",

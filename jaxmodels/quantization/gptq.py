@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.quantization.awq import HALF, WHERE
-from jaxmodels.quantization.packing import unpack_int4
+from jaxmodels.quantization.packing import by_outputs, unpack_int4
 from jaxmodels.quantization.source import Linear, fields_of, group_size_of, groups_of
-from pallas_kernels.quantized_matmul import QuantizedTensor, nibbles
+from pallas_kernels.quantized_matmul import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Gptq:
         words = linear.view("qweight", [np.int32], (inputs // 8, outputs))
         zeros = linear.view("qzeros", [np.int32], (groups, outputs // 8))
         scales = linear.view("scales", HALF, (groups, outputs), finite=True)
-        codes = unpack_int4(np.ascontiguousarray(words.T), "sequential")
         order = np.arange(inputs, dtype=np.int32)
         if linear.has("g_idx"):
             group_of = linear.view("g_idx", [np.int32, np.int64], (inputs,))
@@ -68,10 +67,9 @@ class Gptq:
             if len(counts) != groups or (counts != inputs // groups).any():
                 raise linear.error("g_idx", f"must name each of {groups} groups {inputs // groups} times")
             order = np.argsort(group_of, kind="stable").astype(np.int32)
-            codes = codes[:, order]
         true_zeros = (unpack_int4(zeros, "sequential") + np.uint8(self.zero_offset)) & np.uint8(15)
         return QuantizedTensor(
-            codes=nibbles.pack(codes - np.uint8(8)),
+            codes=by_outputs(words, "gptq", order),
             scales=scales,
             zeros=true_zeros.astype(np.int8) - np.int8(8),
             order=order,

@@ -13,7 +13,10 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int32, Integer, UInt8
 
+from pallas_kernels.quantized_matmul import nibbles
+
 Layout = Literal["awq", "sequential", "gptq"]
+BLOCK_BYTES = 1 << 20  # of codes that are expanded at a time
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # bits 4 j hold column 8 c + AWQ_ORDER[j]
 
 
@@ -51,3 +54,34 @@ def pack_int4(codes: Integer[np.ndarray, "rows columns"], layout: Layout) -> Int
         eights = eights[..., list(AWQ_ORDER)]
     octets = eights[..., ::2] | (eights[..., 1::2] << 4)
     return np.ascontiguousarray(octets).view("<i4").astype(np.int32, copy=False)[..., 0]
+
+
+def by_outputs(
+    words: Int32[np.ndarray, "rows columns"], layout: Layout, order: Integer[np.ndarray, " I"] | None = None
+) -> UInt8[np.ndarray, "O half"]:
+    """Codes 0..15 of a weight as signed ones minus 8, two to a byte along its inputs, as `QuantizedTensor` has them.
+
+    Checkpoints pack "awq" `[I, O / 8]`, "gptq" `[I / 8, O]` and "sequential" `[O, I / 8]`. Goes block by block of
+    outputs: beside the result no more than a few megabytes are in use.
+
+    Args:
+      words: of the whole weight.
+      layout: see above.
+      order: input i of the result is input `order[i]` of the checkpoint; None: the same.
+    """
+    _check(layout)
+    rows, columns = words.shape
+    inputs = {"awq": rows, "gptq": 8 * rows, "sequential": 8 * columns}[layout]
+    outputs = {"awq": 8 * columns, "gptq": columns, "sequential": rows}[layout]
+    result = np.empty((outputs, inputs // 2), np.uint8)
+    step = max(8, BLOCK_BYTES // inputs // 8 * 8)
+    for start in range(0, outputs, step):
+        stop = min(start + step, outputs)
+        if layout == "sequential":
+            codes = unpack_int4(words[start:stop], layout)
+        elif layout == "awq":
+            codes = unpack_int4(words[:, start // 8 : stop // 8], layout).T
+        else:
+            codes = unpack_int4(np.ascontiguousarray(words[:, start:stop].T), "sequential")
+        result[start:stop] = nibbles.pack((codes if order is None else codes[:, order]) - np.uint8(8))
+    return result
