@@ -59,7 +59,7 @@ def read_gemm(linear: Linear, group_size: int) -> QuantizedTensor:
     zeros = linear.view("qzeros", [np.int32], (groups, outputs // 8))
     scales = linear.view("scales", HALF, (groups, outputs), finite=True)
     return QuantizedTensor(
-        codes=by_outputs(words, "awq"),
+        codes=by_outputs(words, "awq", out=linear.room),
         scales=scales,
         zeros=unpack_int4(zeros, "awq").astype(np.int8) - np.int8(8),
         format="int4",

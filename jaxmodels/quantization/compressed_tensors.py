@@ -162,7 +162,7 @@ class CompressedTensors:
             packed = linear.view("weight_zero_point", [np.int32], (math.ceil(outputs / 8), groups))
             zeros = unpack_int4(packed, "gptq")[:outputs].T.astype(np.int8) - np.int8(8)
         return QuantizedTensor(
-            codes=by_outputs(words, "sequential"),
+            codes=by_outputs(words, "sequential", out=linear.room),
             scales=scales.T,
             zeros=zeros,
             format="int4",

@@ -69,7 +69,7 @@ class Gptq:
             order = np.argsort(group_of, kind="stable").astype(np.int32)
         true_zeros = (unpack_int4(zeros, "sequential") + np.uint8(self.zero_offset)) & np.uint8(15)
         return QuantizedTensor(
-            codes=by_outputs(words, "gptq", order),
+            codes=by_outputs(words, "gptq", order, out=linear.room),
             scales=scales,
             zeros=true_zeros.astype(np.int8) - np.int8(8),
             order=order,

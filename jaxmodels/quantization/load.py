@@ -183,17 +183,19 @@ def load_quantized(
     outputs, inputs = row.stored_shape(own)
     layers = range(shape[0] if row.stacked else 1)
     linears = [Linear(source, row.name(n).removesuffix(".weight"), outputs, inputs) for n in layers]
-    first = scheme.read(linears[0])
-    leaves, treedef = jax.tree.flatten(first)
+    leaves, treedef = jax.tree.flatten(scheme.read(linears[0]))
     stacks = [aligned_empty((len(linears), *leaf.shape), leaf.dtype) for leaf in leaves]
+    codes = jax.tree.unflatten(treedef, stacks).codes
+    del leaves
 
     def fill(layer: int) -> None:
-        read = first if layer == 0 else scheme.read(linears[layer])
-        parts, other = jax.tree.flatten(read)
-        if str(other) != str(treedef) or any(a.dtype != b.dtype for a, b in zip(parts, leaves, strict=True)):
+        # Repacked codes are written where they stay: staged ones would leave holes of their size in the heap.
+        parts, other = jax.tree.flatten(scheme.read(dataclasses.replace(linears[layer], room=codes[layer])))
+        if str(other) != str(treedef) or any(a.dtype != b.dtype for a, b in zip(parts, stacks, strict=True)):
             raise ValueError(f"{linears[layer].name} is stored differently from {linears[0].name}")
         for stack, part in zip(stacks, parts, strict=True):
-            stack[layer] = part
+            if not np.may_share_memory(stack, part):
+                stack[layer] = part
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each expands one layer to a byte per code
         for _ in pool.map(fill, range(len(linears))):

@@ -57,7 +57,11 @@ def pack_int4(codes: Integer[np.ndarray, "rows columns"], layout: Layout) -> Int
 
 
 def by_outputs(
-    words: Int32[np.ndarray, "rows columns"], layout: Layout, order: Integer[np.ndarray, " I"] | None = None
+    words: Int32[np.ndarray, "rows columns"],
+    layout: Layout,
+    order: Integer[np.ndarray, " I"] | None = None,
+    *,
+    out: UInt8[np.ndarray, "O half"] | None = None,
 ) -> UInt8[np.ndarray, "O half"]:
     """Codes 0..15 of a weight as signed ones minus 8, two to a byte along its inputs, as `QuantizedTensor` has them.
 
@@ -68,12 +72,13 @@ def by_outputs(
       words: of the whole weight.
       layout: see above.
       order: input i of the result is input `order[i]` of the checkpoint; None: the same.
+      out: the result's place; None: a new array.
     """
     _check(layout)
     rows, columns = words.shape
     inputs = {"awq": rows, "gptq": 8 * rows, "sequential": 8 * columns}[layout]
     outputs = {"awq": 8 * columns, "gptq": columns, "sequential": rows}[layout]
-    result = np.empty((outputs, inputs // 2), np.uint8)
+    result = np.empty((outputs, inputs // 2), np.uint8) if out is None else out
     step = max(8, BLOCK_BYTES // inputs // 8 * 8)
     for start in range(0, outputs, step):
         stop = min(start + step, outputs)

@@ -18,12 +18,14 @@ class Linear:
       source: the checkpoint.
       name: of the module, such as "model.layers.0.self_attn.q_proj".
       outputs, inputs: O and I, from the model's configuration.
+      room: where repacked codes go; None: a new array.
     """
 
     source: Checkpoint
     name: str
     outputs: int
     inputs: int
+    room: np.ndarray | None = None
 
     def has(self, suffix: str) -> bool:
         return f"{self.name}.{suffix}" in self.source.names()
