@@ -19,6 +19,7 @@ from jaxmodels.checkpoints.huggingface import Checkpoint, read_json
 from jaxmodels.checkpoints.mapping import Row, aligned_empty
 from jaxmodels.quantization.awq import Awq, Paroquant
 from jaxmodels.quantization.compressed_tensors import CompressedTensors, fixed_scale
+from jaxmodels.quantization.fp8 import Fp8Blocks
 from jaxmodels.quantization.gptq import Gptq
 from jaxmodels.quantization.modelopt import ModelOpt
 from jaxmodels.quantization.source import Linear, Scheme
@@ -29,6 +30,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "gptq": Gptq.from_hf,
     "paroquant": Paroquant.from_hf,
     "compressed-tensors": CompressedTensors.from_hf,
+    "fp8": Fp8Blocks.from_hf,
 }
 FIELDS = ("quantization_config", "compression_config")
 SEPARATE = "hf_quant_config.json"

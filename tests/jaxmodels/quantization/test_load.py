@@ -352,6 +352,17 @@ def test_linears_that_compressed_tensors_wrote(tmp_path, preset):
         np.testing.assert_array_equal(dequantize(weight), expected)
 
 
+def test_blocks_as_qwen_publishes_them(tmp_path):
+    stored = blocks(np.random.default_rng(0), 136, 256)
+    block = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    tensors = {"weight": stored.tensors["weight"], "weight_scale_inv": stored.tensors["weight_scale"]}
+    weight = read_linear(tmp_path / "one", block, tensors, (136, 256))
+    np.testing.assert_array_equal(dequantize(weight), stored.dense)
+    for field, value in (("weight_block_size", [64, 64]), ("activation_scheme", "static"), ("weight_block_size", None)):
+        with pytest.raises(ValueError, match=f"'{field}' is"):
+            find_scheme(tmp_path, {"quantization_config": block | {field: value}})
+
+
 @pytest.mark.parametrize("separate", [False, True], ids=["[rows, columns]", "[rows, 1, columns, 1]"])
 def test_modelopt_blocks(tmp_path, separate):
     stored = blocks(np.random.default_rng(0), 136, 256)
