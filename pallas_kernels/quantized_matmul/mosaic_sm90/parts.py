@@ -46,6 +46,7 @@ class Form(NamedTuple):
     groups: int
     scale_dtype: Any
     has_zeros: bool
+    dtype: Any  # of the result
 
     @property
     def group_size(self) -> int:
@@ -66,7 +67,7 @@ class Form(NamedTuple):
         return -(-self.inputs // BLOCK_K)
 
 
-def form_of(x: Any, codes: Any, scales: Any, zeros: Any) -> Form:
+def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float32) -> Form:
     return Form(
         rows=x.shape[0],
         inputs=x.shape[1],
@@ -75,6 +76,7 @@ def form_of(x: Any, codes: Any, scales: Any, zeros: Any) -> Form:
         groups=scales.shape[1],
         scale_dtype=jnp.dtype(scales.dtype),
         has_zeros=zeros is not None,
+        dtype=jnp.dtype(dtype),
     )
 
 
@@ -103,14 +105,16 @@ def buffers(form: Form, *, stages: int, outputs: int, tokens: int) -> dict[str, 
     }
 
 
-def load_step(refs: dict, smem: dict, form: Form, *, step: Any, slot: Any, output: Any, token: Any) -> None:
+def load_step(
+    refs: dict, smem: dict, form: Form, *, step: Any, slot: Any, output: Any, token: Any, **collective: Any
+) -> None:
     """Starts the copies of one step, for the outputs from `output` on and the tokens from `token` on.
 
     Scales and zeros are read from arrays of one dimension, which may begin anywhere. What is read beyond the last
-    output is of no row that is kept.
+    output is of no row that is kept. `collective` is for the copy of activations.
     """
     outputs, tokens = smem["scales"].shape[2], smem["x"].shape[2]
-    layer, barrier = refs["layer"][0], smem["ready"].at[slot]
+    layer, barrier = jnp.clip(refs["layer"][0], 0, form.layers - 1), smem["ready"].at[slot]
     for sub in range(form.subs):
         first = step * BLOCK_K + sub * form.width
         group = jnp.minimum(lax.div(first, jnp.int32(form.group_size)), form.groups - 1)  # beyond the last input: any
@@ -118,7 +122,7 @@ def load_step(refs: dict, smem: dict, form: Form, *, step: Any, slot: Any, outpu
         codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(lax.div(first, jnp.int32(2)), form.width // 2)]
         x = refs["x"].at[pl.ds(token, tokens), pl.ds(first, form.width)]
         plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot, sub], barrier)
-        plgpu.copy_gmem_to_smem(x, smem["x"].at[slot, sub], barrier)
+        plgpu.copy_gmem_to_smem(x, smem["x"].at[slot, sub], barrier, **collective)
         for name in ("scales", "zeros") if form.has_zeros else ("scales",):
             plgpu.copy_gmem_to_smem(refs[name].at[line], smem[name].at[slot, sub], barrier)
 
@@ -145,7 +149,7 @@ def inputs(x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Ar
         "x": permuted(x, form),
         "codes": codes,
         "scales": scales.reshape(-1),
-        "layer": jnp.clip(layer, 0, form.layers - 1).astype(jnp.int32).reshape(1),
+        "layer": layer.reshape(1),
     }
     return arrays if zeros is None else arrays | {"zeros": zeros.reshape(-1)}
 
@@ -206,11 +210,18 @@ def _weights(codes_ref: Any, zeros_ref: Any, *, interpreted: bool) -> Array:
         first = arith.addi(
             arith.muli(row, constant(width // 2)), arith.muli(quarter, constant(4 * words))
         )
+        bits = constant(0x43084308)
+        # As one instruction it has to be asked for: the compiler makes two of `and` and `xor` with constants.
+        ptx = f"""{{
+            .reg .b32 t;
+            lop3.b32 t, $1, 0x000F000F, $2, {0xF0 & 0xCC ^ 0xAA};
+            sub.rn.bf16x2 $0, t, $3;
+        }}"""
         registers = np.empty((words * 4, 2), object)
         for half in range(2):
             offset = arith.addi(first, constant(half * 8 * (width // 2)))
             loaded = llvm.load(ir.VectorType.get((words,), i32), _at(codes, offset, i8), alignment=4 * words)
-            bias = constant(0x43084308)
+            bias = bits
             if zeros_ref is not None:
                 zeros = mgpu_utils.memref_ptr(zeros_ref)
                 zero = llvm.load(i8, _at(zeros, arith.addi(row, constant(half * 8)), i8))
@@ -219,15 +230,8 @@ def _weights(codes_ref: Any, zeros_ref: Any, *, interpreted: bool) -> Array:
                 eight = vector.extract(loaded, dynamic_position=[], static_position=[word])
                 for pair in range(4):
                     two = eight if pair == 0 else arith.shrui(eight, constant(4 * pair))
-                    registers[4 * word + pair, half] = llvm.bitcast(
-                        ir.VectorType.get((2,), bf16),
-                        llvm.inline_asm(
-                            i32,
-                            [arith.xori(arith.andi(two, constant(0x000F000F)), constant(0x43084308)), bias],
-                            "sub.rn.bf16x2 $0, $1, $2;",
-                            "=r,r,r",
-                        ),
-                    )
+                    numbers = llvm.inline_asm(i32, [two, bits, bias], ptx, "=r,r,r,r")
+                    registers[4 * word + pair, half] = llvm.bitcast(ir.VectorType.get((2,), bf16), numbers)
         layout = mgpu.WGMMA_LAYOUT
         return mgpu.FragmentedArray(
             _registers=registers.reshape(layout.registers_shape((rows, width))), _layout=layout, _is_signed=None
