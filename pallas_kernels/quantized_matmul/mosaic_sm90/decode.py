@@ -1,12 +1,13 @@
-"""The kernel of few tokens, at most 64: every weight is read once, and the work is cut so that all multiprocessors read.
+"""The kernel of few tokens: the inputs are split too, so that all multiprocessors read weights.
 
 The product is computed as `y^T = W x^T`: outputs are the rows of the tensor core's tiles, tokens the columns. A CTA has
 a few compute warpgroups of 64 outputs each and one that fills the ring by TMA.
 
-A unit of work is one step, 128 inputs, of one tile of outputs. Units are numbered with the steps of a tile in a row,
-and every CTA takes the same number of consecutive ones; so a tile's inputs are split where the borders fall, and a CTA
-may begin in one tile and go on in the next without emptying its ring. What it has of each tile is a float32 partial
-result. The partial results of a tile are added in the order of the inputs, by XLA; nothing depends on timing.
+A unit of work is one step, 128 inputs, of one tile of outputs and tokens; up to 128 tokens are one tile, and every
+weight is then read once. Units are numbered with the steps of a tile in a row, and every CTA takes the same number of
+consecutive ones; so a tile's inputs are split where the borders fall, and a CTA may begin in one tile and go on in the
+next without emptying its ring. What it has of each tile is a float32 partial result. The partial results of a tile are
+added in the order of the inputs, by XLA; nothing depends on timing.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import parts
 from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, whole
 
-MAX_TOKENS = 64
+MAX_TOKENS = 128  # of a tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Config:
     """Tiles and split. They change speed and, by the order of summation, rounding.
 
     Attributes:
-      warpgroups: that compute, 64 outputs each.
+      warpgroups: that compute, 64 outputs each; 4 have registers for tiles of 32 tokens.
       stages: slots of the ring.
       num_sms: most CTAs.
     """
@@ -56,25 +57,39 @@ class Config:
 
     def buffers(self, form: Form) -> dict[str, Any]:
         """What the kernel allocates per CTA, by name."""
-        return parts.buffers(form, stages=self.stages, outputs=self.block_o, tokens=whole(form.rows, 8))
+        return parts.buffers(form, stages=self.stages, outputs=self.block_o, tokens=tokens_of(form))
 
     def smem_bytes(self, form: Form) -> int:
         return compat.shared_memory_bytes(list(self.buffers(form).values()))
 
 
+def tokens_of(form: Form) -> int:
+    """Tokens of a tile: all of them, in eights, or an even share."""
+    tiles = -(-form.rows // MAX_TOKENS)
+    return whole(-(-form.rows // tiles), 8)
+
+
 def heuristic_config(form: Form) -> Config:
     """A CTA for each multiprocessor; wide tiles, which read the activations less often, while registers allow."""
-    return Config(warpgroups=4, stages=6) if form.rows <= 32 else Config(warpgroups=2, stages=6)
+    tokens = tokens_of(form)
+    if tokens <= 32:
+        return Config(warpgroups=4, stages=6)
+    return Config(warpgroups=2, stages=6 if tokens <= 64 else 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """How the units are dealt out."""
 
-    tiles: int
+    output_tiles: int
+    token_tiles: int
     steps: int  # of a tile
     per_cta: int  # units
     ctas: int
+
+    @property
+    def tiles(self) -> int:
+        return self.output_tiles * self.token_tiles
 
     def first_cta(self, tile: Any) -> Any:
         """The CTA that has a tile's first unit."""
@@ -88,34 +103,35 @@ class Cut:
 
 
 def cut_of(form: Form, config: Config) -> Cut:
-    tiles = -(-form.outputs // config.block_o)
-    units = tiles * form.steps
+    output_tiles, token_tiles = -(-form.outputs // config.block_o), -(-form.rows // tokens_of(form))
+    units = output_tiles * token_tiles * form.steps
     per_cta = -(-units // config.num_sms)
-    return Cut(tiles, form.steps, per_cta, -(-units // per_cta))
+    return Cut(output_tiles, token_tiles, form.steps, per_cta, -(-units // per_cta))
 
 
 @functools.partial(jax.jit, static_argnames=("form", "config", "interpret"))
 def run(
     x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Array, *, form: Form, config: Config, interpret
 ) -> Float[Array, "M O"]:
-    cut = cut_of(form, config)
     partial = multiply(x, codes, scales, zeros, layer, form=form, config=config, interpret=interpret)
-    return merge(partial, cut.counts)[: form.outputs, : form.rows].T
+    return merge(partial, cut_of(form, config))[: form.rows, : form.outputs].astype(form.dtype)
 
 
-def merge(partial: Float[Array, "J tiles outputs tokens"], counts: np.ndarray) -> Float[Array, "all_outputs tokens"]:
-    """The sum over the first `counts` partial results of each tile, first to last. Others are memory as it was."""
+def merge(partial: Float[Array, "J tiles outputs tokens"], cut: Cut) -> Float[Array, "all_tokens all_outputs"]:
+    """The sum of the partial results of each tile, first to last. Those that no CTA wrote are memory as it was."""
     total = partial[0]
     for j in range(1, partial.shape[0]):
-        there = jnp.asarray(counts > j)[:, None, None]
-        total = total + (partial[j] if (counts > j).all() else jnp.where(there, partial[j], 0.0))
-    return total.reshape(-1, partial.shape[3])
+        there = cut.counts > j
+        total = total + (partial[j] if there.all() else jnp.where(jnp.asarray(there)[:, None, None], partial[j], 0.0))
+    _, outputs, tokens = total.shape
+    total = total.reshape(cut.output_tiles, cut.token_tiles, outputs, tokens)
+    return jnp.transpose(total, (1, 3, 0, 2)).reshape(cut.token_tiles * tokens, cut.output_tiles * outputs)
 
 
 def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, interpret) -> Array:
     """Partial results `[most per tile, tiles, outputs of a tile, tokens in eights]`."""
     cut, stages = cut_of(form, config), config.stages
-    tokens = whole(form.rows, 8)
+    tokens = tokens_of(form)
     i32 = jnp.int32
 
     def kernel(refs, partial_ref, smem):
@@ -159,7 +175,9 @@ def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, inte
                     plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
 
                 tile, step = lax.div(unit, i32(cut.steps)), lax.rem(unit, i32(cut.steps))
-                parts.load_step(refs, smem, form, step=step, slot=slot, output=tile * config.block_o, token=cta * 0)
+                output, token = lax.div(tile, i32(cut.token_tiles)), lax.rem(tile, i32(cut.token_tiles))
+                output, token = output * config.block_o, token * tokens
+                parts.load_step(refs, smem, form, step=step, slot=slot, output=output, token=token)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(last - stages, first), last)
