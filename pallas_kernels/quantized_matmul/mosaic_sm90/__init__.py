@@ -29,7 +29,7 @@ SMALL_GROUPS = (32, 64)
 
 
 def heuristic_config(form: Form) -> Config | PrefillConfig:
-    """The prefill kernel when its tiles fill the machine, or there are so many tokens that partial results cost more."""
+    """The prefill kernel where its tiles fill the machine, or partial results of so many tokens would cost more."""
     config = PrefillConfig(stages=4 if form.dtype.itemsize == 2 else 3)
     tiles = -(-form.rows // config.block_m) * -(-form.outputs // prefill.BLOCK_O)
     if form.rows > 512 or (form.rows > 64 and tiles >= 128):

@@ -146,9 +146,7 @@ def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, inte
             def over_units(unit, acc):
                 slot = lax.rem(unit - first, i32(stages))
                 plgpu.barrier_wait(smem["ready"].at[slot])
-                acc = parts.add_step(
-                    acc, smem, form, slot=slot, warpgroup=warpgroup, interpreted=interpret is not None
-                )
+                acc = parts.add_step(acc, smem, form, slot=slot, warpgroup=warpgroup, interpreted=interpret is not None)
                 plgpu.barrier_arrive(smem["free"].at[slot])
                 return acc
 

@@ -174,7 +174,7 @@ def add_product(acc: Array, codes_ref: Any, zeros_ref: Any, scales_ref: Any, x_r
             plgpu.wgmma(acc_ref, weights, x_ref.transpose((1, 0)))
             return acc_ref[...]
 
-        product = pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))
+        product = pl.run_scoped(multiply, plgpu.ACC((ROWS, acc.shape[1]), jnp.float32))
     scales = plgpu.load(scales_ref, layout=ROW, optimized=False).astype(jnp.float32)
     return acc + product * lax.broadcast_in_dim(scales, acc.shape, [0])
 
@@ -207,9 +207,7 @@ def _weights(codes_ref: Any, zeros_ref: Any, *, interpreted: bool) -> Array:
         )
         quarter = arith.remui(thread, constant(4))
         codes = mgpu_utils.memref_ptr(codes_ref)
-        first = arith.addi(
-            arith.muli(row, constant(width // 2)), arith.muli(quarter, constant(4 * words))
-        )
+        first = arith.addi(arith.muli(row, constant(width // 2)), arith.muli(quarter, constant(4 * words)))
         bits = constant(0x43084308)
         # As one instruction it has to be asked for: the compiler makes two of `and` and `xor` with constants.
         ptx = f"""{{

@@ -54,9 +54,7 @@ class PrefillConfig:
             buffers["free"] = plgpu.ClusterBarrier(
                 collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=self.stages
             )
-        result = plgpu.SMEM(
-            (WARPGROUPS, self.block_m, ROWS), form.dtype, transforms=compat.swizzled(form.dtype, ROWS)
-        )
+        result = plgpu.SMEM((WARPGROUPS, self.block_m, ROWS), form.dtype, transforms=compat.swizzled(form.dtype, ROWS))
         return buffers | {"result": result}
 
     def smem_bytes(self, form: Form) -> int:
@@ -101,9 +99,7 @@ def run(
             acc = plgpu.layout_cast(jnp.zeros((ROWS, block_m), jnp.float32), WGMMA)
             acc = lax.fori_loop(0, form.steps, over_steps, acc)
             result = smem["result"].at[warpgroup]
-            result.transpose((1, 0))[...] = plgpu.layout_cast(
-                acc.astype(form.dtype), plgpu.Layout.WGMMA_TRANSPOSED
-            )
+            result.transpose((1, 0))[...] = plgpu.layout_cast(acc.astype(form.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             where = (pl.ds(token, block_m), pl.ds(output + warpgroup * ROWS, ROWS))
             plgpu.copy_smem_to_gmem(result, out_ref.at[where])
@@ -131,7 +127,7 @@ def run(
 
     buffers = config.buffers(form)
     columns = parts.whole(form.outputs, 16 // form.dtype.itemsize)  # rows of whole 16 bytes, which the TMA wants
-    clusters = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
+    clusters: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
     out = compat.kernel(
         lambda refs, result, *scratch: kernel(refs, result, dict(zip(buffers, scratch, strict=True))),
         out_type=jax.ShapeDtypeStruct((form.rows, columns), form.dtype),

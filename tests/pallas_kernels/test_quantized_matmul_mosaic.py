@@ -1,0 +1,433 @@
+"""The Hopper kernels of four-bit products: interpreted with race detection, lowered for CUDA, explained; their cut.
+
+The oracle is NumPy in float64. Codes minus zeros are exact in bfloat16 and everything after them is float32, so what
+separates a kernel from the oracle is float32 rounding; a bfloat16 result adds half a unit of its last place, 2^-9.
+By default few cases run; the others are slow. All slow ones, races included, last passed on 2026-11-27.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.quantized_matmul import mosaic_sm90
+from pallas_kernels.quantized_matmul.mosaic_sm90 import Config, PrefillConfig, decode, parts, prefill
+
+HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A product; three layers, of which the middle one is read. M tokens, I inputs, O outputs."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    group_size: int = 128
+    zeros: bool = True
+    scales: str = "float16"
+    dtype: str = "float32"
+    config: Config | PrefillConfig | None = None
+
+    @property
+    def groups(self):
+        return 1 if self.group_size == -1 else self.inputs // self.group_size
+
+    def arguments(self):
+        """Of `run`. The scales of the other layers are NaN."""
+        rng = np.random.default_rng(0)
+        grid = (3, self.groups, self.outputs)
+        scales = rng.lognormal(-4, 1, grid)
+        scales[::2] = np.nan
+        return (
+            jnp.asarray(rng.normal(size=(self.rows, self.inputs)) + 0.5, jnp.bfloat16),
+            jnp.asarray(rng.integers(0, 256, (3, self.outputs, self.inputs // 2)), jnp.uint8),
+            jnp.asarray(scales, self.scales),
+            jnp.asarray(rng.integers(-8, 8, grid), jnp.int8) if self.zeros else None,
+            jnp.int32(1),
+        )
+
+    def run(self, *arguments, **options):
+        options = {"group_size": self.group_size, "config": self.config, "dtype": self.dtype} | options
+        return mosaic_sm90.run(*(arguments or self.arguments()), **options)
+
+
+def oracle(x, codes, scales, zeros, layer):
+    """float64, one code at a time as its definition has it."""
+    packed, s = np.asarray(codes[layer]).astype(int), np.asarray(scales[layer], np.float64)
+    codes = np.empty((packed.shape[0], 2 * packed.shape[1]))
+    codes[:, 0::2], codes[:, 1::2] = packed % 16, packed // 16
+    codes[codes > 7] -= 16
+    group = np.arange(codes.shape[1]) // (codes.shape[1] // s.shape[0])
+    if zeros is not None:
+        codes -= np.asarray(zeros[layer], np.float64).T[:, group]
+    return np.asarray(x, np.float64) @ (codes * s.T[:, group]).T
+
+
+def error(out, expected):
+    """Relative, in the L2 norm."""
+    return np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def check(call, out, limit=1e-6):
+    assert out.shape == (call.rows, call.outputs) and out.dtype == call.dtype
+    assert error(out, oracle(*call.arguments())) < (limit if call.dtype == "float32" else 2**-9)
+
+
+SPLIT = Config(warpgroups=2, stages=2, num_sms=3)
+ONE = Config(warpgroups=2, stages=2, num_sms=1)
+SMALL = PrefillConfig(block_m=64, stages=2, cluster=1)
+
+# The first ones run by default: outputs and tokens beyond the tile, a ring that wraps, tiles split unevenly.
+CALLS = {
+    "one token, tiles in three": Call(1, 384, 200, config=SPLIT),
+    "prefill, a cluster of two": Call(70, 384, 200, config=PrefillConfig(block_m=64, stages=2)),
+    "groups of 32, inputs no multiple of 64": Call(17, 160, 136, 32, config=SPLIT),
+    "groups of 64": Call(8, 448, 72, 64, scales="float32", config=SPLIT),
+    "one group, inputs no multiple of 128": Call(3, 416, 130, -1, config=SPLIT),
+    "no zeros": Call(9, 256, 64, zeros=False, config=SPLIT),
+    "an odd number of outputs": Call(5, 256, 129, scales="float32", config=SPLIT),
+    "groups of 256": Call(2, 768, 64, 256, config=SPLIT),
+    "four warpgroups, one CTA": Call(2, 384, 300, config=Config(warpgroups=4, stages=3, num_sms=1)),
+    "four warpgroups, a CTA for each unit": Call(2, 384, 300, config=Config(warpgroups=4, stages=6)),
+    "more stages than units": Call(64, 256, 64, config=Config(warpgroups=2, stages=8, num_sms=1)),
+    "two tiles of tokens": Call(130, 256, 136, config=Config(warpgroups=2, stages=3, num_sms=3)),
+    "to bfloat16": Call(3, 256, 64, dtype="bfloat16", config=SPLIT),
+    "prefill": Call(65, 256, 72, config=SMALL),
+    "prefill, groups of 32": Call(64, 160, 136, 32, dtype="bfloat16", config=SMALL),
+    "prefill, one group": Call(200, 416, 64, -1, config=PrefillConfig(stages=3)),
+    "prefill, wide, to bfloat16": Call(130, 384, 300, dtype="bfloat16", config=PrefillConfig(stages=4)),
+    "prefill, no zeros": Call(70, 256, 130, zeros=False, scales="float32", config=PrefillConfig(stages=2)),
+}
+PARAMETERS = [
+    pytest.param(call, id=name, marks=[pytest.mark.slow] if i > 5 else [])
+    for i, (name, call) in enumerate(CALLS.items())
+]
+
+
+class Interpreter:
+    """The interpreter's private state, which JAX 0.11 does not export."""
+
+    def __init__(self):
+        self.callbacks = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+        self.interpret = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
+
+    def reset(self):
+        self.callbacks.reset_gpu_interpret_mode_state()
+
+    def run(self, call):
+        """The kernel's result; fails on a race."""
+        out = jax.block_until_ready(call.run(interpret=compat.interpret_params(detect_races=True)))
+        assert not self.interpret.get_races().races_found, "race detected"
+        return out
+
+
+@pytest.fixture
+def interpreter():
+    jax.clear_caches()  # the kernels are jitted: a trace of another test must not stand in for this one
+    found = Interpreter()
+    found.reset()
+    yield found
+    found.reset()
+
+
+@pytest.mark.parametrize("call", PARAMETERS)
+def test_interpreted_kernel_agrees_with_the_oracle(interpreter, call):
+    check(call, interpreter.run(call))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 64, 130])
+@pytest.mark.parametrize("outputs", [64, 200])
+def test_automatic_configuration_agrees_with_the_oracle(interpreter, rows, outputs, group_size):
+    call = Call(rows, 256, outputs, group_size)
+    check(call, interpreter.run(call))
+
+
+@pytest.mark.slow
+def test_real_sizes_agree_with_the_oracle(interpreter):
+    call = Call(3, 4096, 1024)
+    check(call, interpreter.run(call))
+
+
+def test_the_oracle_sees_wrong_zeros_scales_and_nibbles():
+    x, codes, scales, zeros, layer = CALLS["one token, tiles in three"].arguments()
+    expected = oracle(x, codes, scales, zeros, layer)
+    swapped = (codes >> 4) | (codes << 4)
+    wrong = [(codes, scales, jnp.roll(zeros, 1, 1)), (codes, jnp.roll(scales, 1, 1), zeros), (swapped, scales, zeros)]
+    for arrays in wrong:
+        assert error(oracle(x, *arrays, layer), expected) > 0.1
+
+
+class Sabotaged:
+    """`plgpu` without the calls of one function that `chosen` picks by their order of tracing."""
+
+    def __init__(self, function, chosen):
+        self.function, self.chosen, self.count = function, chosen, 0
+
+    def __getattr__(self, name):
+        original = getattr(plgpu, name)
+        if name != self.function:
+            return original
+
+        def call(*args, **kwargs):
+            self.count += 1
+            return None if self.count - 1 in self.chosen else original(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, config", [(decode, ONE), (prefill, SMALL), (prefill, PrefillConfig(stages=2))])
+@pytest.mark.parametrize("function, chosen", [("barrier_wait", 1), ("barrier_wait", 0)])
+def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, module, config, function, chosen):
+    """0: a step does not wait for its copies; 1: a copy does not wait for its slot."""
+    sabotaged = Sabotaged(function, {chosen})
+    monkeypatch.setattr(module, "plgpu", sabotaged)
+    with pytest.raises(Exception, match=r"(?i)race|deadlock|barrier|wait|complet"):
+        interpreter.run(Call(64, 640, 128, config=config))
+    assert sabotaged.count > chosen
+
+
+def test_no_rows_give_no_rows():
+    assert Call(0, 256, 64).run().shape == (0, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layout, cut, configurations
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_activations_are_in_the_order_of_the_weights_in_registers(width):
+    """By the figure of wgmma's left operand: a thread's register holds columns 2t and 2t + 1 of 8 of its quarter t."""
+    form = parts.Form(1, width, 64, 1, 1 if width == 128 else 3, jnp.dtype("float16"), True, jnp.dtype("float32"))
+    form = form._replace(inputs=width * form.groups)
+    order = np.asarray(parts.permuted(jnp.arange(form.inputs, dtype=jnp.int32)[None], form))[0, :width]
+    words = width // 32
+    seen = []
+    for quarter in range(4):
+        for register in range(4 * words):  # one for each 8 columns
+            word, pair = divmod(register, 4)
+            first = 8 * (quarter * words + word)  # code of the word that the thread loads
+            columns = [8 * register + 2 * quarter + i for i in (0, 1)]
+            assert order[columns].tolist() == [first + pair, first + pair + 4]
+            seen += columns
+    assert sorted(seen) == list(range(width))
+
+
+def test_every_unit_of_work_has_one_cta_and_every_partial_result_one_place():
+    sizes = [
+        (8, 4096, 4096, 132),
+        (8, 4096, 12288, 132),
+        (8, 12288, 4096, 132),
+        (1, 8192, 28672, 132),
+        (130, 256, 200, 7),
+        (4, 4096, 1024, 132),
+    ]
+    for rows, inputs, outputs, num_sms in sizes:
+        form = parts.Form(rows, inputs, outputs, 1, inputs // 128, jnp.dtype("float16"), True, jnp.dtype("float32"))
+        for warpgroups in (2, 4):
+            cut = decode.cut_of(form, Config(warpgroups=warpgroups, num_sms=num_sms))
+            assert cut.ctas <= num_sms
+            places = set()
+            for cta in range(cut.ctas):
+                units = range(cta * cut.per_cta, min((cta + 1) * cut.per_cta, cut.tiles * cut.steps))
+                assert len(units) > 0
+                for tile in {unit // cut.steps for unit in units}:
+                    place = (cta - cut.first_cta(tile), tile)
+                    assert 0 <= place[0] < cut.counts[tile] and place not in places
+                    places.add(place)
+            assert len(places) == cut.counts.sum()
+
+
+@pytest.mark.parametrize("outputs", [4096, 12288, 28672])
+def test_the_cut_fills_the_machine(outputs):
+    form = parts.Form(8, 4096, outputs, 1, 32, jnp.dtype("float16"), True, jnp.dtype("float32"))
+    config = mosaic_sm90.heuristic_config(form)
+    cut = decode.cut_of(form, config)
+    assert cut.tiles * cut.steps / (cut.per_cta * config.num_sms) > 0.9
+
+
+def test_partial_results_that_nobody_wrote_do_not_count():
+    cut = decode.Cut(output_tiles=2, token_tiles=1, steps=3, per_cta=4, ctas=2)
+    assert cut.counts.tolist() == [1, 2]
+    partial = jnp.arange(2 * 2 * 4 * 8, dtype=jnp.float32).reshape(2, 2, 4, 8)
+    expected = np.asarray(partial[0]).copy()
+    expected[1] += np.asarray(partial[1, 1])
+    merged = decode.merge(partial.at[1, 0].set(jnp.nan), cut)
+    np.testing.assert_array_equal(merged, expected.reshape(8, 8).T)
+
+
+def test_wrong_configurations_say_so():
+    for wrong in ({"warpgroups": 3}, {"stages": 1}, {"num_sms": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Config(**wrong)
+    for wrong in ({"block_m": 96}, {"stages": 0}, {"cluster": 4}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PrefillConfig(**wrong)
+    with pytest.raises(ValueError, match="shared memory"):
+        Call(64, 256, 64, config=Config(stages=20)).run()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"x": jnp.zeros((2, 256))}, "bfloat16 activations; got float32"),
+        ({"scales": jnp.zeros((3, 2, 64), jnp.bfloat16)}, "got bfloat16"),
+        ({"codes": jnp.zeros((3, 64, 256), jnp.int8)}, "uint8 codes of 256 inputs"),
+        ({"zeros": jnp.zeros((3, 2, 64), jnp.int32)}, "int8 zeros; got int32"),
+        ({"group_size": 64}, "whole groups of 64"),
+        ({"dtype": "float16"}, "asked for float16"),
+    ],
+)
+@pytest.mark.usefixtures("plain_calls")
+def test_what_is_not_supported_is_named(change, reason):
+    names = ("x", "codes", "scales", "zeros", "layer")
+    arguments = dict(zip(names, Call(2, 256, 64).arguments(), strict=True)) | {"group_size": 128} | change
+    assert reason in mosaic_sm90.unsupported(**arguments)
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        mosaic_sm90.run(**arguments)
+
+
+def test_inputs_and_groups_that_do_not_fit_are_named():
+    explain = lambda call: mosaic_sm90.unsupported(*call.arguments(), group_size=call.group_size)  # noqa: E731
+    assert "multiple of 32 inputs; got 240" in explain(Call(2, 240, 64, -1))
+    assert "got 96" in explain(Call(2, 192, 64, 96))
+    if compat.missing_hopper() is not None:
+        assert "needs" in explain(Call(2, 256, 64))
+    call = Call(2, 256, 64)
+    assert mosaic_sm90.unsupported(*call.arguments(), group_size=128, interpret=compat.interpret_params()) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lowered and compiled
+
+
+def scanned(call):
+    """The product with each layer of the stack in turn, in a scan."""
+
+    def run(x, codes, scales, zeros):
+        def body(x, layer):
+            return x, call.run(x, codes, scales, zeros, layer)
+
+        return jax.lax.scan(body, x, jnp.arange(codes.shape[0]))[1]
+
+    return run
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "call", [Call(1, 512, 384), Call(600, 256, 256, 32, dtype="bfloat16")], ids=["decode", "prefill"]
+)
+def test_lowers_for_cuda_and_takes_the_whole_stack(call):
+    text = jax.jit(scanned(call)).trace(*call.arguments()[:4]).lower(lowering_platforms=("cuda",)).as_text()
+    stack = f"tensor<3x{call.outputs}x{call.inputs // 2}xui8>"
+    (kernel,) = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    assert stack in kernel
+    sliced = [line for line in text.splitlines() if "dynamic_slice" in line and "ui8" in line]
+    assert not sliced
+
+
+PROGRAM = """
+import re, sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_platforms", "cpu")
+from pallas_kernels.compile_gate import hopper_sharding
+from pallas_kernels.quantized_matmul import mosaic_sm90
+
+layers, outputs, inputs = 4, 4096, 4096
+rows = int(sys.argv[1])
+
+def step(x, codes, scales, zeros):
+    def body(x, layer):
+        y = mosaic_sm90.run(x, codes, scales, zeros, layer, group_size=128)
+        return jnp.tanh(y).astype(x.dtype), None
+    return jax.lax.scan(body, x, jnp.arange(layers))[0]
+
+gpu = hopper_sharding()
+
+def array(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=gpu)
+
+arguments = (
+    array((rows, inputs), jnp.bfloat16), array((layers, outputs, inputs // 2), jnp.uint8),
+    array((layers, inputs // 128, outputs), jnp.float16), array((layers, inputs // 128, outputs), jnp.int8),
+)
+compiled = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+made = set(re.findall(r"= u8\\[[\\d,]*\\]\\S* ([a-z-]+)\\(", compiled.as_text()))
+assert made <= {"parameter", "get-tuple-element", "bitcast"}, made
+made = set(re.findall(r"= (?:f16|s8)\\[[\\d,]*\\]\\S* ([a-z-]+)\\(", compiled.as_text()))
+assert made <= {"parameter", "get-tuple-element", "bitcast"}, made
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PLUGIN, reason="needs the extra gpu-compile")
+@pytest.mark.parametrize("rows", [1, 1024])
+def test_a_scan_copies_no_weights(rows):
+    """Compiled for a GPU: no codes, scales or zeros are made by anything but a parameter."""
+    command = [sys.executable, "-c", PROGRAM, str(rows)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# What the conversion of a weight may cost: all instructions of the loop, for a thread's 64 weights of a step.
+LOOP = """
+import re, sys, tempfile
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+from pallas_kernels import compile_gate
+
+(case,) = [case for case in compile_gate.cases(name_contains="w4a16") if case.name == sys.argv[1]]
+with tempfile.TemporaryDirectory() as directory:
+    compile_gate.compile_case(case, keep=Path(directory))
+    (sass,) = Path(directory).glob("*.sass*")
+    lines = sass.read_text().splitlines()
+labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\\.L_x_\\d+):", line))}
+products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+for end in range(products[-1], len(lines)):
+    branch = re.search(r"BRA `\\((\\.L_x_\\d+)\\)", lines[end])
+    if branch and labels[branch[1]] <= products[0]:
+        break
+loop = [line for line in lines[labels[branch[1]] : end + 1] if re.search(r"/\\*[0-9a-f]{4,}\\*/\\s+\\S", line)]
+assert not [line for line in loop if re.search(r"I2F|F2I|LDL|STL|SHFL", line)], loop
+print(len(loop))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PLUGIN, reason="needs the extra gpu-compile")
+@pytest.mark.parametrize("rows, most", [(1, 2.6), (64, 3.1), (4096, 3.7)])
+def test_the_inner_loop_is_short(rows, most):
+    """In instructions per weight of a thread, everything counted, and none of slow kinds."""
+    dtype = "bfloat16" if rows > 512 else "float32"
+    name = f"w4a16 M={rows} 4096x4096 groups of 128 float16 zeros to {dtype}"
+    result = subprocess.run([sys.executable, "-c", LOOP, name], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) / 64 <= most
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 64, 130, 1000])
+@pytest.mark.parametrize("outputs, inputs", [(64, 128), (200, 256), (1024, 4096), (4096, 4096)])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_on_a_gpu(rows, outputs, inputs, group_size):
+    call = Call(rows, inputs, outputs, group_size)
+    if (reason := mosaic_sm90.unsupported(*call.arguments(), group_size=group_size)) is not None:
+        pytest.skip(reason)
+    out = call.run()
+    check(call, out, 1e-5)
+    assert all(bool((call.run() == out).all()) for _ in range(3))
+    assert math.isfinite(float(out.sum()))
