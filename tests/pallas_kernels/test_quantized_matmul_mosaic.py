@@ -100,13 +100,18 @@ CALLS = {
     "groups of 256": Call(2, 768, 64, 256, config=SPLIT),
     "four warpgroups, one CTA": Call(2, 384, 300, config=Config(warpgroups=4, stages=3, num_sms=1)),
     "four warpgroups, a CTA for each unit": Call(2, 384, 300, config=Config(warpgroups=4, stages=6)),
-    "more stages than units": Call(64, 256, 64, config=Config(warpgroups=2, stages=8, num_sms=1)),
+    "more stages than units": Call(24, 256, 64, config=Config(warpgroups=2, stages=8, num_sms=1)),
+    "a cluster of two, tiles split unevenly": Call(
+        40, 384, 400, config=Config(warpgroups=2, stages=2, cluster=2, num_sms=6)
+    ),
+    "a cluster of four": Call(64, 384, 200, config=Config(warpgroups=2, stages=2, cluster=4, num_sms=8)),
     "two tiles of tokens": Call(130, 256, 136, config=Config(warpgroups=2, stages=3, num_sms=3)),
     "to bfloat16": Call(3, 256, 64, dtype="bfloat16", config=SPLIT),
     "prefill": Call(65, 256, 72, config=SMALL),
     "prefill, groups of 32": Call(64, 160, 136, 32, dtype="bfloat16", config=SMALL),
     "prefill, one group": Call(200, 416, 64, -1, config=PrefillConfig(stages=3)),
     "prefill, wide, to bfloat16": Call(130, 384, 300, dtype="bfloat16", config=PrefillConfig(stages=4)),
+    "prefill, a cluster of four": Call(70, 384, 600, config=PrefillConfig(block_m=64, stages=2, cluster=4)),
     "prefill, no zeros": Call(70, 256, 130, zeros=False, scales="float32", config=PrefillConfig(stages=2)),
 }
 PARAMETERS = [
@@ -208,12 +213,17 @@ def test_no_rows_give_no_rows():
 # Layout, cut, configurations
 
 
+def form(rows, outputs, inputs):
+    """With zeros, groups of 128 and float16 scales, to float32."""
+    return parts.Form(rows, inputs, outputs, 1, inputs // 128, jnp.dtype("float16"), True, jnp.dtype("float32"))
+
+
 @pytest.mark.parametrize("width", [32, 64, 128])
 def test_activations_are_in_the_order_of_the_weights_in_registers(width):
     """By the figure of wgmma's left operand: a thread's register holds columns 2t and 2t + 1 of 8 of its quarter t."""
-    form = parts.Form(1, width, 64, 1, 1 if width == 128 else 3, jnp.dtype("float16"), True, jnp.dtype("float32"))
-    form = form._replace(inputs=width * form.groups)
-    order = np.asarray(parts.permuted(jnp.arange(form.inputs, dtype=jnp.int32)[None], form))[0, :width]
+    groups = 1 if width == 128 else 3
+    call = form(1, 64, width * groups)._replace(groups=groups)
+    order = np.asarray(parts.permuted(jnp.arange(call.inputs, dtype=jnp.int32)[None], call))[0, :width]
     words = width // 32
     seen = []
     for quarter in range(4):
@@ -226,54 +236,72 @@ def test_activations_are_in_the_order_of_the_weights_in_registers(width):
     assert sorted(seen) == list(range(width))
 
 
-def test_every_unit_of_work_has_one_cta_and_every_partial_result_one_place():
-    sizes = [
+@pytest.mark.parametrize(
+    "rows, outputs, inputs, num_sms",
+    [
         (8, 4096, 4096, 132),
-        (8, 4096, 12288, 132),
         (8, 12288, 4096, 132),
-        (1, 8192, 28672, 132),
-        (130, 256, 200, 7),
-        (4, 4096, 1024, 132),
-    ]
-    for rows, inputs, outputs, num_sms in sizes:
-        form = parts.Form(rows, inputs, outputs, 1, inputs // 128, jnp.dtype("float16"), True, jnp.dtype("float32"))
-        for warpgroups in (2, 4):
-            cut = decode.cut_of(form, Config(warpgroups=warpgroups, num_sms=num_sms))
-            assert cut.ctas <= num_sms
-            places = set()
-            for cta in range(cut.ctas):
-                units = range(cta * cut.per_cta, min((cta + 1) * cut.per_cta, cut.tiles * cut.steps))
-                assert len(units) > 0
-                for tile in {unit // cut.steps for unit in units}:
-                    place = (cta - cut.first_cta(tile), tile)
-                    assert 0 <= place[0] < cut.counts[tile] and place not in places
-                    places.add(place)
-            assert len(places) == cut.counts.sum()
+        (8, 4096, 12288, 132),
+        (1, 28672, 8192, 132),
+        (130, 200, 256, 7),
+        (4, 1024, 4096, 132),
+    ],
+)
+def test_every_unit_of_work_has_one_cluster_and_every_partial_result_one_place(rows, outputs, inputs, num_sms):
+    for warpgroups, cluster in ((2, 1), (4, 1), (2, 2), (2, 4)):
+        config = Config(warpgroups=warpgroups, cluster=cluster, num_sms=num_sms)
+        cut = decode.cut_of(form(rows, outputs, inputs), config)
+        assert cut.clusters * cluster <= num_sms
+        places = set()
+        for nth in range(cut.clusters):
+            units = range(nth * cut.share, min((nth + 1) * cut.share, cut.tiles * cut.steps))
+            assert len(units) > 0
+            for tile in {unit // cut.steps for unit in units}:
+                place = (nth - tile * cut.steps // cut.share, tile)
+                assert 0 <= place[0] < cut.counts.flat[tile] and place not in places
+                places.add(place)
+        assert len(places) == cut.counts.sum()
 
 
 @pytest.mark.parametrize("outputs", [4096, 12288, 28672])
-def test_the_cut_fills_the_machine(outputs):
-    form = parts.Form(8, 4096, outputs, 1, 32, jnp.dtype("float16"), True, jnp.dtype("float32"))
-    config = mosaic_sm90.heuristic_config(form)
-    cut = decode.cut_of(form, config)
-    assert cut.tiles * cut.steps / (cut.per_cta * config.num_sms) > 0.9
+@pytest.mark.parametrize("rows", [8, 64])
+def test_the_cut_fills_the_machine(rows, outputs):
+    config = mosaic_sm90.heuristic_config(form(rows, outputs, 4096))
+    cut = decode.cut_of(form(rows, outputs, 4096), config)
+    assert cut.tiles * cut.steps * config.cluster / (cut.share * config.num_sms) > 0.9
 
 
 def test_partial_results_that_nobody_wrote_do_not_count():
-    cut = decode.Cut(output_tiles=2, token_tiles=1, steps=3, per_cta=4, ctas=2)
-    assert cut.counts.tolist() == [1, 2]
-    partial = jnp.arange(2 * 2 * 4 * 8, dtype=jnp.float32).reshape(2, 2, 4, 8)
-    expected = np.asarray(partial[0]).copy()
-    expected[1] += np.asarray(partial[1, 1])
-    merged = decode.merge(partial.at[1, 0].set(jnp.nan), cut)
-    np.testing.assert_array_equal(merged, expected.reshape(8, 8).T)
+    call, config = form(130, 200, 384), Config(warpgroups=2, num_sms=3)
+    counts = decode.cut_of(call, config).counts
+    assert counts.tolist() == [[1, 2], [2, 1]]
+    tokens = decode.tokens_of(call)
+    partial = np.random.default_rng(0).normal(size=(2, 130, 200)).astype(np.float32)
+    expected = partial[0].copy()
+    expected[tokens:, :128] += partial[1, tokens:, :128]
+    expected[:tokens, 128:] += partial[1, :tokens, 128:]
+    partial[1, :tokens, :128] = partial[1, tokens:, 128:] = np.nan
+    np.testing.assert_array_equal(decode.merge(jnp.asarray(partial), call, config), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 33, 64, 65, 128, 300, 1000])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_automatic_configurations_fit_into_shared_memory(rows, group_size, dtype):
+    groups = 1 if group_size == -1 else 4096 // group_size
+    for outputs in (256, 4096, 12288):
+        call = form(rows, outputs, 4096)._replace(
+            groups=groups, scale_dtype=jnp.dtype("float32"), dtype=jnp.dtype(dtype)
+        )
+        config = mosaic_sm90.heuristic_config(call)
+        assert config.smem_bytes(call) <= compat.SHARED_MEMORY_BYTES and config.stages >= 3
 
 
 def test_wrong_configurations_say_so():
-    for wrong in ({"warpgroups": 3}, {"stages": 1}, {"num_sms": 0}):
+    for wrong in ({"warpgroups": 3}, {"stages": 1}, {"num_sms": 0}, {"cluster": 3}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Config(**wrong)
-    for wrong in ({"block_m": 96}, {"stages": 0}, {"cluster": 4}):
+    for wrong in ({"block_m": 96}, {"stages": 0}, {"cluster": 3}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PrefillConfig(**wrong)
     with pytest.raises(ValueError, match="shared memory"):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Int8, UInt8
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import BLOCK_K, Form, form_of
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import BLOCK_K, Form, fitted, form_of
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
 __all__ = ["Config", "PrefillConfig", "compile_cases", "heuristic_config", "run", "unsupported"]
@@ -30,10 +30,10 @@ SMALL_GROUPS = (32, 64)
 
 def heuristic_config(form: Form) -> Config | PrefillConfig:
     """The prefill kernel where its tiles fill the machine, or partial results of so many tokens would cost more."""
-    config = PrefillConfig(stages=4 if form.dtype.itemsize == 2 else 3)
+    config = PrefillConfig(stages=4)
     tiles = -(-form.rows // config.block_m) * -(-form.outputs // prefill.BLOCK_O)
     if form.rows > 512 or (form.rows > 64 and tiles >= 128):
-        return config
+        return fitted(config, form)
     return decode.heuristic_config(form)
 
 

@@ -8,6 +8,10 @@ weight is then read once. Units are numbered with the steps of a tile in a row, 
 consecutive ones; so a tile's inputs are split where the borders fall, and a CTA may begin in one tile and go on in the
 next without emptying its ring. What it has of each tile is a float32 partial result. The partial results of a tile are
 added in the order of the inputs, by XLA; nothing depends on timing.
+
+The activations come from the L2 cache once for every tile of outputs, and more tokens are more bytes than the weights.
+The CTAs of a cluster then work side by side on tiles of different outputs, and each loads a part of the activations
+for all.
 """
 
 import dataclasses
@@ -36,11 +40,13 @@ class Config:
     Attributes:
       warpgroups: that compute, 64 outputs each; 4 have registers for tiles of 32 tokens.
       stages: slots of the ring.
+      cluster: CTAs that share the activations that they load, 1, 2 or 4.
       num_sms: most CTAs.
     """
 
     warpgroups: int = 4
     stages: int = 6
+    cluster: int = 1
     num_sms: int = 132
 
     def __post_init__(self):
@@ -48,8 +54,10 @@ class Config:
             raise ValueError(f"warpgroups must be 2 or 4; got {self.warpgroups}")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2; got {self.stages}")
-        if self.num_sms < 1:
-            raise ValueError(f"num_sms must be at least 1; got {self.num_sms}")
+        if self.cluster not in (1, 2, 4):
+            raise ValueError(f"cluster must be 1, 2 or 4; got {self.cluster}")
+        if self.num_sms < self.cluster:
+            raise ValueError(f"num_sms must be at least the {self.cluster} CTAs of a cluster; got {self.num_sms}")
 
     @property
     def block_o(self) -> int:
@@ -57,56 +65,55 @@ class Config:
 
     def buffers(self, form: Form) -> dict[str, Any]:
         """What the kernel allocates per CTA, by name."""
-        return parts.buffers(form, stages=self.stages, outputs=self.block_o, tokens=tokens_of(form))
+        tokens = tokens_of(form, self.cluster)
+        ring = parts.buffers(form, stages=self.stages, outputs=self.block_o, tokens=tokens, cluster=self.cluster)
+        return ring | {"result": parts.result_buffer(self.warpgroups, tokens, jnp.float32)}
 
     def smem_bytes(self, form: Form) -> int:
         return compat.shared_memory_bytes(list(self.buffers(form).values()))
 
 
-def tokens_of(form: Form) -> int:
-    """Tokens of a tile: all of them, in eights, or an even share."""
+def tokens_of(form: Form, cluster: int = 1) -> int:
+    """Tokens of a tile: all of them or an even share, in eights for each CTA that loads a part."""
     tiles = -(-form.rows // MAX_TOKENS)
-    return whole(-(-form.rows // tiles), 8)
+    return whole(-(-form.rows // tiles), 8 * cluster)
 
 
 def heuristic_config(form: Form) -> Config:
     """A CTA for each multiprocessor; wide tiles, which read the activations less often, while registers allow."""
-    tokens = tokens_of(form)
-    if tokens <= 32:
-        return Config(warpgroups=4, stages=6)
-    return Config(warpgroups=2, stages=6 if tokens <= 64 else 4)
+    if tokens_of(form) <= 32:
+        return parts.fitted(Config(warpgroups=4, stages=6), form)
+    return parts.fitted(Config(warpgroups=2, stages=6, cluster=2), form)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How the units are dealt out."""
+    """How the units are dealt out; a tile is what a cluster works on at a time."""
 
     output_tiles: int
     token_tiles: int
     steps: int  # of a tile
-    per_cta: int  # units
-    ctas: int
+    share: int  # units of a cluster
+    clusters: int
 
     @property
     def tiles(self) -> int:
         return self.output_tiles * self.token_tiles
 
-    def first_cta(self, tile: Any) -> Any:
-        """The CTA that has a tile's first unit."""
-        return tile * self.steps // self.per_cta
-
     @property
     def counts(self) -> np.ndarray:
-        """CTAs that share each tile."""
-        tiles = np.arange(self.tiles)
-        return ((tiles + 1) * self.steps - 1) // self.per_cta - self.first_cta(tiles) + 1
+        """Clusters that share each tile `[output tiles, token tiles]`."""
+        first = np.arange(self.tiles) * self.steps
+        counts = (first + self.steps - 1) // self.share - first // self.share + 1
+        return counts.reshape(self.output_tiles, self.token_tiles)
 
 
 def cut_of(form: Form, config: Config) -> Cut:
-    output_tiles, token_tiles = -(-form.outputs // config.block_o), -(-form.rows // tokens_of(form))
+    output_tiles = -(-form.outputs // (config.block_o * config.cluster))
+    token_tiles = -(-form.rows // tokens_of(form, config.cluster))
     units = output_tiles * token_tiles * form.steps
-    per_cta = -(-units // config.num_sms)
-    return Cut(output_tiles, token_tiles, form.steps, per_cta, -(-units // per_cta))
+    share = -(-units // (config.num_sms // config.cluster))
+    return Cut(output_tiles, token_tiles, form.steps, share, -(-units // share))
 
 
 @functools.partial(jax.jit, static_argnames=("form", "config", "interpret"))
@@ -114,39 +121,50 @@ def run(
     x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Array, *, form: Form, config: Config, interpret
 ) -> Float[Array, "M O"]:
     partial = multiply(x, codes, scales, zeros, layer, form=form, config=config, interpret=interpret)
-    return merge(partial, cut_of(form, config))[: form.rows, : form.outputs].astype(form.dtype)
+    return merge(partial, form, config)[:, : form.outputs].astype(form.dtype)
 
 
-def merge(partial: Float[Array, "J tiles outputs tokens"], cut: Cut) -> Float[Array, "all_tokens all_outputs"]:
-    """The sum of the partial results of each tile, first to last. Those that no CTA wrote are memory as it was."""
+def merge(partial: Float[Array, "J M columns"], form: Form, config: Config) -> Float[Array, "M columns"]:
+    """The sum of the partial results of each tile, first to last. Those that nobody wrote are memory as it was."""
+    counts, (_, rows, columns) = cut_of(form, config).counts, partial.shape
     total = partial[0]
-    for j in range(1, partial.shape[0]):
-        there = cut.counts > j
-        total = total + (partial[j] if there.all() else jnp.where(jnp.asarray(there)[:, None, None], partial[j], 0.0))
-    _, outputs, tokens = total.shape
-    total = total.reshape(cut.output_tiles, cut.token_tiles, outputs, tokens)
-    return jnp.transpose(total, (1, 3, 0, 2)).reshape(cut.token_tiles * tokens, cut.output_tiles * outputs)
+    for j in range(1, counts.max()):
+        if (there := counts > j).all():
+            total = total + partial[j]
+            continue
+        by_column = np.repeat(there.T, config.block_o * config.cluster, axis=1)[:, :columns]
+        by_row = jnp.repeat(jnp.asarray(by_column), tokens_of(form, config.cluster), axis=0)[:rows]
+        total = total + jnp.where(by_row, partial[j], 0.0)
+    return total
 
 
-def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, interpret) -> Array:
-    """Partial results `[most per tile, tiles, outputs of a tile, tokens in eights]`."""
-    cut, stages = cut_of(form, config), config.stages
-    tokens = tokens_of(form)
+def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, interpret) -> Float[Array, "J M columns"]:
+    """Partial results, as many as the most that a tile has."""
+    cut, stages, cluster = cut_of(form, config), config.stages, config.cluster
+    tokens, interpreted = tokens_of(form, cluster), interpret is not None
     i32 = jnp.int32
 
     def kernel(refs, partial_ref, smem):
-        warpgroup, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        first = cta * cut.per_cta
-        last = jnp.minimum(first + cut.per_cta, cut.tiles * cut.steps)
+        warpgroup, nth = lax.axis_index("warpgroup"), lax.axis_index("nth")
+        first = nth * cut.share
+        last = jnp.minimum(first + cut.share, cut.tiles * cut.steps)
+
+        def corner(tile):
+            """First output and first token of this CTA."""
+            output, token = lax.div(tile, i32(cut.token_tiles)), lax.rem(tile, i32(cut.token_tiles))
+            if cluster > 1:
+                output = output * cluster + lax.axis_index("cluster")
+            return output * config.block_o, token * tokens
 
         @pl.when(warpgroup < config.warpgroups)
         def compute():
-            plgpu.set_max_registers(104 if config.warpgroups == 4 else 224, action="increase")
+            plgpu.set_max_registers(104 if config.warpgroups == 4 else 232, action="increase")
+            result = smem["result"].at[warpgroup]
 
             def over_units(unit, acc):
                 slot = lax.rem(unit - first, i32(stages))
                 plgpu.barrier_wait(smem["ready"].at[slot])
-                acc = parts.add_step(acc, smem, form, slot=slot, warpgroup=warpgroup, interpreted=interpret is not None)
+                acc = parts.add_step(acc, smem, form, slot=slot, warpgroup=warpgroup, interpreted=interpreted)
                 plgpu.barrier_arrive(smem["free"].at[slot])
                 return acc
 
@@ -156,8 +174,9 @@ def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, inte
                 end = jnp.minimum(last, (tile + 1) * cut.steps)
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.float32), WGMMA)
                 acc = lax.fori_loop(begin, end, over_units, acc)
-                nth = cta - lax.div(tile * cut.steps, i32(cut.per_cta))
-                partial_ref[nth, tile, pl.ds(warpgroup * ROWS, ROWS), :] = acc
+                output, token = corner(tile)
+                where = (nth - lax.div(tile * cut.steps, i32(cut.share)), pl.ds(token, tokens))
+                parts.store(acc, result, partial_ref.at[*where, pl.ds(output + warpgroup * ROWS, ROWS)])
 
         @pl.when(warpgroup == config.warpgroups)
         def load():
@@ -172,10 +191,9 @@ def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, inte
                     plgpu.barrier_wait(smem["free"].at[slot])
                     plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
 
-                tile, step = lax.div(unit, i32(cut.steps)), lax.rem(unit, i32(cut.steps))
-                output, token = lax.div(tile, i32(cut.token_tiles)), lax.rem(tile, i32(cut.token_tiles))
-                output, token = output * config.block_o, token * tokens
-                parts.load_step(refs, smem, form, step=step, slot=slot, output=output, token=token)
+                output, token = corner(lax.div(unit, i32(cut.steps)))
+                step = lax.rem(unit, i32(cut.steps))
+                parts.load_step(refs, smem, form, step=step, slot=slot, output=output, token=token, cluster=cluster)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(last - stages, first), last)
@@ -183,13 +201,15 @@ def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, inte
                 plgpu.barrier_wait(smem["free"].at[lax.rem(unit - first, i32(stages))])
 
     buffers = config.buffers(form)
+    columns = whole(form.outputs, 4)  # rows of whole 16 bytes, which the TMA wants
     return compat.kernel(
         lambda refs, result, *scratch: kernel(refs, result, dict(zip(buffers, scratch, strict=True))),
-        out_type=jax.ShapeDtypeStruct((int(cut.counts.max()), cut.tiles, config.block_o, tokens), jnp.float32),
-        grid=(cut.ctas,),
-        grid_names=("cta",),
+        out_type=jax.ShapeDtypeStruct((int(cut.counts.max()), form.rows, columns), jnp.float32),
+        grid=(cut.clusters,),
+        grid_names=("nth",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=list(buffers.values()),
         interpret=interpret,
+        **parts.cluster_options(cluster),
     )(parts.inputs(x, codes, scales, zeros, layer, form))

@@ -13,6 +13,7 @@ of moving weights between threads the columns of the activations are put into th
 weights (`permuted`): a sum over inputs does not depend on their order.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ def permuted(x: Array, form: Form) -> Array:
     return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(form.rows, form.inputs + missing)
 
 
-def buffers(form: Form, *, stages: int, outputs: int, tokens: int) -> dict[str, Any]:
+def buffers(form: Form, *, stages: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
     """The ring of steps: for each of its products codes, activations, scales and zeros."""
     ring = (stages, form.subs)
     lines = {"scales": form.scale_dtype} | ({"zeros": jnp.int8} if form.has_zeros else {})
@@ -101,18 +102,44 @@ def buffers(form: Form, *, stages: int, outputs: int, tokens: int) -> dict[str, 
         ),
         **{name: plgpu.SMEM((*ring, outputs), dtype) for name, dtype in lines.items()},
         "ready": plgpu.Barrier(num_arrivals=form.subs * (2 + len(lines)), num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=outputs // ROWS, num_barriers=stages),
+        "free": _free(outputs // ROWS, stages, cluster),
     }
 
 
+def _free(warpgroups: int, stages: int, cluster: int) -> Any:
+    """Told by the warpgroups of all CTAs that a load goes to."""
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=warpgroups, num_barriers=stages)
+
+
+def cluster_options(cluster: int) -> dict[str, Any]:
+    """Of the kernel."""
+    return {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
+
+
+def result_buffer(warpgroups: int, tokens: int, dtype: Any) -> Any:
+    return plgpu.SMEM((warpgroups, tokens, ROWS), dtype, transforms=compat.swizzled(dtype, ROWS))
+
+
+def store(acc: Array, result_ref: Any, out_ref: Any) -> None:
+    """Writes `acc [64, tokens]`, transposed, to `[tokens, 64]` in global memory through its buffer."""
+    acc = acc.astype(result_ref.dtype)
+    result_ref.transpose((1, 0))[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(result_ref, out_ref)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def load_step(
-    refs: dict, smem: dict, form: Form, *, step: Any, slot: Any, output: Any, token: Any, **collective: Any
+    refs: dict, smem: dict, form: Form, *, step: Any, slot: Any, output: Any, token: Any, cluster: int
 ) -> None:
     """Starts the copies of one step, for the outputs from `output` on and the tokens from `token` on.
 
     Scales and zeros are read from arrays of one dimension, which may begin anywhere. What is read beyond the last
-    output is of no row that is kept. `collective` is for the copy of activations.
+    output is of no row that is kept. The CTAs of a cluster load the activations together.
     """
+    together: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
     outputs, tokens = smem["scales"].shape[2], smem["x"].shape[2]
     layer, barrier = jnp.clip(refs["layer"][0], 0, form.layers - 1), smem["ready"].at[slot]
     for sub in range(form.subs):
@@ -122,7 +149,7 @@ def load_step(
         codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(lax.div(first, jnp.int32(2)), form.width // 2)]
         x = refs["x"].at[pl.ds(token, tokens), pl.ds(first, form.width)]
         plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot, sub], barrier)
-        plgpu.copy_gmem_to_smem(x, smem["x"].at[slot, sub], barrier, **collective)
+        plgpu.copy_gmem_to_smem(x, smem["x"].at[slot, sub], barrier, **together)
         for name in ("scales", "zeros") if form.has_zeros else ("scales",):
             plgpu.copy_gmem_to_smem(refs[name].at[line], smem[name].at[slot, sub], barrier)
 
@@ -241,6 +268,13 @@ def _weights(codes_ref: Any, zeros_ref: Any, *, interpreted: bool) -> Array:
 def _at(pointer: ir.Value, offset: ir.Value, element: ir.Type) -> ir.Value:
     """The address `offset` elements after `pointer`."""
     return mgpu_utils.getelementptr(pointer, [offset], element)
+
+
+def fitted(config: Any, form: Form) -> Any:
+    """The configuration with as many of its stages as fit into shared memory."""
+    while config.smem_bytes(form) > compat.SHARED_MEMORY_BYTES:
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
 
 
 def whole(size: int, unit: int) -> int:

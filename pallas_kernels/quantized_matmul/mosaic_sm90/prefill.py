@@ -32,7 +32,7 @@ class PrefillConfig:
     Attributes:
       block_m: tokens of a tile.
       stages: slots of the ring.
-      cluster: CTAs that share the activations that they load, 1 or 2.
+      cluster: CTAs that share the activations that they load, 1, 2 or 4.
     """
 
     block_m: int = 128
@@ -44,18 +44,13 @@ class PrefillConfig:
             raise ValueError(f"block_m must be 64 or 128; got {self.block_m}")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2; got {self.stages}")
-        if self.cluster not in (1, 2):
-            raise ValueError(f"cluster must be 1 or 2; got {self.cluster}")
+        if self.cluster not in (1, 2, 4):
+            raise ValueError(f"cluster must be 1, 2 or 4; got {self.cluster}")
 
     def buffers(self, form: Form) -> dict[str, Any]:
         """What the kernel allocates per CTA, by name."""
-        buffers = parts.buffers(form, stages=self.stages, outputs=BLOCK_O, tokens=self.block_m)
-        if self.cluster > 1:
-            buffers["free"] = plgpu.ClusterBarrier(
-                collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=self.stages
-            )
-        result = plgpu.SMEM((WARPGROUPS, self.block_m, ROWS), form.dtype, transforms=compat.swizzled(form.dtype, ROWS))
-        return buffers | {"result": result}
+        ring = parts.buffers(form, stages=self.stages, outputs=BLOCK_O, tokens=self.block_m, cluster=self.cluster)
+        return ring | {"result": parts.result_buffer(WARPGROUPS, self.block_m, form.dtype)}
 
     def smem_bytes(self, form: Form) -> int:
         return compat.shared_memory_bytes(list(self.buffers(form).values()))
@@ -76,7 +71,6 @@ def run(
     stages, block_m, cluster = config.stages, config.block_m, config.cluster
     interpreted = interpret is not None
     i32 = jnp.int32
-    collective = {"collective_axes": "cluster"} if cluster > 1 else {}
 
     def kernel(refs, out_ref, smem):
         warpgroup = lax.axis_index("warpgroup")
@@ -98,12 +92,8 @@ def run(
 
             acc = plgpu.layout_cast(jnp.zeros((ROWS, block_m), jnp.float32), WGMMA)
             acc = lax.fori_loop(0, form.steps, over_steps, acc)
-            result = smem["result"].at[warpgroup]
-            result.transpose((1, 0))[...] = plgpu.layout_cast(acc.astype(form.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.commit_smem()
             where = (pl.ds(token, block_m), pl.ds(output + warpgroup * ROWS, ROWS))
-            plgpu.copy_smem_to_gmem(result, out_ref.at[where])
-            plgpu.wait_smem_to_gmem(0)
+            parts.store(acc, smem["result"].at[warpgroup], out_ref.at[where])
 
         @pl.when(warpgroup == WARPGROUPS)
         def load():
@@ -118,7 +108,7 @@ def run(
                     plgpu.barrier_wait(smem["free"].at[slot])
                     plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
 
-                parts.load_step(refs, smem, form, step=step, slot=slot, output=output, token=token, **collective)
+                parts.load_step(refs, smem, form, step=step, slot=slot, output=output, token=token, cluster=cluster)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(max(form.steps - stages, 0), form.steps)
@@ -127,7 +117,6 @@ def run(
 
     buffers = config.buffers(form)
     columns = parts.whole(form.outputs, 16 // form.dtype.itemsize)  # rows of whole 16 bytes, which the TMA wants
-    clusters: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
     out = compat.kernel(
         lambda refs, result, *scratch: kernel(refs, result, dict(zip(buffers, scratch, strict=True))),
         out_type=jax.ShapeDtypeStruct((form.rows, columns), form.dtype),
@@ -138,6 +127,6 @@ def run(
         thread_name="warpgroup",
         scratch_types=list(buffers.values()),
         interpret=interpret,
-        **clusters,
+        **parts.cluster_options(cluster),
     )(parts.inputs(x, codes, scales, zeros, layer, form))
     return out[:, : form.outputs]
