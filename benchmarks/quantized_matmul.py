@@ -2,6 +2,7 @@
 
     python -m benchmarks.quantized_matmul check      # every kind of call against NumPy in float64
     python -m benchmarks.quantized_matmul time       # cold caches, peers in the same process
+    python -m benchmarks.quantized_matmul time --sweep --filter "M=8 4096x4096"    # every configuration of the kernel
 
 Needs JAX with CUDA and NumPy.
 
@@ -96,12 +97,19 @@ class Shape:
         parts = {name: arguments[name] for name in ("codes", "scales", "zeros")}
         return QuantizedTensor(**parts, format="int4", shape=(self.outputs, self.inputs), num_inputs=1)
 
-    def product(self, implementation: str) -> Callable[[Any, Any, dict[str, Any]], Any]:
-        """`product(x, layer, arguments)`."""
+    def form(self) -> mosaic_sm90.Form:
+        scales, dtype = jnp.dtype(self.scales), jnp.dtype(self.dtype)
+        return mosaic_sm90.Form(
+            self.rows, self.inputs, self.outputs, self.layers, self.groups, scales, self.zeros, dtype
+        )
+
+    def product(self, implementation: Any) -> Callable[[Any, Any, dict[str, Any]], Any]:
+        """`product(x, layer, arguments)` of an implementation, or of the kernel with a configuration."""
+        config = None if isinstance(implementation, str) else implementation
 
         def mosaic(x, layer, arguments):
             parts = (arguments[name] for name in ("codes", "scales", "zeros"))
-            return mosaic_sm90.run(x, *parts, layer, group_size=self.group_size, dtype=self.dtype)
+            return mosaic_sm90.run(x, *parts, layer, group_size=self.group_size, dtype=self.dtype, config=config)
 
         def xla(x, layer, arguments):
             weight = self.tensor(arguments).of_layer(layer)
@@ -111,7 +119,7 @@ class Shape:
             product = jnp.einsum("mi,oi->mo", x, arguments["dense"][layer], preferred_element_type=jnp.float32)
             return product.astype(self.dtype)
 
-        return {"mosaic": mosaic, "xla": xla, "dense": dense}[implementation]
+        return {"xla": xla, "dense": dense}.get(str(implementation), mosaic)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +204,7 @@ def time_shapes() -> Iterator[Shape]:
     yield Shape(rows=8, outputs=12288, zeros=False).cold()
 
 
-def over_layers(shape: Shape, implementation: str) -> Callable[[dict[str, Any]], Any]:
+def over_layers(shape: Shape, implementation: Any) -> Callable[[dict[str, Any]], Any]:
     """The products with all layers, each of activations that wait for the result before."""
     product = shape.product(implementation)
 
@@ -218,7 +226,7 @@ def dense_layers(shape: Shape) -> list[jax.Array]:
     return [make(key) for key in jax.random.split(jax.random.key(2), shape.layers)]
 
 
-def measure(shape: Shape, bandwidth: float, *, peers: bool) -> dict[str, Any]:
+def measure(shape: Shape, bandwidth: float, *, peers: bool, sweep: bool) -> dict[str, Any]:
     arguments = shape.arguments()
     record: dict[str, Any] = {"layers": shape.layers, "bytes": shape.bytes()} | check_shape(shape, arguments)
     print(f"  error {record['error']:.2e}, repeatable {record['bitwise_repeatable']}", flush=True)
@@ -227,10 +235,16 @@ def measure(shape: Shape, bandwidth: float, *, peers: bool) -> dict[str, Any]:
         return record
     results: dict[str, Any] = {}
     failures: dict[str, str] = {}
-    for name in ("mosaic", "dense", "xla") if peers else ("mosaic",):
+    chosen = mosaic_sm90.heuristic_config(shape.form())
+    record["config"] = str(chosen)
+    tried: list[Any] = ["mosaic", *(("dense", "xla") if peers else ())]
+    if sweep:
+        tried = [chosen, *(config for config in mosaic_sm90.candidates(shape.form()) if config != chosen)]
+    for implementation in tried:
+        name = str(implementation)
         try:
             given = {"x": arguments["x"], "dense": dense_layers(shape)} if name == "dense" else arguments
-            call = functools.partial(over_layers(shape, name), given)
+            call = functools.partial(over_layers(shape, implementation), given)
             row: dict[str, Any] = dict(report.timed(call, repeats=10, warm_up=2))
             profile = report.device_profile(call, calls=3)
         except Exception as error:  # a peer that cannot run a shape is a row of the table, not the end of it
@@ -260,7 +274,9 @@ def measure(shape: Shape, bandwidth: float, *, peers: bool) -> dict[str, Any]:
 def run_timing(arguments: argparse.Namespace) -> int:
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    record = report.Record("quantized_matmul", copy_bytes_per_second=bandwidth)
+    record = report.Record(
+        "quantized_matmul-sweep" if arguments.sweep else "quantized_matmul", copy_bytes_per_second=bandwidth
+    )
     deadline = time.monotonic() + arguments.seconds
     for shape in time_shapes():
         if time.monotonic() > deadline:
@@ -268,7 +284,7 @@ def run_timing(arguments: argparse.Namespace) -> int:
             break
         if any(part in shape.name for part in arguments.filter):
             print(f"{shape.name}, {shape.layers} layers", flush=True)
-            record.add(measure(shape, bandwidth, peers=not arguments.no_peers))
+            record.add(measure(shape, bandwidth, peers=not arguments.no_peers, sweep=arguments.sweep))
     return 0 if record.rows and all(row["passes"] for row in record.rows) else 1
 
 
@@ -277,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--filter", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no new shape is timed after this")
+    parser.add_argument("--sweep", action="store_true", help="time every configuration of the kernel, and no peers")
     parser.add_argument("--no-peers", action="store_true", help="time the kernel only")
     arguments = parser.parse_args(argv)
     if (reason := compat.missing_hopper()) is not None:

@@ -93,6 +93,7 @@ CALLS = {
     "one token, tiles in three": Call(1, 384, 200, config=SPLIT),
     "prefill, a cluster of two": Call(70, 384, 200, config=PrefillConfig(block_m=64, stages=2)),
     "groups of 32, inputs no multiple of 64": Call(17, 160, 136, 32, config=SPLIT),
+    "steps of 256": Call(3, 896, 200, config=Config(warpgroups=2, block_k=256, stages=2, num_sms=3)),
     "groups of 64": Call(8, 448, 72, 64, scales="float32", config=SPLIT),
     "one group, inputs no multiple of 128": Call(3, 416, 130, -1, config=SPLIT),
     "no zeros": Call(9, 256, 64, zeros=False, config=SPLIT),
@@ -103,6 +104,9 @@ CALLS = {
     "more stages than units": Call(24, 256, 64, config=Config(warpgroups=2, stages=8, num_sms=1)),
     "a cluster of two, tiles split unevenly": Call(
         40, 384, 400, config=Config(warpgroups=2, stages=2, cluster=2, num_sms=6)
+    ),
+    "steps of 256, groups of 64, a cluster of two": Call(
+        24, 832, 300, 64, config=Config(warpgroups=2, block_k=256, stages=2, cluster=2, num_sms=4)
     ),
     "a cluster of four": Call(64, 384, 200, config=Config(warpgroups=2, stages=2, cluster=4, num_sms=8)),
     "two tiles of tokens": Call(130, 256, 136, config=Config(warpgroups=2, stages=3, num_sms=3)),
@@ -248,8 +252,8 @@ def test_activations_are_in_the_order_of_the_weights_in_registers(width):
     ],
 )
 def test_every_unit_of_work_has_one_cluster_and_every_partial_result_one_place(rows, outputs, inputs, num_sms):
-    for warpgroups, cluster in ((2, 1), (4, 1), (2, 2), (2, 4)):
-        config = Config(warpgroups=warpgroups, cluster=cluster, num_sms=num_sms)
+    for warpgroups, block_k, cluster in ((2, 128, 1), (4, 256, 1), (2, 256, 2), (2, 128, 4)):
+        config = Config(warpgroups=warpgroups, block_k=block_k, cluster=cluster, num_sms=num_sms)
         cut = decode.cut_of(form(rows, outputs, inputs), config)
         assert cut.clusters * cluster <= num_sms
         places = set()
@@ -294,11 +298,11 @@ def test_automatic_configurations_fit_into_shared_memory(rows, group_size, dtype
             groups=groups, scale_dtype=jnp.dtype("float32"), dtype=jnp.dtype(dtype)
         )
         config = mosaic_sm90.heuristic_config(call)
-        assert config.smem_bytes(call) <= compat.SHARED_MEMORY_BYTES and config.stages >= 3
+        assert config.smem_bytes(call) <= compat.SHARED_MEMORY_BYTES and config.stages >= 2
 
 
 def test_wrong_configurations_say_so():
-    for wrong in ({"warpgroups": 3}, {"stages": 1}, {"num_sms": 0}, {"cluster": 3}):
+    for wrong in ({"warpgroups": 3}, {"stages": 1}, {"num_sms": 0}, {"cluster": 3}, {"block_k": 64}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Config(**wrong)
     for wrong in ({"block_m": 96}, {"stages": 0}, {"cluster": 3}):
@@ -410,7 +414,7 @@ def test_a_scan_copies_no_weights(rows):
     assert result.returncode == 0, result.stderr
 
 
-# What the conversion of a weight may cost: all instructions of the loop, for a thread's 64 weights of a step.
+# What a weight may cost: all instructions of the loop, for the 8 weights of a thread in each product.
 LOOP = """
 import re, sys, tempfile
 from pathlib import Path
@@ -431,20 +435,20 @@ for end in range(products[-1], len(lines)):
         break
 loop = [line for line in lines[labels[branch[1]] : end + 1] if re.search(r"/\\*[0-9a-f]{4,}\\*/\\s+\\S", line)]
 assert not [line for line in loop if re.search(r"I2F|F2I|LDL|STL|SHFL", line)], loop
-print(len(loop))
+print(len(loop) / len(products) / 8)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_PLUGIN, reason="needs the extra gpu-compile")
-@pytest.mark.parametrize("rows, most", [(1, 2.6), (64, 3.1), (4096, 3.7)])
+@pytest.mark.parametrize("rows, most", [(1, 2.4), (64, 2.9), (4096, 3.6)])
 def test_the_inner_loop_is_short(rows, most):
     """In instructions per weight of a thread, everything counted, and none of slow kinds."""
     dtype = "bfloat16" if rows > 512 else "float32"
     name = f"w4a16 M={rows} 4096x4096 groups of 128 float16 zeros to {dtype}"
     result = subprocess.run([sys.executable, "-c", LOOP, name], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) / 64 <= most
+    assert float(result.stdout) <= most
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ rounded but the result, when it is asked for in fewer bits. `parts.py` is what t
 The stack of layers is read where it lies: the layer index is a number in global memory.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +19,10 @@ from jaxtyping import Array, Float, Int, Int8, UInt8
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import BLOCK_K, Form, fitted, form_of
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, fitted, form_of
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
-__all__ = ["Config", "PrefillConfig", "compile_cases", "heuristic_config", "run", "unsupported"]
+__all__ = ["Config", "Form", "PrefillConfig", "candidates", "compile_cases", "heuristic_config", "run", "unsupported"]
 
 SCALES = ("float16", "float32")
 RESULTS = ("float32", "bfloat16")
@@ -73,8 +74,8 @@ def _unsupported_arrays(x: Any, codes: Any, scales: Any, zeros: Any, group_size:
     size = inputs if group_size == -1 else group_size
     if size * groups != inputs:
         return f"needs {inputs} inputs in whole groups of {size}; got scales of {groups} groups"
-    if groups > 1 and size not in SMALL_GROUPS and size % BLOCK_K:
-        return f"needs groups of {SMALL_GROUPS}, a multiple of {BLOCK_K} or all inputs; got {size}"
+    if groups > 1 and size not in SMALL_GROUPS and size % MAX_WIDTH:
+        return f"needs groups of {SMALL_GROUPS}, a multiple of {MAX_WIDTH} or all inputs; got {size}"
     return None
 
 
@@ -123,6 +124,20 @@ def run(
     return kernel(x, codes, scales, zeros, jnp.asarray(layer, jnp.int32), form=form, config=config, interpret=interpret)
 
 
+def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
+    """The configurations that a benchmark may try."""
+    tokens = decode.tokens_of(form)
+    made: list[Config | PrefillConfig] = []
+    if form.rows <= 512:
+        for warpgroups, block_k, cluster, stages in itertools.product((4, 2), (256, 128), (1, 2), (8, 6, 4, 3)):
+            if warpgroups == 2 or tokens <= 32:
+                made.append(Config(warpgroups=warpgroups, block_k=block_k, cluster=cluster, stages=stages))
+    if form.rows > 64:
+        for block_m, cluster, stages in itertools.product((128, 64), (1, 2, 4), (4, 3)):
+            made.append(PrefillConfig(block_m=block_m, cluster=cluster, stages=stages))
+    return (config for config in made if config.smem_bytes(form) <= compat.SHARED_MEMORY_BYTES)
+
+
 def compile_cases() -> Iterator[Any]:
     """What the compile gate compiles: numbers of tokens, groups with and without zeros, and both kernels."""
     from pallas_kernels.compile_gate import CompileCase
@@ -136,16 +151,23 @@ def compile_cases() -> Iterator[Any]:
         *((4096, 4096, 4096, 128, zeros, "float16", dtype) for zeros in (True, False) for dtype in RESULTS),
         *((4096, 4096, 4096, g, True, "float32", "bfloat16") for g in (32, 64, -1)),
     ]
+    cases: list[tuple[Any, ...]] = [(*form, None) for form in forms]
+    for rows in (8, 32, 64, 128):  # what else a benchmark may try; stages make no difference to the compiler
+        arguments = (rows, 4096, 4096, 128, True, "float16", "float32")
+        shape = Form(rows, 4096, 4096, 4, 32, jnp.dtype("float16"), True, jnp.dtype("float32"))
+        cases += [(*arguments, config) for config in candidates(shape) if config.stages == 3]
     layers, array = 4, jax.ShapeDtypeStruct
-    for rows, inputs, outputs, group_size, has_zeros, scale_dtype, dtype in forms:
+    for rows, inputs, outputs, group_size, has_zeros, scale_dtype, dtype, config in cases:
 
-        def call(x, codes, scales, layer, *zeros, group_size=group_size, dtype=dtype):
-            return run(x, codes, scales, *(zeros or (None,)), layer, group_size=group_size, dtype=dtype)
+        def call(x, codes, scales, layer, *zeros, group_size=group_size, dtype=dtype, config=config):
+            parts = (x, codes, scales, *(zeros or (None,)), layer)
+            return run(*parts, group_size=group_size, dtype=dtype, config=config)
 
         grid = (layers, 1 if group_size == -1 else inputs // group_size, outputs)
         name = f"w4a16 M={rows} {outputs}x{inputs} groups of {group_size} {scale_dtype}"
+        name = f"{name}{' zeros' if has_zeros else ''} to {dtype}"
         yield CompileCase(
-            name=f"{name}{' zeros' if has_zeros else ''} to {dtype}",
+            name=name if config is None else f"{name} {config}",
             function=call,
             avals=(
                 array((rows, inputs), jnp.bfloat16),
@@ -154,4 +176,5 @@ def compile_cases() -> Iterator[Any]:
                 array((), jnp.int32),
                 *([array(grid, jnp.int8)] if has_zeros else []),
             ),
+            shipped=config is None,
         )

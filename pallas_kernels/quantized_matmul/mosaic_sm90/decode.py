@@ -3,7 +3,7 @@
 The product is computed as `y^T = W x^T`: outputs are the rows of the tensor core's tiles, tokens the columns. A CTA has
 a few compute warpgroups of 64 outputs each and one that fills the ring by TMA.
 
-A unit of work is one step, 128 inputs, of one tile of outputs and tokens; up to 128 tokens are one tile, and every
+A unit of work is one step, a few inputs, of one tile of outputs and tokens; up to 128 tokens are one tile, and every
 weight is then read once. Units are numbered with the steps of a tile in a row, and every CTA takes the same number of
 consecutive ones; so a tile's inputs are split where the borders fall, and a CTA may begin in one tile and go on in the
 next without emptying its ring. What it has of each tile is a float32 partial result. The partial results of a tile are
@@ -39,12 +39,14 @@ class Config:
 
     Attributes:
       warpgroups: that compute, 64 outputs each; 4 have registers for tiles of 32 tokens.
+      block_k: inputs of a step, 128 or 256; the memory likes the latter's 128 bytes in a row better.
       stages: slots of the ring.
       cluster: CTAs that share the activations that they load, 1, 2 or 4.
       num_sms: most CTAs.
     """
 
     warpgroups: int = 4
+    block_k: int = 128
     stages: int = 6
     cluster: int = 1
     num_sms: int = 132
@@ -52,6 +54,8 @@ class Config:
     def __post_init__(self):
         if self.warpgroups not in (2, 4):  # copies of zeros are of whole 128 bytes
             raise ValueError(f"warpgroups must be 2 or 4; got {self.warpgroups}")
+        if self.block_k not in (128, 256):
+            raise ValueError(f"block_k must be 128 or 256; got {self.block_k}")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2; got {self.stages}")
         if self.cluster not in (1, 2, 4):
@@ -66,7 +70,14 @@ class Config:
     def buffers(self, form: Form) -> dict[str, Any]:
         """What the kernel allocates per CTA, by name."""
         tokens = tokens_of(form, self.cluster)
-        ring = parts.buffers(form, stages=self.stages, outputs=self.block_o, tokens=tokens, cluster=self.cluster)
+        ring = parts.buffers(
+            form,
+            stages=self.stages,
+            block_k=self.block_k,
+            outputs=self.block_o,
+            tokens=tokens,
+            cluster=self.cluster,
+        )
         return ring | {"result": parts.result_buffer(self.warpgroups, tokens, jnp.float32)}
 
     def smem_bytes(self, form: Form) -> int:
@@ -81,9 +92,11 @@ def tokens_of(form: Form, cluster: int = 1) -> int:
 
 def heuristic_config(form: Form) -> Config:
     """A CTA for each multiprocessor; wide tiles, which read the activations less often, while registers allow."""
-    if tokens_of(form) <= 32:
-        return parts.fitted(Config(warpgroups=4, stages=6), form)
-    return parts.fitted(Config(warpgroups=2, stages=6, cluster=2), form)
+    tokens = tokens_of(form)
+    tile: dict[str, int] = {"warpgroups": 4} if tokens <= 32 else {"warpgroups": 2, "cluster": 2}
+    if form.width < parts.MAX_WIDTH or tokens > 64:
+        return parts.fitted(Config(**tile, block_k=128, stages=6), form)
+    return parts.fitted(Config(**tile, block_k=256, stages=4), form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +124,9 @@ class Cut:
 def cut_of(form: Form, config: Config) -> Cut:
     output_tiles = -(-form.outputs // (config.block_o * config.cluster))
     token_tiles = -(-form.rows // tokens_of(form, config.cluster))
-    units = output_tiles * token_tiles * form.steps
+    units = output_tiles * token_tiles * form.steps(config.block_k)
     share = -(-units // (config.num_sms // config.cluster))
-    return Cut(output_tiles, token_tiles, form.steps, share, -(-units // share))
+    return Cut(output_tiles, token_tiles, form.steps(config.block_k), share, -(-units // share))
 
 
 @functools.partial(jax.jit, static_argnames=("form", "config", "interpret"))

@@ -31,7 +31,7 @@ from jaxtyping import Array
 from pallas_kernels import compat
 
 ROWS = 64  # outputs of one compute warpgroup
-BLOCK_K = 128  # inputs of one step
+MAX_WIDTH = 128  # inputs of one product
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
@@ -55,17 +55,12 @@ class Form(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Inputs of one product: of one group, at most a step."""
-        return min(self.group_size, BLOCK_K) if self.groups > 1 else BLOCK_K
+        """Inputs of one product: of one group."""
+        return min(self.group_size, MAX_WIDTH) if self.groups > 1 else MAX_WIDTH
 
-    @property
-    def subs(self) -> int:
-        """Products in a step."""
-        return BLOCK_K // self.width
-
-    @property
-    def steps(self) -> int:
-        return -(-self.inputs // BLOCK_K)
+    def steps(self, block_k: int) -> int:
+        """Of `block_k` inputs."""
+        return -(-self.inputs // block_k)
 
 
 def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float32) -> Form:
@@ -91,9 +86,9 @@ def permuted(x: Array, form: Form) -> Array:
     return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(form.rows, form.inputs + missing)
 
 
-def buffers(form: Form, *, stages: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
+def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
     """The ring of steps: for each of its products codes, activations, scales and zeros."""
-    ring = (stages, form.subs)
+    ring = (stages, block_k // form.width)
     lines = {"scales": form.scale_dtype} | ({"zeros": jnp.int8} if form.has_zeros else {})
     return {
         "codes": plgpu.SMEM((*ring, outputs, form.width // 2), jnp.uint8),
@@ -101,7 +96,7 @@ def buffers(form: Form, *, stages: int, outputs: int, tokens: int, cluster: int)
             (*ring, tokens, form.width), jnp.bfloat16, transforms=compat.swizzled(jnp.bfloat16, form.width)
         ),
         **{name: plgpu.SMEM((*ring, outputs), dtype) for name, dtype in lines.items()},
-        "ready": plgpu.Barrier(num_arrivals=form.subs * (2 + len(lines)), num_barriers=stages),
+        "ready": plgpu.Barrier(num_arrivals=ring[1] * (2 + len(lines)), num_barriers=stages),
         "free": _free(outputs // ROWS, stages, cluster),
     }
 
@@ -140,10 +135,11 @@ def load_step(
     output is of no row that is kept. The CTAs of a cluster load the activations together.
     """
     together: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
-    outputs, tokens = smem["scales"].shape[2], smem["x"].shape[2]
+    _, subs, outputs = smem["scales"].shape
+    tokens = smem["x"].shape[2]
     layer, barrier = jnp.clip(refs["layer"][0], 0, form.layers - 1), smem["ready"].at[slot]
-    for sub in range(form.subs):
-        first = step * BLOCK_K + sub * form.width
+    for sub in range(subs):
+        first = step * (subs * form.width) + sub * form.width
         group = jnp.minimum(lax.div(first, jnp.int32(form.group_size)), form.groups - 1)  # beyond the last input: any
         line = pl.ds((layer * form.groups + group) * form.outputs + output, outputs)
         codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(lax.div(first, jnp.int32(2)), form.width // 2)]
@@ -157,7 +153,7 @@ def load_step(
 def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, interpreted: bool) -> Array:
     """`acc` and the products of one step that has arrived, for the 64 outputs of a warpgroup."""
     rows = pl.ds(warpgroup * ROWS, ROWS)
-    for sub in range(form.subs):
+    for sub in range(smem["scales"].shape[1]):
         zeros = smem["zeros"].at[slot, sub, rows] if form.has_zeros else None
         acc = add_product(
             acc,

@@ -23,6 +23,7 @@ from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form
 
 WARPGROUPS = 2  # that compute
 BLOCK_O = WARPGROUPS * ROWS
+BLOCK_K = 128  # inputs of a step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,14 @@ class PrefillConfig:
 
     def buffers(self, form: Form) -> dict[str, Any]:
         """What the kernel allocates per CTA, by name."""
-        ring = parts.buffers(form, stages=self.stages, outputs=BLOCK_O, tokens=self.block_m, cluster=self.cluster)
+        ring = parts.buffers(
+            form,
+            stages=self.stages,
+            block_k=BLOCK_K,
+            outputs=BLOCK_O,
+            tokens=self.block_m,
+            cluster=self.cluster,
+        )
         return ring | {"result": parts.result_buffer(WARPGROUPS, self.block_m, form.dtype)}
 
     def smem_bytes(self, form: Form) -> int:
@@ -69,6 +77,7 @@ def run(
     interpret,
 ) -> Float[Array, "M O"]:
     stages, block_m, cluster = config.stages, config.block_m, config.cluster
+    steps = form.steps(BLOCK_K)
     interpreted = interpret is not None
     i32 = jnp.int32
 
@@ -91,7 +100,7 @@ def run(
                 return acc
 
             acc = plgpu.layout_cast(jnp.zeros((ROWS, block_m), jnp.float32), WGMMA)
-            acc = lax.fori_loop(0, form.steps, over_steps, acc)
+            acc = lax.fori_loop(0, steps, over_steps, acc)
             where = (pl.ds(token, block_m), pl.ds(output + warpgroup * ROWS, ROWS))
             parts.store(acc, smem["result"].at[warpgroup], out_ref.at[where])
 
@@ -99,7 +108,7 @@ def run(
         def load():
             plgpu.set_max_registers(40, action="decrease")
 
-            @pl.loop(0, form.steps)
+            @pl.loop(0, steps)
             def over_steps(step):
                 slot = lax.rem(step, i32(stages))
 
@@ -111,7 +120,7 @@ def run(
                 parts.load_step(refs, smem, form, step=step, slot=slot, output=output, token=token, cluster=cluster)
 
             # Every completion of a barrier must be observed before the kernel ends.
-            @pl.loop(max(form.steps - stages, 0), form.steps)
+            @pl.loop(max(steps - stages, 0), steps)
             def _(step):
                 plgpu.barrier_wait(smem["free"].at[lax.rem(step, i32(stages))])
 
