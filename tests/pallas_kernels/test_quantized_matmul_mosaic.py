@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from benchmarks import quantized_matmul as benchmark
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul import mosaic_sm90
 from pallas_kernels.quantized_matmul.mosaic_sm90 import Config, PrefillConfig, decode, parts, prefill
@@ -449,6 +450,35 @@ def test_the_inner_loop_is_short(rows, most):
     result = subprocess.run([sys.executable, "-c", LOOP, name], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) <= most
+
+
+def test_the_benchmark_times_and_checks_what_the_kernels_take():
+    shapes = [*benchmark.check_shapes(), *benchmark.time_shapes()]
+    assert len({shape.name for shape in shapes}) > 100
+    array = jax.ShapeDtypeStruct
+    for shape in shapes:
+        grid = (shape.layers, shape.groups, shape.outputs)
+        arguments = (
+            array((shape.rows, shape.inputs), jnp.bfloat16),
+            array((shape.layers, shape.outputs, shape.inputs // 2), jnp.uint8),
+            array(grid, shape.scales),
+            array(grid, jnp.int8) if shape.zeros else None,
+            array((), jnp.int32),
+        )
+        options = {"group_size": shape.group_size, "dtype": shape.dtype, "interpret": compat.interpret_params()}
+        assert mosaic_sm90.unsupported(*arguments, **options) is None, shape.name
+        configs = [mosaic_sm90.heuristic_config(shape.form()), *mosaic_sm90.candidates(shape.form())]
+        assert len(configs) > 8
+        assert all(config.smem_bytes(shape.form()) <= compat.SHARED_MEMORY_BYTES for config in configs), shape.name
+
+
+def test_the_benchmark_checks_against_the_definition():
+    shape = benchmark.Shape(rows=3, outputs=72, inputs=256)
+    arguments = shape.arguments()
+    parts = [arguments[name] for name in ("x", "codes", "scales", "zeros")]
+    right = oracle(*parts, 1)
+    assert error(benchmark.expected(shape, arguments, 1), right) < 1e-12
+    assert 0 < error(shape.product("xla")(arguments["x"], 1, arguments), right) < 5e-3
 
 
 @pytest.mark.gpu
