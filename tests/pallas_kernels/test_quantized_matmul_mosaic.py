@@ -372,6 +372,22 @@ def test_lowers_for_cuda_and_takes_the_whole_stack(call):
     assert not sliced
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_call_lowers_for_cuda(call):
+    """Catches what the interpreter accepts and the compiler does not."""
+    x, codes, scales, zeros, layer = call.arguments()
+    jitted = jax.jit(lambda x, codes, scales, layer: call.run(x, codes, scales, zeros, layer))
+    assert "mosaic_gpu" in jitted.trace(x, codes, scales, layer).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 17, 31, 33, 40, 57, 65, 130, 257, 600, 1001])
+@pytest.mark.parametrize("outputs, inputs, group_size", [(64, 128, 128), (200, 256, 64), (129, 416, -1), (72, 160, 32)])
+def test_automatic_configurations_lower_for_cuda(rows, outputs, inputs, group_size):
+    test_every_call_lowers_for_cuda(Call(rows, inputs, outputs, group_size))
+    test_every_call_lowers_for_cuda(Call(rows, inputs, outputs, group_size, dtype="bfloat16", zeros=False))
+
+
 PROGRAM = """
 import re, sys
 import jax, jax.numpy as jnp, numpy as np

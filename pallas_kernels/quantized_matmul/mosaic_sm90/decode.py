@@ -134,10 +134,10 @@ def run(
     x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Array, *, form: Form, config: Config, interpret
 ) -> Float[Array, "M O"]:
     partial = multiply(x, codes, scales, zeros, layer, form=form, config=config, interpret=interpret)
-    return merge(partial, form, config)[:, : form.outputs].astype(form.dtype)
+    return merge(partial, form, config)[: form.rows, : form.outputs].astype(form.dtype)
 
 
-def merge(partial: Float[Array, "J M columns"], form: Form, config: Config) -> Float[Array, "M columns"]:
+def merge(partial: Float[Array, "J rows columns"], form: Form, config: Config) -> Float[Array, "rows columns"]:
     """The sum of the partial results of each tile, first to last. Those that nobody wrote are memory as it was."""
     counts, (_, rows, columns) = cut_of(form, config).counts, partial.shape
     total = partial[0]
@@ -151,7 +151,9 @@ def merge(partial: Float[Array, "J M columns"], form: Form, config: Config) -> F
     return total
 
 
-def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, interpret) -> Float[Array, "J M columns"]:
+def multiply(
+    x, codes, scales, zeros, layer, *, form: Form, config: Config, interpret
+) -> Float[Array, "J rows columns"]:
     """Partial results, as many as the most that a tile has."""
     cut, stages, cluster = cut_of(form, config), config.stages, config.cluster
     tokens, interpreted = tokens_of(form, cluster), interpret is not None
@@ -214,10 +216,9 @@ def multiply(x, codes, scales, zeros, layer, *, form: Form, config: Config, inte
                 plgpu.barrier_wait(smem["free"].at[lax.rem(unit - first, i32(stages))])
 
     buffers = config.buffers(form)
-    columns = whole(form.outputs, 4)  # rows of whole 16 bytes, which the TMA wants
     return compat.kernel(
         lambda refs, result, *scratch: kernel(refs, result, dict(zip(buffers, scratch, strict=True))),
-        out_type=jax.ShapeDtypeStruct((int(cut.counts.max()), form.rows, columns), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((int(cut.counts.max()), *parts.result_shape(form)), jnp.float32),
         grid=(cut.clusters,),
         grid_names=("nth",),
         num_threads=config.warpgroups + 1,

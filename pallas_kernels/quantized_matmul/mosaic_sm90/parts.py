@@ -77,13 +77,14 @@ def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float3
 
 
 def permuted(x: Array, form: Form) -> Array:
-    """Activations `[M, I in whole blocks of width]` in the order in which threads hold the weights."""
-    missing = -form.inputs % form.width
-    x = jnp.pad(x, ((0, 0), (0, missing))) if missing else x
+    """Activations in the order in which threads hold the weights; rows in eights, inputs in whole products."""
+    rows, inputs = whole(form.rows, 8), whole(form.inputs, form.width)
+    if x.shape != (rows, inputs):
+        x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
     words = form.width // 32  # of one thread, for one row
     # Threads of a row, words, high or low half of a word, code in it.
-    x = x.reshape(form.rows, -1, 4, words, 2, 4)
-    return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(form.rows, form.inputs + missing)
+    x = x.reshape(rows, -1, 4, words, 2, 4)
+    return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(rows, inputs)
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
@@ -115,6 +116,11 @@ def cluster_options(cluster: int) -> dict[str, Any]:
 
 def result_buffer(warpgroups: int, tokens: int, dtype: Any) -> Any:
     return plgpu.SMEM((warpgroups, tokens, ROWS), dtype, transforms=compat.swizzled(dtype, ROWS))
+
+
+def result_shape(form: Form) -> tuple[int, int]:
+    """Of the array in global memory: M and O in whole tiles of the buffer, which the TMA wants."""
+    return whole(form.rows, 8), whole(form.outputs, ROWS)
 
 
 def store(acc: Array, result_ref: Any, out_ref: Any) -> None:

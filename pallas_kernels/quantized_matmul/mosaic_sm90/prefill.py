@@ -125,10 +125,9 @@ def run(
                 plgpu.barrier_wait(smem["free"].at[lax.rem(step, i32(stages))])
 
     buffers = config.buffers(form)
-    columns = parts.whole(form.outputs, 16 // form.dtype.itemsize)  # rows of whole 16 bytes, which the TMA wants
     out = compat.kernel(
         lambda refs, result, *scratch: kernel(refs, result, dict(zip(buffers, scratch, strict=True))),
-        out_type=jax.ShapeDtypeStruct((form.rows, columns), form.dtype),
+        out_type=jax.ShapeDtypeStruct(parts.result_shape(form), form.dtype),
         # The last axis varies fastest: CTAs that run at the same time read the same activations.
         grid=(-(-form.rows // block_m), -(-form.outputs // (BLOCK_O * cluster))),
         grid_names=("tokens", "outputs"),
@@ -138,4 +137,4 @@ def run(
         interpret=interpret,
         **parts.cluster_options(cluster),
     )(parts.inputs(x, codes, scales, zeros, layer, form))
-    return out[:, : form.outputs]
+    return out[: form.rows, : form.outputs]
