@@ -18,8 +18,8 @@ of the codes on the fly. A shape is timed after its result was compared with Num
 What to expect, written before the first run. Copy bandwidth 2.7 TB/s on an H100 and 4.3 on an H200 of our other
 results; the start of a kernel and the sum of partial results cost about 5 us together. On an H200, up to 16 tokens:
 4096 x 4096 is 8.7 MB, 2 + 5 us (29 %; XLA's bfloat16 product 8 + 2 us); 12288 x 4096 26 MB, 6 + 5 us (55 %); 28672 x
-8192 122 MB, 28 + 6 us (84 %). 64 tokens read the activations from the L2 cache as often as there are tiles of 128
-outputs, four bytes for each of the weights' two: half of that speed. Prefill of 4096 tokens: each warpgroup waits for
+8192 122 MB, 28 + 6 us (84 %). 64 tokens are as many bytes to each CTA from the L2 cache as the weights, though two CTAs
+share them: two thirds of that speed. Prefill of 4096 tokens: each warpgroup waits for
 its products, which the other one's conversions fill; 70 to 90 % of XLA's bfloat16 product.
 """
 

@@ -199,14 +199,23 @@ class Sabotaged:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module, config", [(decode, ONE), (prefill, SMALL), (prefill, PrefillConfig(stages=2))])
-@pytest.mark.parametrize("function, chosen", [("barrier_wait", 1), ("barrier_wait", 0)])
-def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, module, config, function, chosen):
-    """0: a step does not wait for its copies; 1: a copy does not wait for its slot."""
+@pytest.mark.parametrize("config", [ONE, SMALL, PrefillConfig(block_m=64, stages=2, cluster=2)], ids=str)
+@pytest.mark.parametrize(
+    "where, function, chosen",
+    [
+        pytest.param("kernel", "barrier_wait", 0, id="a step does not wait for its copies"),
+        pytest.param("kernel", "barrier_wait", 1, id="a copy does not wait for its slot"),
+        pytest.param("kernel", "commit_smem", 0, id="a copy does not wait for ordinary reads"),
+        pytest.param("parts", "commit_smem", 0, id="the store does not wait for the result"),
+        pytest.param("parts", "wait_smem_to_gmem", 0, id="the kernel does not wait for the store"),
+    ],
+)
+def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, config, where, function, chosen):
     sabotaged = Sabotaged(function, {chosen})
-    monkeypatch.setattr(module, "plgpu", sabotaged)
+    kernel = prefill if isinstance(config, PrefillConfig) else decode
+    monkeypatch.setattr(kernel if where == "kernel" else parts, "plgpu", sabotaged)
     with pytest.raises(Exception, match=r"(?i)race|deadlock|barrier|wait|complet"):
-        interpreter.run(Call(64, 640, 128, config=config))
+        interpreter.run(Call(64, 640, 256, config=config))
     assert sabotaged.count > chosen
 
 
