@@ -130,7 +130,7 @@ def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
     made: list[Config | PrefillConfig] = []
     if form.rows <= 512:
         for warpgroups, block_k, cluster, stages in itertools.product((4, 2), (256, 128), (1, 2), (8, 6, 4, 3)):
-            if warpgroups == 2 or tokens <= 32:
+            if warpgroups == 2 or tokens <= 64:
                 made.append(Config(warpgroups=warpgroups, block_k=block_k, cluster=cluster, stages=stages))
     if form.rows > 64:
         for block_m, cluster, stages in itertools.product((128, 64), (1, 2, 4), (4, 3)):
@@ -146,6 +146,7 @@ def compile_cases() -> Iterator[Any]:
     forms = [
         *((m, 4096, 4096, 128, True, "float16", "float32") for m in (1, 16, 32, 48, 64, 128)),
         (8, 4096, 12288, 128, False, "float16", "float32"),
+        (64, 4096, 12288, 128, True, "float16", "float32"),
         (64, 4096, 4096, 128, False, "float32", "float32"),
         *((m, 4096, 4096, g, True, "float16", "float32") for m in (8, 64) for g in (32, 64, -1)),
         *((4096, 4096, 4096, 128, zeros, "float16", dtype) for zeros in (True, False) for dtype in RESULTS),

@@ -38,7 +38,7 @@ class Config:
     """Tiles and split. They change speed and, by the order of summation, rounding.
 
     Attributes:
-      warpgroups: that compute, 64 outputs each; 4 have registers for tiles of 32 tokens.
+      warpgroups: that compute, 64 outputs each; 4 have registers for tiles of 64 tokens.
       block_k: inputs of a step, 128 or 256; the memory likes the latter's 128 bytes in a row better.
       stages: slots of the ring.
       cluster: CTAs that share the activations that they load, 1, 2 or 4.
@@ -67,6 +67,11 @@ class Config:
     def block_o(self) -> int:
         return self.warpgroups * ROWS
 
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of compute and loading warpgroups; together as many as all of them start with."""
+        return (112, 32) if self.warpgroups == 4 else (232, 40)
+
     def buffers(self, form: Form) -> dict[str, Any]:
         """What the kernel allocates per CTA, by name."""
         tokens = tokens_of(form, self.cluster)
@@ -91,12 +96,20 @@ def tokens_of(form: Form, cluster: int = 1) -> int:
 
 
 def heuristic_config(form: Form) -> Config:
-    """A CTA for each multiprocessor; wide tiles, which read the activations less often, while registers allow."""
+    """A CTA for each multiprocessor, and tiles that are wide, since each reads the activations, while registers allow.
+
+    With more than 32 tokens narrow ones where a tile is split into many partial results, since these are wide too.
+    """
     tokens = tokens_of(form)
-    tile: dict[str, int] = {"warpgroups": 4} if tokens <= 32 else {"warpgroups": 2, "cluster": 2}
-    if form.width < parts.MAX_WIDTH or tokens > 64:
-        return parts.fitted(Config(**tile, block_k=128, stages=6), form)
-    return parts.fitted(Config(**tile, block_k=256, stages=4), form)
+    narrow_steps = form.width < parts.MAX_WIDTH
+    if tokens <= 32:
+        config = Config(warpgroups=4, block_k=128 if narrow_steps else 256, stages=6 if narrow_steps else 4)
+        return parts.fitted(config, form)
+    wide = Config(warpgroups=4, block_k=128, stages=4, cluster=2)
+    if tokens <= 64 and cut_of(form, wide).counts.max() <= 4:
+        return parts.fitted(wide, form)
+    block_k = 128 if narrow_steps or tokens > 64 else 256
+    return parts.fitted(Config(warpgroups=2, block_k=block_k, stages=4, cluster=2), form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +186,7 @@ def multiply(
 
         @pl.when(warpgroup < config.warpgroups)
         def compute():
-            plgpu.set_max_registers(104 if config.warpgroups == 4 else 232, action="increase")
+            plgpu.set_max_registers(config.registers[0], action="increase")
             result = smem["result"].at[warpgroup]
 
             def over_units(unit, acc):
@@ -195,7 +208,7 @@ def multiply(
 
         @pl.when(warpgroup == config.warpgroups)
         def load():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(config.registers[1], action="decrease")
 
             @pl.loop(first, last)
             def over_units(unit):
