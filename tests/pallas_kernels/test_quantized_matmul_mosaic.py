@@ -97,6 +97,7 @@ CALLS = {
     "steps of 256": Call(3, 896, 200, config=Config(warpgroups=2, block_k=256, stages=2, num_sms=3)),
     "groups of 64": Call(8, 448, 72, 64, scales="float32", config=SPLIT),
     "one group, inputs no multiple of 128": Call(3, 416, 130, -1, config=SPLIT),
+    "fewer inputs than a product": Call(2, 32, 64, 32, config=SPLIT),
     "no zeros": Call(9, 256, 64, zeros=False, config=SPLIT),
     "an odd number of outputs": Call(5, 256, 129, scales="float32", config=SPLIT),
     "groups of 256": Call(2, 768, 64, 256, config=SPLIT),
