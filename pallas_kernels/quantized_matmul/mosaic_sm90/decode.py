@@ -174,15 +174,14 @@ def multiply(
 
     def kernel(refs, partial_ref, smem):
         warpgroup, nth = lax.axis_index("warpgroup"), lax.axis_index("nth")
+        rank = lax.axis_index("cluster") if cluster > 1 else 0
         first = nth * cut.share
         last = jnp.minimum(first + cut.share, cut.tiles * cut.steps)
 
         def corner(tile):
             """First output and first token of this CTA."""
             output, token = lax.div(tile, i32(cut.token_tiles)), lax.rem(tile, i32(cut.token_tiles))
-            if cluster > 1:
-                output = output * cluster + lax.axis_index("cluster")
-            return output * config.block_o, token * tokens
+            return (output * cluster + rank) * config.block_o, token * tokens
 
         @pl.when(warpgroup < config.warpgroups)
         def compute():

@@ -150,8 +150,8 @@ def load_step(
         line = pl.ds((layer * form.groups + group) * form.outputs + output, outputs)
         codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(lax.div(first, jnp.int32(2)), form.width // 2)]
         x = refs["x"].at[pl.ds(token, tokens), pl.ds(first, form.width)]
-        plgpu.copy_gmem_to_smem(x, smem["x"].at[slot, sub], barrier, **together)  # waits for no index of a layer
         plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot, sub], barrier)
+        plgpu.copy_gmem_to_smem(x, smem["x"].at[slot, sub], barrier, **together)
         for name in ("scales", "zeros") if form.has_zeros else ("scales",):
             plgpu.copy_gmem_to_smem(refs[name].at[line], smem[name].at[slot, sub], barrier)
 
