@@ -35,7 +35,11 @@ import jax
 from pallas_kernels import compat
 
 # Each of these has `compile_cases()`, an iterator of CompileCase.
-MODULES = ("pallas_kernels.attention.mosaic_sm90", "pallas_kernels.decode_attention.mosaic_sm90")
+MODULES = (
+    "pallas_kernels.attention.mosaic_sm90",
+    "pallas_kernels.decode_attention.mosaic_sm90",
+    "pallas_kernels.quantized_matmul.mosaic_sm90",
+)
 
 # One of each kind of kernel: what every change compiles. Names of shipped cases.
 QUICK = (
@@ -53,6 +57,9 @@ QUICK = (
     "decode attention skipping H=128 T=1",
     "decode attention skipping H=128 T=32",
     "decode attention merge H=128",
+    "w4a16 M=1 4096x4096 groups of 128 float16 zeros to float32",
+    "w4a16 M=64 4096x4096 groups of 128 float16 zeros to float32",
+    "w4a16 M=4096 4096x4096 groups of 128 float16 zeros to bfloat16",
 )
 
 GPUS = {  # name, memory bandwidth in bytes/s, memory in bytes

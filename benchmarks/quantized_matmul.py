@@ -1,0 +1,306 @@
+"""Products with four-bit weights on a Hopper GPU: first that they are right at real sizes, then how fast they read.
+
+    python -m benchmarks.quantized_matmul check      # every kind of call against NumPy in float64
+    python -m benchmarks.quantized_matmul time       # cold caches, peers in the same process
+    python -m benchmarks.quantized_matmul time --sweep --filter "M=8 4096x4096"    # every configuration of the kernel
+
+Needs JAX with CUDA and NumPy.
+
+Timing: one compiled call multiplies with the layers of a stack one after another, by the layer index, so that each
+finds its weights cold: the codes of all layers together hold more than 300 MB, six times the L2 cache. The activations
+of a layer are made from the result of the one before, by one elementwise operation, as models have it. `device us` is
+the profiler's sum over all kernels of one layer, that operation and the sum of partial results included; `kernel us`
+is the product's own kernel. `wall us` is the median wall time of a call over its layers. GB/s counts codes, scales,
+zeros, activations and result once, and is compared with a device copy measured in the same run (bytes read plus bytes
+written). `dense` is XLA's product with bfloat16 weights, each layer an array of its own; `xla` makes bfloat16 weights
+of the codes on the fly. A shape is timed after its result was compared with NumPy's, and not when it is wrong.
+
+What to expect, written before the first run. Copy bandwidth 2.7 TB/s on an H100 and 4.3 on an H200 of our other
+results; the start of a kernel and the sum of partial results cost about 5 us together. On an H200, up to 16 tokens:
+4096 x 4096 is 8.7 MB, 2 + 5 us (29 %; XLA's bfloat16 product 8 + 2 us); 12288 x 4096 26 MB, 6 + 5 us (55 %); 28672 x
+8192 122 MB, 28 + 6 us (84 %). 64 tokens are as many bytes to each CTA from the L2 cache as the weights, though two CTAs
+share them: two thirds of that speed. Prefill of 4096 tokens: each warpgroup waits for
+its products, which the other one's conversions fill; 70 to 90 % of XLA's bfloat16 product.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import report
+from benchmarks.decode_forward import copy_bandwidth
+from pallas_kernels import compat
+from pallas_kernels.quantized_matmul import QuantizedTensor, mosaic_sm90, quantized_matmul
+
+COLD_BYTES = 300 * 10**6  # of codes
+LIMIT = 1e-5  # relative error in the L2 norm of float32 results
+BFLOAT16_LIMIT = 2e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One product: M rows, I inputs, O outputs."""
+
+    rows: int = 1
+    outputs: int = 4096
+    inputs: int = 4096
+    group_size: int = 128
+    zeros: bool = True
+    scales: str = "float16"
+    dtype: str = "float32"
+    layers: int = 2
+
+    @property
+    def name(self) -> str:
+        zeros = "zeros" if self.zeros else "symmetric"
+        groups = f"groups of {self.group_size} {self.scales} {zeros}"
+        return f"M={self.rows} {self.outputs}x{self.inputs} {groups} to {self.dtype}"
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.group_size == -1 else self.inputs // self.group_size
+
+    def weight_bytes(self) -> int:
+        """Codes, scales and zeros of one layer."""
+        line = jnp.dtype(self.scales).itemsize + (1 if self.zeros else 0)
+        return self.outputs * (self.inputs // 2 + self.groups * line)
+
+    def bytes(self) -> int:
+        result = self.rows * self.outputs * jnp.dtype(self.dtype).itemsize
+        return self.weight_bytes() + 2 * self.rows * self.inputs + result
+
+    def cold(self) -> "Shape":
+        """With as many layers as no cache holds."""
+        return dataclasses.replace(self, layers=max(2, -(-COLD_BYTES // (self.outputs * self.inputs // 2))))
+
+    def arguments(self, seed: int = 0) -> dict[str, Any]:
+        keys = jax.random.split(jax.random.key(seed), 4)
+        grid = (self.layers, self.groups, self.outputs)
+        packed = (self.layers, self.outputs, self.inputs // 2)
+        return {
+            "x": jax.random.normal(keys[0], (self.rows, self.inputs), jnp.bfloat16),
+            "codes": jax.random.bits(keys[1], packed, jnp.uint8),
+            "scales": jax.random.uniform(keys[2], grid, jnp.float32, 0.002, 0.02).astype(self.scales),
+            "zeros": jax.random.randint(keys[3], grid, -8, 8, jnp.int8) if self.zeros else None,
+        }
+
+    def tensor(self, arguments: dict[str, Any]) -> QuantizedTensor:
+        parts = {name: arguments[name] for name in ("codes", "scales", "zeros")}
+        return QuantizedTensor(**parts, format="int4", shape=(self.outputs, self.inputs), num_inputs=1)
+
+    def form(self) -> mosaic_sm90.Form:
+        scales, dtype = jnp.dtype(self.scales), jnp.dtype(self.dtype)
+        return mosaic_sm90.Form(
+            self.rows, self.inputs, self.outputs, self.layers, self.groups, scales, self.zeros, dtype
+        )
+
+    def product(self, implementation: Any) -> Callable[[Any, Any, dict[str, Any]], Any]:
+        """`product(x, layer, arguments)` of an implementation, or of the kernel with a configuration."""
+        config = None if isinstance(implementation, str) else implementation
+
+        def mosaic(x, layer, arguments):
+            parts = (arguments[name] for name in ("codes", "scales", "zeros"))
+            return mosaic_sm90.run(x, *parts, layer, group_size=self.group_size, dtype=self.dtype, config=config)
+
+        def xla(x, layer, arguments):
+            weight = self.tensor(arguments).of_layer(layer)
+            return quantized_matmul(x, weight, dtype=self.dtype, implementation="xla")
+
+        def dense(x, layer, arguments):
+            product = jnp.einsum("mi,oi->mo", x, arguments["dense"][layer], preferred_element_type=jnp.float32)
+            return product.astype(self.dtype)
+
+        return {"xla": xla, "dense": dense}.get(str(implementation), mosaic)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Correctness
+
+
+def expected(shape: Shape, arguments: dict[str, Any], layer: int) -> np.ndarray:
+    """By the definition, in NumPy and float64."""
+    packed = np.asarray(arguments["codes"][layer])
+    codes = np.empty((shape.outputs, shape.inputs), np.float64)
+    codes[:, 0::2], codes[:, 1::2] = packed % 16, packed // 16
+    codes[codes > 7] -= 16
+    codes = codes.reshape(shape.outputs, shape.groups, -1)
+    if shape.zeros:
+        codes -= np.asarray(arguments["zeros"][layer]).T[:, :, None]
+    codes *= np.asarray(arguments["scales"][layer], np.float64).T[:, :, None]
+    return np.asarray(arguments["x"].astype(jnp.float32), np.float64) @ codes.reshape(shape.outputs, -1).T
+
+
+def check_shape(shape: Shape, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Compares the last layer with NumPy; the layer is traced, three runs must give the same bits."""
+    call, layer = jax.jit(shape.product("mosaic")), shape.layers - 1
+    row: dict[str, Any] = {"shape": shape.name}
+    out = call(arguments["x"], jnp.int32(layer), arguments)
+    repeats = [call(arguments["x"], jnp.int32(layer), arguments) for _ in range(3)]
+    row["bitwise_repeatable"] = all(bool((again == out).all()) for again in repeats)
+    right = expected(shape, arguments, layer)
+    row["error"] = float(np.linalg.norm(np.asarray(out.astype(jnp.float32)) - right) / np.linalg.norm(right))
+    row["limit"] = LIMIT if shape.dtype == "float32" else BFLOAT16_LIMIT
+    # A NaN is not below the limit.
+    row["passes"] = row["bitwise_repeatable"] and row["error"] < row["limit"]
+    return row
+
+
+def check_shapes() -> Iterator[Shape]:
+    """Both kernels, every group size, tiles that outputs and rows do not fill."""
+    for rows in (1, 3, 8, 16, 17, 32, 48, 64, 65, 128, 130, 256, 512, 513, 1000, 4096):
+        yield Shape(rows=rows)
+        yield Shape(rows=rows, dtype="bfloat16", zeros=False)
+    for rows in (1, 8, 64, 300, 2048):
+        for group_size in (32, 64, 256, -1):
+            yield Shape(rows=rows, group_size=group_size)
+            yield Shape(rows=rows, group_size=group_size, zeros=False, scales="float32", outputs=1024)
+        for outputs, inputs in ((64, 128), (200, 256), (129, 416), (1000, 4096), (1024, 4096), (12288, 4096)):
+            yield Shape(rows=rows, outputs=outputs, inputs=inputs, group_size=-1 if inputs == 416 else 128, layers=3)
+    yield Shape(rows=8, outputs=28672, inputs=8192)
+    yield Shape(rows=8, outputs=4096, inputs=12288)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    record = report.Record("quantized_matmul-check")
+    for shape in check_shapes():
+        if not any(part in shape.name for part in arguments.filter):
+            continue
+        try:
+            row = check_shape(shape, shape.arguments())
+        except Exception as error:  # one shape that fails is a row, not the end of the check
+            row = {"shape": shape.name, "failure": f"{type(error).__name__}: {str(error)[:300]}", "passes": False}
+        record.add(row)
+        values = ", ".join(f"{name} {value}" for name, value in row.items() if name != "passes")
+        print(f"{'ok  ' if row['passes'] else 'FAIL'} {values}", flush=True)
+    failed = sum(not row["passes"] for row in record.rows)
+    print(f"{len(record.rows)} shapes, {failed} failed")
+    return 1 if failed or not record.rows else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def time_shapes() -> Iterator[Shape]:
+    """Linear layers of models of 8 to 70 billion weights, most telling first."""
+    sizes = ((4096, 4096), (12288, 4096), (4096, 12288), (28672, 8192), (14336, 4096), (1024, 4096))
+    for rows in (1, 8, 16, 32, 64):
+        for outputs, inputs in sizes:
+            yield Shape(rows=rows, outputs=outputs, inputs=inputs).cold()
+    for rows in (4096, 1024, 256, 128):
+        for outputs, inputs in sizes[:2]:
+            yield Shape(rows=rows, outputs=outputs, inputs=inputs, dtype="bfloat16").cold()
+    for group_size in (32, 64, -1):
+        yield Shape(rows=8, outputs=12288, group_size=group_size).cold()
+    yield Shape(rows=8, outputs=12288, zeros=False).cold()
+
+
+def over_layers(shape: Shape, implementation: Any) -> Callable[[dict[str, Any]], Any]:
+    """The products with all layers, each of activations that wait for the result before."""
+    product = shape.product(implementation)
+
+    @jax.jit
+    def run(arguments):
+        x = arguments["x"]
+        for layer in range(shape.layers):
+            # All of the result is made, though one column of it is used.
+            result = jax.lax.optimization_barrier(product(x, layer, arguments))
+            x = (arguments["x"] + 1e-30 * result[:, :1]).astype(jnp.bfloat16)
+        return result
+
+    return run
+
+
+def dense_layers(shape: Shape) -> list[jax.Array]:
+    """Random bfloat16 weights, whose values do not matter."""
+    make = jax.jit(lambda key: jax.random.normal(key, (shape.outputs, shape.inputs), jnp.bfloat16))
+    return [make(key) for key in jax.random.split(jax.random.key(2), shape.layers)]
+
+
+def measure(shape: Shape, bandwidth: float, *, peers: bool, sweep: bool) -> dict[str, Any]:
+    arguments = shape.arguments()
+    record: dict[str, Any] = {"layers": shape.layers, "bytes": shape.bytes()} | check_shape(shape, arguments)
+    print(f"  error {record['error']:.2e}, repeatable {record['bitwise_repeatable']}", flush=True)
+    if not record["passes"]:
+        print("  WRONG, not timed", flush=True)
+        return record
+    results: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    chosen = mosaic_sm90.heuristic_config(shape.form())
+    record["config"] = str(chosen)
+    tried: list[Any] = ["mosaic", *(("dense", "xla") if peers else ())]
+    if sweep:
+        tried = [chosen, *(config for config in mosaic_sm90.candidates(shape.form()) if config != chosen)]
+    for implementation in tried:
+        name = str(implementation)
+        try:
+            given = {"x": arguments["x"], "dense": dense_layers(shape)} if name == "dense" else arguments
+            call = functools.partial(over_layers(shape, implementation), given)
+            row: dict[str, Any] = dict(report.timed(call, repeats=10, warm_up=2))
+            profile = report.device_profile(call, calls=3)
+        except Exception as error:  # a peer that cannot run a shape is a row of the table, not the end of it
+            failures[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            print(f"  {name}: {failures[name]}", flush=True)
+            continue
+        row |= {"device_us": 1e3 * profile["device_ms"] / shape.layers, "operations": profile["operations"]}
+        row["kernel_us"] = 1e3 * max(operation["ms"] for operation in profile["operations"]) / shape.layers
+        row["wall_us"] = 1e3 * row["median_ms"] / shape.layers
+        moved = shape.bytes()
+        if name == "dense":
+            moved += 2 * shape.outputs * shape.inputs - shape.weight_bytes()
+        row["gb_per_second"] = moved / row["device_us"] / 1e3
+        row["percent_of_copy"] = 100 * row["gb_per_second"] * 1e9 / bandwidth
+        row["tflops"] = 2 * shape.rows * shape.outputs * shape.inputs / row["device_us"] / 1e6
+        results[name] = row
+        print(
+            f"  {name:8s} device {row['device_us']:8.2f} us  kernel {row['kernel_us']:8.2f} us  wall "
+            f"{row['wall_us']:8.2f} us  {row['gb_per_second']:6.0f} GB/s {row['percent_of_copy']:5.1f} %  "
+            f"{row['tflops']:6.1f} TFLOP/s",
+            flush=True,
+        )
+        del given, call
+    return record | {"results": results, "failures": failures, "clocks": report.clocks()}
+
+
+def run_timing(arguments: argparse.Namespace) -> int:
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+    record = report.Record(
+        "quantized_matmul-sweep" if arguments.sweep else "quantized_matmul", copy_bytes_per_second=bandwidth
+    )
+    deadline = time.monotonic() + arguments.seconds
+    for shape in time_shapes():
+        if time.monotonic() > deadline:
+            print(f"not reached in {arguments.seconds:.0f} s: {shape.name} and what follows", flush=True)
+            break
+        if any(part in shape.name for part in arguments.filter):
+            print(f"{shape.name}, {shape.layers} layers", flush=True)
+            record.add(measure(shape, bandwidth, peers=not arguments.no_peers, sweep=arguments.sweep))
+    return 0 if record.rows and all(row["passes"] for row in record.rows) else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("--filter", nargs="+", default=[""], help="only shapes whose name contains one of these")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new shape is timed after this")
+    parser.add_argument("--sweep", action="store_true", help="time every configuration of the kernel, and no peers")
+    parser.add_argument("--no-peers", action="store_true", help="time the kernel only")
+    arguments = parser.parse_args(argv)
+    if (reason := compat.missing_hopper()) is not None:
+        print(reason, file=sys.stderr)
+        return 2
+    return check(arguments) if arguments.what == "check" else run_timing(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The kernel of few tokens: the inputs are split too, so that all multiprocessors read weights.
+
+The product is computed as `y^T = W x^T`: outputs are the rows of the tensor core's tiles, tokens the columns. A CTA has
+a few compute warpgroups of 64 outputs each and one that fills the ring by TMA.
+
+A unit of work is one step, a few inputs, of one tile of outputs and tokens; up to 128 tokens are one tile, and every
+weight is then read once. Units are numbered with the steps of a tile in a row, and every CTA takes the same number of
+consecutive ones; so a tile's inputs are split where the borders fall, and a CTA may begin in one tile and go on in the
+next without emptying its ring. What it has of each tile is a float32 partial result. The partial results of a tile are
+added in the order of the inputs, by XLA; nothing depends on timing.
+
+The activations come from the L2 cache once for every tile of outputs, and more tokens are more bytes than the weights.
+The CTAs of a cluster then work side by side on tiles of different outputs, and each loads a part of the activations
+for all.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import compat
+from pallas_kernels.quantized_matmul.mosaic_sm90 import parts
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, whole
+
+MAX_TOKENS = 128  # of a tile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tiles and split. They change speed and, by the order of summation, rounding.
+
+    Attributes:
+      warpgroups: that compute, 64 outputs each; 4 have registers for tiles of 64 tokens.
+      block_k: inputs of a step, 128 or 256; the memory likes the latter's 128 bytes in a row better.
+      stages: slots of the ring.
+      cluster: CTAs that share the activations that they load, 1, 2 or 4.
+      num_sms: most CTAs.
+    """
+
+    warpgroups: int = 4
+    block_k: int = 128
+    stages: int = 6
+    cluster: int = 1
+    num_sms: int = 132
+
+    def __post_init__(self):
+        if self.warpgroups not in (2, 4):  # copies of zeros are of whole 128 bytes
+            raise ValueError(f"warpgroups must be 2 or 4; got {self.warpgroups}")
+        if self.block_k not in (128, 256):
+            raise ValueError(f"block_k must be 128 or 256; got {self.block_k}")
+        if self.stages < 2:
+            raise ValueError(f"stages must be at least 2; got {self.stages}")
+        if self.cluster not in (1, 2, 4):
+            raise ValueError(f"cluster must be 1, 2 or 4; got {self.cluster}")
+        if self.num_sms < self.cluster:
+            raise ValueError(f"num_sms must be at least the {self.cluster} CTAs of a cluster; got {self.num_sms}")
+
+    @property
+    def block_o(self) -> int:
+        return self.warpgroups * ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of compute and loading warpgroups; together as many as all of them start with."""
+        return (112, 32) if self.warpgroups == 4 else (232, 40)
+
+    def buffers(self, form: Form) -> dict[str, Any]:
+        """What the kernel allocates per CTA, by name."""
+        tokens = tokens_of(form, self.cluster)
+        ring = parts.buffers(
+            form,
+            stages=self.stages,
+            block_k=self.block_k,
+            outputs=self.block_o,
+            tokens=tokens,
+            cluster=self.cluster,
+        )
+        return ring | {"result": parts.result_buffer(self.warpgroups, tokens, jnp.float32)}
+
+    def smem_bytes(self, form: Form) -> int:
+        return compat.shared_memory_bytes(list(self.buffers(form).values()))
+
+
+def tokens_of(form: Form, cluster: int = 1) -> int:
+    """Tokens of a tile: all of them or an even share, in eights for each CTA that loads a part."""
+    tiles = -(-form.rows // MAX_TOKENS)
+    return whole(-(-form.rows // tiles), 8 * cluster)
+
+
+def heuristic_config(form: Form) -> Config:
+    """A CTA for each multiprocessor, and tiles that are wide, since each reads the activations, while registers allow.
+
+    With more than 32 tokens narrow ones where a tile is split into many partial results, since these are wide too.
+    """
+    tokens = tokens_of(form)
+    narrow_steps = form.width < parts.MAX_WIDTH
+    if tokens <= 32:
+        config = Config(warpgroups=4, block_k=128 if narrow_steps else 256, stages=6 if narrow_steps else 4)
+        return parts.fitted(config, form)
+    wide = Config(warpgroups=4, block_k=128, stages=4, cluster=2)
+    if tokens <= 64 and cut_of(form, wide).counts.max() <= 4:
+        return parts.fitted(wide, form)
+    block_k = 128 if narrow_steps or tokens > 64 else 256
+    return parts.fitted(Config(warpgroups=2, block_k=block_k, stages=4, cluster=2), form)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How the units are dealt out; a tile is what a cluster works on at a time."""
+
+    output_tiles: int
+    token_tiles: int
+    steps: int  # of a tile
+    share: int  # units of a cluster
+    clusters: int
+
+    @property
+    def tiles(self) -> int:
+        return self.output_tiles * self.token_tiles
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Clusters that share each tile `[output tiles, token tiles]`."""
+        first = np.arange(self.tiles) * self.steps
+        counts = (first + self.steps - 1) // self.share - first // self.share + 1
+        return counts.reshape(self.output_tiles, self.token_tiles)
+
+
+def cut_of(form: Form, config: Config) -> Cut:
+    output_tiles = -(-form.outputs // (config.block_o * config.cluster))
+    token_tiles = -(-form.rows // tokens_of(form, config.cluster))
+    units = output_tiles * token_tiles * form.steps(config.block_k)
+    share = -(-units // (config.num_sms // config.cluster))
+    return Cut(output_tiles, token_tiles, form.steps(config.block_k), share, -(-units // share))
+
+
+@functools.partial(jax.jit, static_argnames=("form", "config", "interpret"))
+def run(
+    x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Array, *, form: Form, config: Config, interpret
+) -> Float[Array, "M O"]:
+    partial = multiply(x, codes, scales, zeros, layer, form=form, config=config, interpret=interpret)
+    return merge(partial, form, config)[: form.rows, : form.outputs].astype(form.dtype)
+
+
+def merge(partial: Float[Array, "J rows columns"], form: Form, config: Config) -> Float[Array, "rows columns"]:
+    """The sum of the partial results of each tile, first to last. Those that nobody wrote are memory as it was."""
+    counts, (_, rows, columns) = cut_of(form, config).counts, partial.shape
+    total = partial[0]
+    for j in range(1, counts.max()):
+        if (there := counts > j).all():
+            total = total + partial[j]
+            continue
+        by_column = np.repeat(there.T, config.block_o * config.cluster, axis=1)[:, :columns]
+        by_row = jnp.repeat(jnp.asarray(by_column), tokens_of(form, config.cluster), axis=0)[:rows]
+        total = total + jnp.where(by_row, partial[j], 0.0)
+    return total
+
+
+def multiply(
+    x, codes, scales, zeros, layer, *, form: Form, config: Config, interpret
+) -> Float[Array, "J rows columns"]:
+    """Partial results, as many as the most that a tile has."""
+    cut, stages, cluster = cut_of(form, config), config.stages, config.cluster
+    tokens, interpreted = tokens_of(form, cluster), interpret is not None
+    i32 = jnp.int32
+
+    def kernel(refs, partial_ref, smem):
+        warpgroup, nth = lax.axis_index("warpgroup"), lax.axis_index("nth")
+        rank = lax.axis_index("cluster") if cluster > 1 else 0
+        first = nth * cut.share
+        last = jnp.minimum(first + cut.share, cut.tiles * cut.steps)
+
+        def corner(tile):
+            """First output and first token of this CTA."""
+            output, token = lax.div(tile, i32(cut.token_tiles)), lax.rem(tile, i32(cut.token_tiles))
+            return (output * cluster + rank) * config.block_o, token * tokens
+
+        @pl.when(warpgroup < config.warpgroups)
+        def compute():
+            plgpu.set_max_registers(config.registers[0], action="increase")
+            result = smem["result"].at[warpgroup]
+
+            def over_units(unit, acc):
+                slot = lax.rem(unit - first, i32(stages))
+                plgpu.barrier_wait(smem["ready"].at[slot])
+                acc = parts.add_step(acc, smem, form, slot=slot, warpgroup=warpgroup, interpreted=interpreted)
+                plgpu.barrier_arrive(smem["free"].at[slot])
+                return acc
+
+            @pl.loop(lax.div(first, i32(cut.steps)), lax.div(last - 1, i32(cut.steps)) + 1)
+            def over_tiles(tile):
+                begin = jnp.maximum(first, tile * cut.steps)
+                end = jnp.minimum(last, (tile + 1) * cut.steps)
+                acc = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.float32), WGMMA)
+                acc = lax.fori_loop(begin, end, over_units, acc)
+                output, token = corner(tile)
+                where = (nth - lax.div(tile * cut.steps, i32(cut.share)), pl.ds(token, tokens))
+                parts.store(acc, result, partial_ref.at[*where, pl.ds(output + warpgroup * ROWS, ROWS)])
+
+        @pl.when(warpgroup == config.warpgroups)
+        def load():
+            plgpu.set_max_registers(config.registers[1], action="decrease")
+
+            @pl.loop(first, last)
+            def over_units(unit):
+                slot = lax.rem(unit - first, i32(stages))
+
+                @pl.when(unit - first >= stages)
+                def _():
+                    plgpu.barrier_wait(smem["free"].at[slot])
+                    plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
+
+                output, token = corner(lax.div(unit, i32(cut.steps)))
+                step = lax.rem(unit, i32(cut.steps))
+                parts.load_step(refs, smem, form, step=step, slot=slot, output=output, token=token, cluster=cluster)
+
+            # Every completion of a barrier must be observed before the kernel ends.
+            @pl.loop(jnp.maximum(last - stages, first), last)
+            def _(unit):
+                plgpu.barrier_wait(smem["free"].at[lax.rem(unit - first, i32(stages))])
+
+    buffers = config.buffers(form)
+    return compat.kernel(
+        lambda refs, result, *scratch: kernel(refs, result, dict(zip(buffers, scratch, strict=True))),
+        out_type=jax.ShapeDtypeStruct((int(cut.counts.max()), *parts.result_shape(form)), jnp.float32),
+        grid=(cut.clusters,),
+        grid_names=("nth",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=list(buffers.values()),
+        interpret=interpret,
+        **parts.cluster_options(cluster),
+    )(parts.inputs(x, codes, scales, zeros, layer, form))

@@ -1,0 +1,521 @@
+"""The Hopper kernels of four-bit products: interpreted with race detection, lowered for CUDA, explained; their cut.
+
+The oracle is NumPy in float64. Codes minus zeros are exact in bfloat16 and everything after them is float32, so what
+separates a kernel from the oracle is float32 rounding; a bfloat16 result adds half a unit of its last place, 2^-9.
+By default few cases run; the others are slow. All slow ones, races included, last passed on 2026-11-27.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from benchmarks import quantized_matmul as benchmark
+from pallas_kernels import compat
+from pallas_kernels.quantized_matmul import mosaic_sm90
+from pallas_kernels.quantized_matmul.mosaic_sm90 import Config, PrefillConfig, decode, parts, prefill
+
+HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A product; three layers, of which the middle one is read. M tokens, I inputs, O outputs."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    group_size: int = 128
+    zeros: bool = True
+    scales: str = "float16"
+    dtype: str = "float32"
+    config: Config | PrefillConfig | None = None
+
+    @property
+    def groups(self):
+        return 1 if self.group_size == -1 else self.inputs // self.group_size
+
+    def arguments(self):
+        """Of `run`. The scales of the other layers are NaN."""
+        rng = np.random.default_rng(0)
+        grid = (3, self.groups, self.outputs)
+        scales = rng.lognormal(-4, 1, grid)
+        scales[::2] = np.nan
+        return (
+            jnp.asarray(rng.normal(size=(self.rows, self.inputs)) + 0.5, jnp.bfloat16),
+            jnp.asarray(rng.integers(0, 256, (3, self.outputs, self.inputs // 2)), jnp.uint8),
+            jnp.asarray(scales, self.scales),
+            jnp.asarray(rng.integers(-8, 8, grid), jnp.int8) if self.zeros else None,
+            jnp.int32(1),
+        )
+
+    def run(self, *arguments, **options):
+        options = {"group_size": self.group_size, "config": self.config, "dtype": self.dtype} | options
+        return mosaic_sm90.run(*(arguments or self.arguments()), **options)
+
+
+def oracle(x, codes, scales, zeros, layer):
+    """float64, one code at a time as its definition has it."""
+    packed, s = np.asarray(codes[layer]).astype(int), np.asarray(scales[layer], np.float64)
+    codes = np.empty((packed.shape[0], 2 * packed.shape[1]))
+    codes[:, 0::2], codes[:, 1::2] = packed % 16, packed // 16
+    codes[codes > 7] -= 16
+    group = np.arange(codes.shape[1]) // (codes.shape[1] // s.shape[0])
+    if zeros is not None:
+        codes -= np.asarray(zeros[layer], np.float64).T[:, group]
+    return np.asarray(x, np.float64) @ (codes * s.T[:, group]).T
+
+
+def error(out, expected):
+    """Relative, in the L2 norm."""
+    return np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def check(call, out, limit=1e-6):
+    assert out.shape == (call.rows, call.outputs) and out.dtype == call.dtype
+    assert error(out, oracle(*call.arguments())) < (limit if call.dtype == "float32" else 2**-9)
+
+
+SPLIT = Config(warpgroups=2, stages=2, num_sms=3)
+ONE = Config(warpgroups=2, stages=2, num_sms=1)
+SMALL = PrefillConfig(block_m=64, stages=2, cluster=1)
+
+# The first ones run by default: outputs and tokens beyond the tile, a ring that wraps, tiles split unevenly.
+CALLS = {
+    "one token, tiles in three": Call(1, 384, 200, config=SPLIT),
+    "prefill, a cluster of two": Call(70, 384, 200, config=PrefillConfig(block_m=64, stages=2)),
+    "groups of 32, inputs no multiple of 64": Call(17, 160, 136, 32, config=SPLIT),
+    "steps of 256": Call(3, 896, 200, config=Config(warpgroups=2, block_k=256, stages=2, num_sms=3)),
+    "groups of 64": Call(8, 448, 72, 64, scales="float32", config=SPLIT),
+    "one group, inputs no multiple of 128": Call(3, 416, 130, -1, config=SPLIT),
+    "fewer inputs than a product": Call(2, 32, 64, 32, config=SPLIT),
+    "no zeros": Call(9, 256, 64, zeros=False, config=SPLIT),
+    "an odd number of outputs": Call(5, 256, 129, scales="float32", config=SPLIT),
+    "groups of 256": Call(2, 768, 64, 256, config=SPLIT),
+    "four warpgroups, one CTA": Call(2, 384, 300, config=Config(warpgroups=4, stages=3, num_sms=1)),
+    "four warpgroups, a CTA for each unit": Call(2, 384, 300, config=Config(warpgroups=4, stages=6)),
+    "more stages than units": Call(24, 256, 64, config=Config(warpgroups=2, stages=8, num_sms=1)),
+    "a cluster of two, tiles split unevenly": Call(
+        40, 384, 400, config=Config(warpgroups=2, stages=2, cluster=2, num_sms=6)
+    ),
+    "steps of 256, groups of 64, a cluster of two": Call(
+        24, 832, 300, 64, config=Config(warpgroups=2, block_k=256, stages=2, cluster=2, num_sms=4)
+    ),
+    "a cluster of four": Call(64, 384, 200, config=Config(warpgroups=2, stages=2, cluster=4, num_sms=8)),
+    "two tiles of tokens": Call(130, 256, 136, config=Config(warpgroups=2, stages=3, num_sms=3)),
+    "to bfloat16": Call(3, 256, 64, dtype="bfloat16", config=SPLIT),
+    "prefill": Call(65, 256, 72, config=SMALL),
+    "prefill, groups of 32": Call(64, 160, 136, 32, dtype="bfloat16", config=SMALL),
+    "prefill, one group": Call(200, 416, 64, -1, config=PrefillConfig(stages=3)),
+    "prefill, wide, to bfloat16": Call(130, 384, 300, dtype="bfloat16", config=PrefillConfig(stages=4)),
+    "prefill, a cluster of four": Call(70, 384, 600, config=PrefillConfig(block_m=64, stages=2, cluster=4)),
+    "prefill, no zeros": Call(70, 256, 130, zeros=False, scales="float32", config=PrefillConfig(stages=2)),
+}
+PARAMETERS = [
+    pytest.param(call, id=name, marks=[pytest.mark.slow] if i > 5 else [])
+    for i, (name, call) in enumerate(CALLS.items())
+]
+
+
+class Interpreter:
+    """The interpreter's private state, which JAX 0.11 does not export."""
+
+    def __init__(self):
+        self.callbacks = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+        self.interpret = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
+
+    def reset(self):
+        self.callbacks.reset_gpu_interpret_mode_state()
+
+    def run(self, call):
+        """The kernel's result; fails on a race."""
+        out = jax.block_until_ready(call.run(interpret=compat.interpret_params(detect_races=True)))
+        assert not self.interpret.get_races().races_found, "race detected"
+        return out
+
+
+@pytest.fixture
+def interpreter():
+    jax.clear_caches()  # the kernels are jitted: a trace of another test must not stand in for this one
+    found = Interpreter()
+    found.reset()
+    yield found
+    found.reset()
+
+
+@pytest.mark.parametrize("call", PARAMETERS)
+def test_interpreted_kernel_agrees_with_the_oracle(interpreter, call):
+    check(call, interpreter.run(call))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 64, 130])
+@pytest.mark.parametrize("outputs", [64, 200])
+def test_automatic_configuration_agrees_with_the_oracle(interpreter, rows, outputs, group_size):
+    call = Call(rows, 256, outputs, group_size)
+    check(call, interpreter.run(call))
+
+
+@pytest.mark.slow
+def test_real_sizes_agree_with_the_oracle(interpreter):
+    call = Call(3, 4096, 1024)
+    check(call, interpreter.run(call))
+
+
+def test_the_oracle_sees_wrong_zeros_scales_and_nibbles():
+    x, codes, scales, zeros, layer = CALLS["one token, tiles in three"].arguments()
+    expected = oracle(x, codes, scales, zeros, layer)
+    swapped = (codes >> 4) | (codes << 4)
+    wrong = [(codes, scales, jnp.roll(zeros, 1, 1)), (codes, jnp.roll(scales, 1, 1), zeros), (swapped, scales, zeros)]
+    for arrays in wrong:
+        assert error(oracle(x, *arrays, layer), expected) > 0.1
+
+
+class Sabotaged:
+    """`plgpu` without the calls of one function that `chosen` picks by their order of tracing."""
+
+    def __init__(self, function, chosen):
+        self.function, self.chosen, self.count = function, chosen, 0
+
+    def __getattr__(self, name):
+        original = getattr(plgpu, name)
+        if name != self.function:
+            return original
+
+        def call(*args, **kwargs):
+            self.count += 1
+            return None if self.count - 1 in self.chosen else original(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [ONE, SMALL, PrefillConfig(block_m=64, stages=2, cluster=2)], ids=str)
+@pytest.mark.parametrize(
+    "where, function, chosen",
+    [
+        pytest.param("kernel", "barrier_wait", 0, id="a step does not wait for its copies"),
+        pytest.param("kernel", "barrier_wait", 1, id="a copy does not wait for its slot"),
+        pytest.param("kernel", "commit_smem", 0, id="a copy does not wait for ordinary reads"),
+        pytest.param("parts", "commit_smem", 0, id="the store does not wait for the result"),
+        pytest.param("parts", "wait_smem_to_gmem", 0, id="the kernel does not wait for the store"),
+    ],
+)
+def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, config, where, function, chosen):
+    sabotaged = Sabotaged(function, {chosen})
+    kernel = prefill if isinstance(config, PrefillConfig) else decode
+    monkeypatch.setattr(kernel if where == "kernel" else parts, "plgpu", sabotaged)
+    with pytest.raises(Exception, match=r"(?i)race|deadlock|barrier|wait|complet"):
+        interpreter.run(Call(64, 640, 256, config=config))
+    assert sabotaged.count > chosen
+
+
+def test_no_rows_give_no_rows():
+    assert Call(0, 256, 64).run().shape == (0, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layout, cut, configurations
+
+
+def form(rows, outputs, inputs):
+    """With zeros, groups of 128 and float16 scales, to float32."""
+    return parts.Form(rows, inputs, outputs, 1, inputs // 128, jnp.dtype("float16"), True, jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_activations_are_in_the_order_of_the_weights_in_registers(width):
+    """By the figure of wgmma's left operand: a thread's register holds columns 2t and 2t + 1 of 8 of its quarter t."""
+    groups = 1 if width == 128 else 3
+    call = form(1, 64, width * groups)._replace(groups=groups)
+    order = np.asarray(parts.permuted(jnp.arange(call.inputs, dtype=jnp.int32)[None], call))[0, :width]
+    words = width // 32
+    seen = []
+    for quarter in range(4):
+        for register in range(4 * words):  # one for each 8 columns
+            word, pair = divmod(register, 4)
+            first = 8 * (quarter * words + word)  # code of the word that the thread loads
+            columns = [8 * register + 2 * quarter + i for i in (0, 1)]
+            assert order[columns].tolist() == [first + pair, first + pair + 4]
+            seen += columns
+    assert sorted(seen) == list(range(width))
+
+
+@pytest.mark.parametrize(
+    "rows, outputs, inputs, num_sms",
+    [
+        (8, 4096, 4096, 132),
+        (8, 12288, 4096, 132),
+        (8, 4096, 12288, 132),
+        (1, 28672, 8192, 132),
+        (130, 200, 256, 7),
+        (4, 1024, 4096, 132),
+    ],
+)
+def test_every_unit_of_work_has_one_cluster_and_every_partial_result_one_place(rows, outputs, inputs, num_sms):
+    for warpgroups, block_k, cluster in ((2, 128, 1), (4, 256, 1), (2, 256, 2), (2, 128, 4)):
+        config = Config(warpgroups=warpgroups, block_k=block_k, cluster=cluster, num_sms=num_sms)
+        cut = decode.cut_of(form(rows, outputs, inputs), config)
+        assert cut.clusters * cluster <= num_sms
+        places = set()
+        for nth in range(cut.clusters):
+            units = range(nth * cut.share, min((nth + 1) * cut.share, cut.tiles * cut.steps))
+            assert len(units) > 0
+            for tile in {unit // cut.steps for unit in units}:
+                place = (nth - tile * cut.steps // cut.share, tile)
+                assert 0 <= place[0] < cut.counts.flat[tile] and place not in places
+                places.add(place)
+        assert len(places) == cut.counts.sum()
+
+
+@pytest.mark.parametrize("outputs", [4096, 12288, 28672])
+@pytest.mark.parametrize("rows", [8, 64])
+def test_the_cut_fills_the_machine(rows, outputs):
+    config = mosaic_sm90.heuristic_config(form(rows, outputs, 4096))
+    cut = decode.cut_of(form(rows, outputs, 4096), config)
+    assert cut.tiles * cut.steps * config.cluster / (cut.share * config.num_sms) > 0.9
+
+
+def test_partial_results_that_nobody_wrote_do_not_count():
+    call, config = form(130, 200, 384), Config(warpgroups=2, num_sms=3)
+    counts = decode.cut_of(call, config).counts
+    assert counts.tolist() == [[1, 2], [2, 1]]
+    tokens = decode.tokens_of(call)
+    partial = np.random.default_rng(0).normal(size=(2, 130, 200)).astype(np.float32)
+    expected = partial[0].copy()
+    expected[tokens:, :128] += partial[1, tokens:, :128]
+    expected[:tokens, 128:] += partial[1, :tokens, 128:]
+    partial[1, :tokens, :128] = partial[1, tokens:, 128:] = np.nan
+    np.testing.assert_array_equal(decode.merge(jnp.asarray(partial), call, config), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 33, 64, 65, 128, 300, 1000])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_automatic_configurations_fit_into_shared_memory(rows, group_size, dtype):
+    groups = 1 if group_size == -1 else 4096 // group_size
+    for outputs in (256, 4096, 12288):
+        call = form(rows, outputs, 4096)._replace(
+            groups=groups, scale_dtype=jnp.dtype("float32"), dtype=jnp.dtype(dtype)
+        )
+        config = mosaic_sm90.heuristic_config(call)
+        assert config.smem_bytes(call) <= compat.SHARED_MEMORY_BYTES and config.stages >= 2
+
+
+def test_wrong_configurations_say_so():
+    for wrong in ({"warpgroups": 3}, {"stages": 1}, {"num_sms": 0}, {"cluster": 3}, {"block_k": 64}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Config(**wrong)
+    for wrong in ({"block_m": 96}, {"stages": 0}, {"cluster": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PrefillConfig(**wrong)
+    with pytest.raises(ValueError, match="shared memory"):
+        Call(64, 256, 64, config=Config(stages=20)).run()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"x": jnp.zeros((2, 256))}, "bfloat16 activations; got float32"),
+        ({"scales": jnp.zeros((3, 2, 64), jnp.bfloat16)}, "got bfloat16"),
+        ({"codes": jnp.zeros((3, 64, 256), jnp.int8)}, "uint8 codes of 256 inputs"),
+        ({"zeros": jnp.zeros((3, 2, 64), jnp.int32)}, "int8 zeros; got int32"),
+        ({"group_size": 64}, "whole groups of 64"),
+        ({"dtype": "float16"}, "asked for float16"),
+    ],
+)
+@pytest.mark.usefixtures("plain_calls")
+def test_what_is_not_supported_is_named(change, reason):
+    names = ("x", "codes", "scales", "zeros", "layer")
+    arguments = dict(zip(names, Call(2, 256, 64).arguments(), strict=True)) | {"group_size": 128} | change
+    assert reason in mosaic_sm90.unsupported(**arguments)
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        mosaic_sm90.run(**arguments)
+
+
+def test_inputs_and_groups_that_do_not_fit_are_named():
+    explain = lambda call: mosaic_sm90.unsupported(*call.arguments(), group_size=call.group_size)  # noqa: E731
+    assert "multiple of 32 inputs; got 240" in explain(Call(2, 240, 64, -1))
+    assert "got 96" in explain(Call(2, 192, 64, 96))
+    if compat.missing_hopper() is not None:
+        assert "needs" in explain(Call(2, 256, 64))
+    call = Call(2, 256, 64)
+    assert mosaic_sm90.unsupported(*call.arguments(), group_size=128, interpret=compat.interpret_params()) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lowered and compiled
+
+
+def scanned(call):
+    """The product with each layer of the stack in turn, in a scan."""
+
+    def run(x, codes, scales, zeros):
+        def body(x, layer):
+            return x, call.run(x, codes, scales, zeros, layer)
+
+        return jax.lax.scan(body, x, jnp.arange(codes.shape[0]))[1]
+
+    return run
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "call", [Call(1, 512, 384), Call(600, 256, 256, 32, dtype="bfloat16")], ids=["decode", "prefill"]
+)
+def test_lowers_for_cuda_and_takes_the_whole_stack(call):
+    text = jax.jit(scanned(call)).trace(*call.arguments()[:4]).lower(lowering_platforms=("cuda",)).as_text()
+    stack = f"tensor<3x{call.outputs}x{call.inputs // 2}xui8>"
+    (kernel,) = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    assert stack in kernel
+    sliced = [line for line in text.splitlines() if "dynamic_slice" in line and "ui8" in line]
+    assert not sliced
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_every_call_lowers_for_cuda(call):
+    """Catches what the interpreter accepts and the compiler does not."""
+    x, codes, scales, zeros, layer = call.arguments()
+    jitted = jax.jit(lambda x, codes, scales, layer: call.run(x, codes, scales, zeros, layer))
+    assert "mosaic_gpu" in jitted.trace(x, codes, scales, layer).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 17, 31, 33, 40, 57, 65, 130, 257, 600, 1001])
+@pytest.mark.parametrize("outputs, inputs, group_size", [(64, 128, 128), (200, 256, 64), (129, 416, -1), (72, 160, 32)])
+def test_automatic_configurations_lower_for_cuda(rows, outputs, inputs, group_size):
+    test_every_call_lowers_for_cuda(Call(rows, inputs, outputs, group_size))
+    test_every_call_lowers_for_cuda(Call(rows, inputs, outputs, group_size, dtype="bfloat16", zeros=False))
+
+
+PROGRAM = """
+import re, sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_platforms", "cpu")
+from pallas_kernels.compile_gate import hopper_sharding
+from pallas_kernels.quantized_matmul import mosaic_sm90
+
+layers, outputs, inputs = 4, 4096, 4096
+rows = int(sys.argv[1])
+
+def step(x, codes, scales, zeros):
+    def body(x, layer):
+        y = mosaic_sm90.run(x, codes, scales, zeros, layer, group_size=128)
+        return jnp.tanh(y).astype(x.dtype), None
+    return jax.lax.scan(body, x, jnp.arange(layers))[0]
+
+gpu = hopper_sharding()
+
+def array(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=gpu)
+
+arguments = (
+    array((rows, inputs), jnp.bfloat16), array((layers, outputs, inputs // 2), jnp.uint8),
+    array((layers, inputs // 128, outputs), jnp.float16), array((layers, inputs // 128, outputs), jnp.int8),
+)
+compiled = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+made = set(re.findall(r"= u8\\[[\\d,]*\\]\\S* ([a-z-]+)\\(", compiled.as_text()))
+assert made <= {"parameter", "get-tuple-element", "bitcast"}, made
+made = set(re.findall(r"= (?:f16|s8)\\[[\\d,]*\\]\\S* ([a-z-]+)\\(", compiled.as_text()))
+assert made <= {"parameter", "get-tuple-element", "bitcast"}, made
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PLUGIN, reason="needs the extra gpu-compile")
+@pytest.mark.parametrize("rows", [1, 1024])
+def test_a_scan_copies_no_weights(rows):
+    """Compiled for a GPU: no codes, scales or zeros are made by anything but a parameter."""
+    command = [sys.executable, "-c", PROGRAM, str(rows)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# What a weight may cost: all instructions of the loop, for the 8 weights of a thread in each product.
+LOOP = """
+import re, sys, tempfile
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+from pallas_kernels import compile_gate
+
+(case,) = [case for case in compile_gate.cases(name_contains="w4a16") if case.name == sys.argv[1]]
+with tempfile.TemporaryDirectory() as directory:
+    compile_gate.compile_case(case, keep=Path(directory))
+    (sass,) = Path(directory).glob("*.sass*")
+    lines = sass.read_text().splitlines()
+labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\\.L_x_\\d+):", line))}
+products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+for end in range(products[-1], len(lines)):
+    branch = re.search(r"BRA `\\((\\.L_x_\\d+)\\)", lines[end])
+    if branch and labels[branch[1]] <= products[0]:
+        break
+loop = [line for line in lines[labels[branch[1]] : end + 1] if re.search(r"/\\*[0-9a-f]{4,}\\*/\\s+\\S", line)]
+assert not [line for line in loop if re.search(r"I2F|F2I|LDL|STL|SHFL", line)], loop
+print(len(loop) / len(products) / 8)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PLUGIN, reason="needs the extra gpu-compile")
+@pytest.mark.parametrize("rows, most", [(1, 2.4), (64, 2.9), (4096, 3.6)])
+def test_the_inner_loop_is_short(rows, most):
+    """In instructions per weight of a thread, everything counted, and none of slow kinds."""
+    dtype = "bfloat16" if rows > 512 else "float32"
+    name = f"w4a16 M={rows} 4096x4096 groups of 128 float16 zeros to {dtype}"
+    result = subprocess.run([sys.executable, "-c", LOOP, name], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) <= most
+
+
+def test_the_benchmark_times_and_checks_what_the_kernels_take():
+    shapes = [*benchmark.check_shapes(), *benchmark.time_shapes()]
+    assert len({shape.name for shape in shapes}) > 100
+    array = jax.ShapeDtypeStruct
+    for shape in shapes:
+        grid = (shape.layers, shape.groups, shape.outputs)
+        arguments = (
+            array((shape.rows, shape.inputs), jnp.bfloat16),
+            array((shape.layers, shape.outputs, shape.inputs // 2), jnp.uint8),
+            array(grid, shape.scales),
+            array(grid, jnp.int8) if shape.zeros else None,
+            array((), jnp.int32),
+        )
+        options = {"group_size": shape.group_size, "dtype": shape.dtype, "interpret": compat.interpret_params()}
+        assert mosaic_sm90.unsupported(*arguments, **options) is None, shape.name
+        configs = [mosaic_sm90.heuristic_config(shape.form()), *mosaic_sm90.candidates(shape.form())]
+        assert len(configs) > 8
+        assert all(config.smem_bytes(shape.form()) <= compat.SHARED_MEMORY_BYTES for config in configs), shape.name
+
+
+def test_the_benchmark_checks_against_the_definition():
+    shape = benchmark.Shape(rows=3, outputs=72, inputs=256)
+    arguments = shape.arguments()
+    parts = [arguments[name] for name in ("x", "codes", "scales", "zeros")]
+    right = oracle(*parts, 1)
+    assert error(benchmark.expected(shape, arguments, 1), right) < 1e-12
+    assert 0 < error(shape.product("xla")(arguments["x"], 1, arguments), right) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 64, 130, 1000])
+@pytest.mark.parametrize("outputs, inputs", [(64, 128), (200, 256), (1024, 4096), (4096, 4096)])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_on_a_gpu(rows, outputs, inputs, group_size):
+    call = Call(rows, inputs, outputs, group_size)
+    if (reason := mosaic_sm90.unsupported(*call.arguments(), group_size=group_size)) is not None:
+        pytest.skip(reason)
+    out = call.run()
+    check(call, out, 1e-5)
+    assert all(bool((call.run() == out).all()) for _ in range(3))
+    assert math.isfinite(float(out.sum()))
