@@ -111,10 +111,10 @@ def _driver() -> str:
 def kernels() -> dict[str, str]:
     """What a typical call of each operation gets, and why not the others.
 
-    Typical are 4096 causal tokens, and one token against a cache of 8192, bfloat16, 32 heads on 8, of 128. Per
-    operation and implementation: "active" (chosen when none is named; perhaps only with or without gradients),
-    "available by name" and why it was not chosen, or "not active" and why it cannot run. Asks by tracing; nothing is
-    computed.
+    Typical are 4096 causal tokens, one token against a cache of 8192, bfloat16, 32 heads on 8, of 128, and one token
+    times an int4 weight of 4096 x 4096. Per operation and implementation: "active" (chosen when none is named; perhaps
+    only with or without gradients), "available by name" and why it was not chosen, or "not active" and why it cannot
+    run. Asks by tracing; nothing is computed.
     """
     import jax
     import jax.numpy as jnp
@@ -124,8 +124,10 @@ def kernels() -> dict[str, str]:
     from pallas_kernels.decode_attention import api as decode
     from pallas_kernels.decode_attention.operands import Operands
     from pallas_kernels.masks import Causal
+    from pallas_kernels.quantized_matmul import api as products
+    from pallas_kernels.quantized_matmul.rounding import round_weight
 
-    found: dict[str, dict[str, str]] = {"flash_attention": {}, "decode_attention": {}}
+    found: dict[str, dict[str, str | None]] = {"flash_attention": {}, "decode_attention": {}, "quantized_matmul": {}}
     chosen: dict[str, dict[str, list[str]]] = {op: {} for op in found}
     reasons: dict[str, str] = {}
 
@@ -158,6 +160,18 @@ def kernels() -> dict[str, str]:
     jax.eval_shape(ask_flash, array(1, 4096, 32, 128), array(1, 4096, 8, 128), array(1, 4096, 8, 128))
     cache, own = array(1, 1, 8192, 8, 128), array(1, 1, 8, 128)
     jax.eval_shape(ask_decode, array(1, 1, 32, 128), cache, cache, own, array(1, dtype=jnp.int32))
+
+    def ask_product(x, weight):
+        quantized = round_weight(weight, "int4")
+        found["quantized_matmul"] = {
+            "mosaic": products.hopper_unsupported(x, quantized),
+            "xla": None,
+            "reference": None,
+        }
+        chosen["quantized_matmul"]["xla"] = ["without gradients", "with gradients"]
+        reasons["quantized_matmul"] = "no GPU has checked it yet"
+
+    jax.eval_shape(ask_product, array(1, 4096), array(4096, 4096))
 
     report = {}
     for op, implementations in found.items():

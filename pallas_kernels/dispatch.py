@@ -187,6 +187,16 @@ def partition(q: Any, *others: Any, is_cut: bool = False) -> tuple[PartitionSpec
     return spec, None
 
 
+def undivided() -> str | None:
+    """Why a kernel that nobody can cut cannot be called on the devices in sight; None when it can."""
+    if jax.device_count() == 1:
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and set(mesh.axis_types) == {AxisType.Manual}:
+        return None
+    return f"{jax.device_count()} devices: XLA cannot partition this kernel; call it under shard_map"
+
+
 def sharded(call: Callable[..., Any], spec: PartitionSpec) -> Callable[..., Any]:
     """`call(q, k, v, limits, log_threshold)` of flash_attention, each device with its own part of batch and heads."""
     rows, _, heads, _ = spec

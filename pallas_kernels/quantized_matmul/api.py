@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized_matmul import reference, xla
+from pallas_kernels import dispatch
+from pallas_kernels.quantized_matmul import mosaic_sm90, reference, xla
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
 NAMES = ("mosaic", "xla", "reference")
@@ -29,24 +30,49 @@ def quantized_matmul(
       x: activations; float32, bfloat16 or float16.
       weight: see there.
       dtype: type of the result; None is that of `x`.
-      implementation: "xla" or "reference"; None is "xla". "mosaic" is not written yet.
+      implementation: "mosaic", "xla" or "reference"; None is "xla": no GPU has checked the Hopper kernel yet. It takes
+        int4 codes, bfloat16 activations and one device, and reads the weight of a stack in place.
 
     Raises:
       ValueError: arguments that do not fit together.
-      NotImplementedError: "mosaic".
+      NotImplementedError: "mosaic" cannot run this call, and why.
     """
     if implementation not in (None, *NAMES):
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
-    if implementation == "mosaic":
-        raise NotImplementedError('quantized_matmul "mosaic": there is no Hopper kernel yet; use "xla"')
     if not isinstance(weight, QuantizedTensor):
         raise ValueError(f"weight must be a QuantizedTensor; got {type(weight).__name__}")
     weight.check()
     if x.ndim < 1 or x.shape[-1] != weight.inputs or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating and end with {weight.inputs} inputs; got {x.dtype} of shape {x.shape}")
-    weight = weight.sliced()
     turned = weight.turn(x.reshape(math.prod(x.shape[:-1]), weight.inputs))
     if x.dtype == jnp.bfloat16:
         turned = turned.astype(x.dtype)
-    run = reference.run if implementation == "reference" else xla.run
-    return run(turned, weight).astype(dtype or x.dtype).reshape(*x.shape[:-1], weight.outputs)
+    if implementation == "mosaic":
+        if (reason := hopper_unsupported(turned, weight)) is not None:
+            raise NotImplementedError(f'quantized_matmul "mosaic": {reason}')
+        result = mosaic_sm90.run(turned, *_stack(weight), group_size=_groups(weight))
+    else:
+        run = reference.run if implementation == "reference" else xla.run
+        result = run(turned, weight.sliced())
+    return result.astype(dtype or x.dtype).reshape(*x.shape[:-1], weight.outputs)
+
+
+def hopper_unsupported(x: Any, weight: QuantizedTensor) -> str | None:
+    """Why the Hopper kernel cannot multiply these activations `[M, I]`, already turned; None when it can."""
+    if weight.format != "int4":
+        return f"multiplies with int4 codes; got {weight.format}"
+    if (reason := dispatch.undivided()) is not None:
+        return reason
+    return mosaic_sm90.unsupported(x, *_stack(weight), group_size=_groups(weight))
+
+
+def _stack(weight: QuantizedTensor) -> tuple[Any, Any, Any, Any]:
+    """Codes, scales and zeros with an axis of layers, and the index of the layer."""
+    parts = (weight.codes, weight.scales, weight.zeros)
+    if weight.layer is not None:
+        return *parts, weight.layer
+    return *(None if part is None else part[None] for part in parts), jnp.int32(0)
+
+
+def _groups(weight: QuantizedTensor) -> int:
+    return -1 if weight.scales.shape[-2] == 1 else weight.group_size

@@ -105,10 +105,13 @@ class QuantizedTensor:
 
     def sliced(self) -> "QuantizedTensor":
         """The weight with leaves of its own; one of a stack is cut out."""
+        return self if self.layer is None else self._own(dataclasses.replace(self, layer=None))
+
+    def _own(self, stacked: Any) -> Any:
+        """This layer's part of some leaves."""
         if self.layer is None:
-            return self
-        layer, stack = self.layer, dataclasses.replace(self, layer=None)
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
+            return stacked
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), stacked)
 
     def check(self, name: str = "weight") -> None:
         """Raises ValueError, naming the part, when shapes, dtypes and fields do not fit together."""
@@ -159,11 +162,12 @@ class QuantizedTensor:
         if self.input_scales is None and self.rotation is None and self.order is None:
             return x
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if self.rotation is not None:
-            x = pairwise_rotation(x, *self.rotation, self.input_scales, group_size=self.group_size)
-        elif self.input_scales is not None:
-            x = x * self.input_scales.astype(x.dtype)
-        return x if self.order is None else x[..., self.order]
+        rotation, scales, order = (self._own(part) for part in (self.rotation, self.input_scales, self.order))
+        if rotation is not None:
+            x = pairwise_rotation(x, *rotation, scales, group_size=self.group_size)
+        elif scales is not None:
+            x = x * scales.astype(x.dtype)
+        return x if order is None else x[..., order]
 
 
 def matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "O I"]:

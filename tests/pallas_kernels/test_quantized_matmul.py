@@ -283,7 +283,13 @@ def test_calls_that_do_not_fit(plain_calls):
         quantized_matmul(jnp.ones((2, 63)), weight)
     with pytest.raises(ValueError, match=r"implementation must be None or one of .*'cuda'"):
         quantized_matmul(jnp.ones((2, 64)), weight, implementation="cuda")
-    with pytest.raises(NotImplementedError, match="mosaic"):
+    with pytest.raises(NotImplementedError, match='"mosaic": needs bfloat16 activations; got float32'):
         quantized_matmul(jnp.ones((2, 64)), weight, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match=r'"mosaic": needs an NVIDIA GPU of compute capability 9\.0'):
+        quantized_matmul(jnp.ones((2, 64), jnp.bfloat16), weight, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match='"mosaic": multiplies with int4 codes; got int8'):
+        quantized_matmul(
+            jnp.ones((2, 64), jnp.bfloat16), round_weight(normal(16, 8, 64), "int8"), implementation="mosaic"
+        )
     with pytest.raises(TypeError, match="no parts"):
         weight[0]

@@ -21,8 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import quantized_matmul as benchmark
 from pallas_kernels import compat
-from pallas_kernels.quantized_matmul import mosaic_sm90
+from pallas_kernels.quantized_matmul import Rotation, mosaic_sm90, quantized_matmul
 from pallas_kernels.quantized_matmul.mosaic_sm90 import Config, PrefillConfig, decode, parts, prefill
+from pallas_kernels.quantized_matmul.rounding import round_weight
 
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
 
@@ -155,6 +156,28 @@ def interpreter():
 @pytest.mark.parametrize("call", PARAMETERS)
 def test_interpreted_kernel_agrees_with_the_oracle(interpreter, call):
     check(call, interpreter.run(call))
+
+
+def test_the_public_function_runs_the_kernel_on_a_stack(interpreter, monkeypatch):
+    """Scaled and rotated activations, the middle layer of a stack and one that is none: as XLA has them."""
+    weights = [round_weight(jax.random.normal(jax.random.key(n), (64, 128)), "int4", group_size=64) for n in range(3)]
+    pairs = np.concatenate([np.random.default_rng(n).permutation(64) for n in range(2)])[None].astype(np.int16)
+    rotation = Rotation(jnp.full((1, 64), 0.3), jnp.asarray(pairs))
+    weights = [dataclasses.replace(w, rotation=rotation, input_scales=jnp.linspace(0.5, 2, 128)) for w in weights]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    x = jax.random.normal(jax.random.key(9), (2, 3, 128), jnp.bfloat16)
+
+    def interpreted(*arrays, group_size):
+        return run(*arrays, group_size=group_size, interpret=compat.interpret_params(detect_races=True))
+
+    run = mosaic_sm90.run
+    monkeypatch.setattr(mosaic_sm90, "run", interpreted)
+    monkeypatch.setattr(compat, "missing_hopper", lambda: None)
+    for weight in (stack.of_layer(1), weights[1]):
+        found = quantized_matmul(x, weight, dtype=jnp.float32, implementation="mosaic")
+        expected = quantized_matmul(x, weight, dtype=jnp.float32, implementation="reference")
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    assert np.abs(found - quantized_matmul(x, weights[0], dtype=jnp.float32)).max() > 0.1
 
 
 @pytest.mark.slow
@@ -403,7 +426,7 @@ import re, sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from pallas_kernels.compile_gate import hopper_sharding
-from pallas_kernels.quantized_matmul import mosaic_sm90
+from pallas_kernels.quantized_matmul import Rotation, mosaic_sm90, quantized_matmul
 
 layers, outputs, inputs = 4, 4096, 4096
 rows = int(sys.argv[1])
