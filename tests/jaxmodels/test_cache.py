@@ -305,6 +305,7 @@ def decoded(cache, name):
     return codes * jnp.swapaxes(scale.astype(jnp.float32), 2, 3)[..., None]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", CODES)
 @pytest.mark.parametrize("kind", [KVCache, SinkRingCache])
 def test_codes_stand_for_what_was_appended(kind, name):

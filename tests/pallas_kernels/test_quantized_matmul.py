@@ -230,6 +230,7 @@ def test_activations_beyond_float16_do_not_overflow(dtype):
     assert np.linalg.norm(np.asarray(result, np.float64) - expected) < 5e-3 * np.linalg.norm(expected)
 
 
+@pytest.mark.smoke
 def test_a_layer_of_a_stack_and_one_compilation():
     stack = [round_weight(normal(20 + n, 8, 64), "int4", group_size=32) for n in range(3)]
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)

@@ -516,6 +516,7 @@ def test_biases_of_zero_are_ignored_and_a_separate_config_is_found(dense, tmp_pa
     np.testing.assert_array_equal(found.apply(found.params, TOKENS), expected.apply(expected.params, TOKENS))
 
 
+@pytest.mark.smoke
 def test_mixed_precision_goes_by_the_list(dense, tmp_path):
     """Four-bit floats in the MLP, eight-bit ones in attention."""
     kinds = {}
