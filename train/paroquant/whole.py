@@ -32,7 +32,7 @@ from train.paroquant.config import ParoquantConfig
 from train.paroquant.optimize import optimize_block
 
 Batch = dict[str, np.ndarray]
-Path_ = tuple[str, ...]
+ParamPath = tuple[str, ...]
 KINDS = ("codes", "scales", "zeros", "input_scales", "theta", "pairs")
 
 
@@ -159,7 +159,7 @@ def quantize_model(
     original = {name: _embedded(params, rows) for name, rows in (("samples", samples), ("validation", validation))}
     quantized = {name: rows | {"states": rows["states"].copy()} for name, rows in original.items()}
     reports: list[BlockReport] = []
-    finished: list[dict[Path_, Any]] = []
+    finished: list[dict[ParamPath, Any]] = []
     for layer in range(lm.config.layers):
         own = {path: np.asarray(jax.device_get(leaf[layer])) for path, leaf in layers.items()}
         targets = {name: passed(layer, unflatten(own), rows, in_place=True) for name, rows in original.items()}
@@ -185,12 +185,12 @@ def quantize_model(
             )
             linears, block = jax.device_get(result.linears), None
             losses = result.losses
-        done: dict[Path_, Any] = dict(own)
+        done: dict[ParamPath, Any] = dict(own)
         for name, path in names.items():
             num_inputs = lm.linears[("layers", *path)]
             done[path] = dataclasses.replace(linears[name], shape=own[path].shape, num_inputs=num_inputs)
         if block is None:
-            nearest: dict[Path_, Any] = dict(own)
+            nearest: dict[ParamPath, Any] = dict(own)
             for _, path in names.items():
                 nearest[path] = _rounded(own[path], lm.linears[("layers", *path)], config.group_size)
             held, target = quantized["validation"], targets["validation"]
@@ -232,7 +232,7 @@ def _embedded(params: Params, rows: Batch) -> Batch:
     }
 
 
-def _matrix_shape(lm: CausalLM, path: Path_, shape: tuple[int, ...]) -> tuple[int, int]:
+def _matrix_shape(lm: CausalLM, path: ParamPath, shape: tuple[int, ...]) -> tuple[int, int]:
     split = len(shape) - lm.linears[("layers", *path)]
     return math.prod(shape[:split]), math.prod(shape[split:])
 
@@ -254,7 +254,7 @@ def _write_block(file: Path, linears: dict[str, QuantizedTensor], block: BlockRe
 
 
 def _read_block(
-    file: Path, names: dict[str, Path_], matrices: dict[str, np.ndarray], config: ParoquantConfig
+    file: Path, names: dict[str, ParamPath], matrices: dict[str, np.ndarray], config: ParoquantConfig
 ) -> tuple[dict[str, QuantizedTensor], BlockReport]:
     stored = SafetensorsFile(file)
     if set(stored) != {f"{name}.{kind}" for name in names for kind in KINDS} or "report" not in stored.metadata:
