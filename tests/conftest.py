@@ -1,6 +1,8 @@
 """Set-up of every test run: shape annotations are checked, and no test depends on another's JAX state."""
 
+import gc
 import os
+from pathlib import Path
 
 import jaxtyping
 
@@ -35,6 +37,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+MOST_MAPPINGS = 20_000
+"""Memory mappings of a process after which compiled programs are dropped; Linux allows 65,530 and XLA then crashes."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Every program that XLA compiles for a CPU takes mappings of its own: thousands of tests would use them up."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
