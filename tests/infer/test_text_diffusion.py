@@ -198,7 +198,7 @@ def test_bad_flags(fields, message):
         Text(model="none", **fields)
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("form", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])  # both passed 2026-11-27
 def test_a_cache_in_eight_bits(form):
     """It decodes, keeps codes, and comes near the float cache: most first tokens are the same."""
     own = engine(kv_codes=KVCodes(form))

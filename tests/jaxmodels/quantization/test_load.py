@@ -279,7 +279,7 @@ TOKENS = np.array([[3, 14, 15, 92, 65, 35, 89, 79, 32]])
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *ROUNDED_INPUTS])
-def test_weights_are_those_of_an_independent_unpacker(dense, tmp_path, layout):
+def test_weights_are_those_of_an_independent_unpacker_and_logits_those_of_dense_ones(dense, tmp_path, layout):
     block, store = (LAYOUTS | ROUNDED_INPUTS)[layout]
     expanded = write(dense, tmp_path / "quantized", block, store)
     model = load_pretrained(tmp_path / "quantized")
@@ -295,28 +295,12 @@ def test_weights_are_those_of_an_independent_unpacker(dense, tmp_path, layout):
                 np.testing.assert_array_equal(found, expected[layer])
             else:
                 np.testing.assert_allclose(found, expected[layer], atol=1e-6)
-
-
-@pytest.mark.parametrize("layout", [*LAYOUTS])
-def test_logits_are_those_of_the_dense_weights(dense, tmp_path, layout):
-    block, store = LAYOUTS[layout]
-    expanded = write(dense, tmp_path / "quantized", block, store)
-    model = load_pretrained(tmp_path / "quantized")
-    plain = expanded_model(dense, tmp_path / "dense", expanded)
     logits, expected = model.apply(model.params, TOKENS), plain.apply(plain.params, TOKENS)
     assert float(jnp.abs(expected).max()) > 0.5
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("layout", [*ROUNDED_INPUTS])
-def test_rounded_activations_change_little_and_something(dense, tmp_path, layout):
-    block, store = ROUNDED_INPUTS[layout]
-    expanded = write(dense, tmp_path / "quantized", block, store)
-    model = load_pretrained(tmp_path / "quantized")
-    plain = expanded_model(dense, tmp_path / "dense", expanded)
-    logits, expected = model.apply(model.params, TOKENS), plain.apply(plain.params, TOKENS)
-    error = float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected))
-    assert 1e-4 < error < 0.15
+    if layout in LAYOUTS:
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+    else:  # activations are rounded too, which changes little and something
+        assert 1e-4 < float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)) < 0.15
 
 
 # ----------------------------------------------------------------------------------------------------
