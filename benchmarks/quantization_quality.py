@@ -182,7 +182,27 @@ def main() -> None:
         "prompts": judged["prompts"], "definition": judged["definition"], "file": judged["arms"]["file"], "arms": arms,
     }  # fmt: skip
     (args.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, args.output / "results.png")
     print(args.output / "results.json")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """What every arm adds to the bits per byte of the model itself, with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = {name: arm["bits_per_byte_minus_dense"] for name, arm in result["arms"].items() if name != "dense"}
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for place, (mean, low, high) in enumerate(arms.values()):
+        axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3)
+    axis.set_yticks(range(len(arms)), list(arms))
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="bits per byte added, test files (95 % interval)", xlim=(-0.0005, None))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _completion(tokens: np.ndarray) -> Any:
