@@ -97,7 +97,7 @@ class Plan:
 
 
 def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers: int) -> Plan:
-    """Sorts the rows of a model's table; ValueError naming a linear that only some layers have quantized.
+    """Sorts the rows of a model's table; ValueError naming a linear that only some layers have quantized, or an embedding.
 
     A quantized linear may have a bias that the model has not, as some tools write it; it must be 0.
     """
@@ -120,6 +120,8 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
             dense.append(row)
             used += own
             continue
+        if row.path == ("embed",):
+            raise ValueError(f"checkpoint {source}: {linears[0]} is quantized, which is not implemented for embeddings")
         quantized.append(row)
         for linear in linears:
             needed, possible = scheme.suffixes(linear)

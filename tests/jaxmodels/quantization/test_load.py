@@ -406,6 +406,11 @@ def undo(tensors: dict[str, np.ndarray]) -> None:
         ),
         ("awq", lambda t: t.update({f"{DOWN}.bias": np.ones(64, np.float32)}), f"'{DOWN}.bias' is a bias that"),
         ("awq", lambda t: t.update({f"{K}.g_idx": np.zeros(64, np.int32)}), f"nothing uses: {K}.g_idx"),
+        (
+            "awq",
+            lambda t: t.update({"model.embed_tokens.qweight": t[f"{K}.qweight"]}),
+            "model.embed_tokens is quantized, which is not implemented for embeddings",
+        ),
         ("gptq desc_act", put(f"{K}.g_idx", 0, 7), f"'{K}.g_idx' must name each of 2 groups 32 times"),
         ("gptq desc_act", put(f"{K}.g_idx", slice(None), 0), f"'{K}.g_idx' must name each of 2 groups"),
         ("gptq desc_act", put(f"{K}.g_idx", 3, -1), f"'{K}.g_idx' must name each of 2 groups"),
