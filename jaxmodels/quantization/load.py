@@ -97,7 +97,9 @@ class Plan:
 
 
 def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers: int) -> Plan:
-    """Sorts the rows of a model's table; ValueError naming a linear that only some layers have quantized, or an embedding.
+    """Sorts the rows of a model's table.
+
+    Raises ValueError naming a linear that only some layers have quantized, and a quantized embedding.
 
     A quantized linear may have a bias that the model has not, as some tools write it; it must be 0.
     """
@@ -121,7 +123,7 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
             used += own
             continue
         if row.path == ("embed",):
-            raise ValueError(f"checkpoint {source}: {linears[0]} is quantized, which is not implemented for embeddings")
+            raise ValueError(f"checkpoint {source}: {linears[0]} is quantized, which embeddings cannot be here")
         quantized.append(row)
         for linear in linears:
             needed, possible = scheme.suffixes(linear)

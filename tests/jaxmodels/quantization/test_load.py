@@ -409,7 +409,7 @@ def undo(tensors: dict[str, np.ndarray]) -> None:
         (
             "awq",
             lambda t: t.update({"model.embed_tokens.qweight": t[f"{K}.qweight"]}),
-            "model.embed_tokens is quantized, which is not implemented for embeddings",
+            "model.embed_tokens is quantized, which embeddings cannot be here",
         ),
         ("gptq desc_act", put(f"{K}.g_idx", 0, 7), f"'{K}.g_idx' must name each of 2 groups 32 times"),
         ("gptq desc_act", put(f"{K}.g_idx", slice(None), 0), f"'{K}.g_idx' must name each of 2 groups"),
