@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.quantization_quality import MODEL, SEQ_LEN, choose, interval
+from benchmarks.quantization_quality import MODEL, SEQ_LEN, interval
 from jaxmodels import load_pretrained
 from jaxmodels.cache import KVCache, KVCodes, Scales
 from jaxmodels.demo.corpus import load_corpus
 from train.data import RowStore, StoreConfig
 from train.data.corpus import open_or_build_corpus
 from train.machine import command_line, machine
+from train.recipes.paroquant import choose_rows
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "form", "piece"))
@@ -58,8 +59,8 @@ def main() -> None:
     params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
     settings = StoreConfig(SEQ_LEN, lm.config.eos_ids[0])
     store = open_or_build_corpus(args.store, load_corpus(), tokenizer.backend, settings)
-    test = choose(RowStore(store, "test"), args.rows, 0)["tokens"]
-    train = choose(RowStore(store, "train"), 64, 0)["tokens"]
+    test = choose_rows(RowStore(store, "test"), args.rows, 0, "rows")["tokens"]
+    train = choose_rows(RowStore(store, "train"), 64, 0, "rows")["tokens"]
     kv = jax.jit(functools.partial(lm.hidden, return_kv=True))(params, jnp.asarray(train)).kv
     assert kv is not None
     largest = Scales(*(jnp.abs(x).max(axis=(1, 2, 3, 4)) / 448 for x in kv))

@@ -38,6 +38,7 @@ from train.paroquant.config import ParoquantConfig
 from train.paroquant.quality import row_sums
 from train.paroquant.scaling import scale_model
 from train.paroquant.whole import quantize_model
+from train.recipes.paroquant import choose_rows
 
 MODEL = Path("infer/assets/ar")
 SEQ_LEN, GROUP = 256, 128
@@ -57,18 +58,6 @@ def dense(params: Any) -> Any:
         params,
         is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor),
     )
-
-
-def choose(store: RowStore, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Random full rows."""
-    rows: list[dict[str, np.ndarray]] = []
-    for i in np.random.default_rng(seed).permutation(len(store)):
-        row = store[int(i)]
-        if row["segment_ids"].all():
-            rows.append(row)
-        if len(rows) == count:
-            break
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def measure(lm: Any, original: Any, own: Any, rows: dict[str, np.ndarray]) -> np.ndarray:
@@ -108,8 +97,8 @@ def main() -> None:
     corpus = load_corpus()
     settings = StoreConfig(SEQ_LEN, lm.config.eos_ids[0])
     store = open_or_build_corpus(args.output / "rows", corpus, tokenizer.backend, settings)
-    test = choose(RowStore(store, "test"), args.test_rows, 0)
-    validation = choose(RowStore(store, "validation"), 64, 0)
+    test = choose_rows(RowStore(store, "test"), args.test_rows, 0, "rows")
+    validation = choose_rows(RowStore(store, "validation"), 64, 0, "rows")
 
     makers: dict[str, Any] = {"dense": lambda: params}
     for name, options in {
@@ -119,7 +108,7 @@ def main() -> None:
         makers[name] = functools.partial(round_params, lm, params, **options)
     seconds: dict[str, float] = {}
     for seed in args.seeds:
-        rows = choose(RowStore(store, "train"), args.samples, seed)
+        rows = choose_rows(RowStore(store, "train"), args.samples, seed, "rows")
 
         def scaled(rows=rows):
             return scale_model(lm, params, {k: v[:128] for k, v in rows.items()}, group_size=GROUP)[0]

@@ -93,8 +93,10 @@ def main(config: Paroquant) -> int:
     try:
         text = open_rows(config.data, config.rows, model, directory)
         assert text.validation is not None
-        train = _choose(text.train, config.samples, config.quantization.seed, "samples")
-        held_out = _choose(text.validation, config.validation_samples, config.quantization.seed, "validation_samples")
+        train = choose_rows(text.train, config.samples, config.quantization.seed, "samples")
+        held_out = choose_rows(
+            text.validation, config.validation_samples, config.quantization.seed, "validation_samples"
+        )
         identity = {
             "model": config.model,
             "architecture": to_json(model.lm.config),
@@ -136,7 +138,7 @@ def main(config: Paroquant) -> int:
     return 0
 
 
-def _choose(store: "RowStore", count: int, seed: int, name: str) -> "dict[str, np.ndarray]":
+def choose_rows(store: "RowStore", count: int, seed: int, name: str) -> "dict[str, np.ndarray]":
     """Rows without padding, chosen at random."""
     import numpy as np
 
