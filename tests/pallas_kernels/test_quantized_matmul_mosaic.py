@@ -161,9 +161,11 @@ def test_interpreted_kernel_agrees_with_the_oracle(interpreter, call):
 def test_the_public_function_runs_the_kernel_on_a_stack(interpreter, monkeypatch):
     """Scaled and rotated activations, the middle layer of a stack and one that is none: as XLA has them."""
     weights = [round_weight(jax.random.normal(jax.random.key(n), (64, 128)), "int4", group_size=64) for n in range(3)]
-    pairs = np.concatenate([np.random.default_rng(n).permutation(64) for n in range(2)])[None].astype(np.int16)
-    rotation = Rotation(jnp.full((1, 64), 0.3), jnp.asarray(pairs))
-    weights = [dataclasses.replace(w, rotation=rotation, input_scales=jnp.linspace(0.5, 2, 128)) for w in weights]
+    for n in range(3):  # every layer has a rotation and scales of its own
+        pairs = np.concatenate([np.random.default_rng(2 * n + g).permutation(64) for g in range(2)])[None]
+        rotation = Rotation(jnp.full((1, 64), 0.3 + n), jnp.asarray(pairs, jnp.int16))
+        scales = jnp.linspace(0.5, 2 + n, 128)
+        weights[n] = dataclasses.replace(weights[n], rotation=rotation, input_scales=scales)
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
     x = jax.random.normal(jax.random.key(9), (2, 3, 128), jnp.bfloat16)
 
@@ -175,7 +177,7 @@ def test_the_public_function_runs_the_kernel_on_a_stack(interpreter, monkeypatch
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
     for weight in (stack.of_layer(1), weights[1]):
         found = quantized_matmul(x, weight, dtype=jnp.float32, implementation="mosaic")
-        expected = quantized_matmul(x, weight, dtype=jnp.float32, implementation="reference")
+        expected = quantized_matmul(x, weights[1], dtype=jnp.float32, implementation="reference")
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     assert np.abs(found - quantized_matmul(x, weights[0], dtype=jnp.float32)).max() > 0.1
 
