@@ -163,7 +163,7 @@ def check_shapes() -> Iterator[Shape]:
         for group_size in (32, 64, 256, -1):
             yield Shape(rows=rows, group_size=group_size)
             yield Shape(rows=rows, group_size=group_size, zeros=False, scales="float32", outputs=1024)
-        for outputs, inputs in ((64, 128), (200, 256), (129, 416), (1000, 4096), (1024, 4096), (12288, 4096)):
+        for outputs, inputs in ((64, 128), (208, 256), (144, 416), (1008, 4096), (1024, 4096), (12288, 4096)):
             yield Shape(rows=rows, outputs=outputs, inputs=inputs, group_size=-1 if inputs == 416 else 128, layers=3)
     yield Shape(rows=8, outputs=28672, inputs=8192)
     yield Shape(rows=8, outputs=4096, inputs=12288)

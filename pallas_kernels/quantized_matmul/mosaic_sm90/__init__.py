@@ -27,6 +27,7 @@ __all__ = ["Config", "Form", "PrefillConfig", "candidates", "compile_cases", "he
 SCALES = ("float16", "float32")
 RESULTS = ("float32", "bfloat16")
 SMALL_GROUPS = (32, 64)
+OUTPUTS = 16
 
 
 def heuristic_config(form: Form) -> Config | PrefillConfig:
@@ -69,6 +70,8 @@ def _unsupported_arrays(x: Any, codes: Any, scales: Any, zeros: Any, group_size:
         return f"needs uint8 codes of {inputs} inputs, two to a byte; got {codes.dtype} {tuple(codes.shape)}"
     if zeros is not None and str(zeros.dtype) != "int8":
         return f"needs int8 zeros; got {zeros.dtype}"
+    if codes.shape[-2] % OUTPUTS:  # copies of scales and zeros of one group begin and end at whole 16 bytes
+        return f"needs a multiple of {OUTPUTS} outputs; got {codes.shape[-2]}"
     if inputs % 32:
         return f"needs a multiple of 32 inputs; got {inputs}"
     size = inputs if group_size == -1 else group_size

@@ -2,7 +2,7 @@
 
 Letters as in `tensor.py`, and M rows of activations.
 
-A tile of codes is 64 outputs of `width` inputs, all of one group, in shared memory as it lies in global memory: two
+A tile of codes is 64 outputs of `width` inputs, all of one group, in shared memory in the order of global memory: two
 codes to a byte. A thread reads `width / 32` words of eight codes for each of its two rows. Of a word it takes the
 codes 0 and 4, 1 and 5, 2 and 6, 3 and 7 at once: shift, mask and flip their bits into the mantissas of two bfloat16
 numbers of exponent 7, which are then 128 + 8 + code, and subtract 128 + 8 + zero. That is one LOP3 and one
@@ -32,6 +32,7 @@ from pallas_kernels import compat
 
 ROWS = 64  # outputs of one compute warpgroup
 MAX_WIDTH = 128  # inputs of one product
+PAIRED_TOKENS = 32  # most of a tile for which registers hold two products at once
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
@@ -88,16 +89,19 @@ def permuted(x: Array, form: Form) -> Array:
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
-    """The ring of steps: for each of its products codes, activations, scales and zeros."""
+    """The ring of steps: codes, and for each product activations, scales and zeros.
+
+    The codes of a step are one copy of 64 or 128 bytes in a row: shorter pieces are slower to read.
+    """
     ring = (stages, block_k // form.width)
     lines = {"scales": form.scale_dtype} | ({"zeros": jnp.int8} if form.has_zeros else {})
     return {
-        "codes": plgpu.SMEM((*ring, outputs, form.width // 2), jnp.uint8),
+        "codes": plgpu.SMEM((stages, outputs, block_k // 2), jnp.uint8),
         "x": plgpu.SMEM(
             (*ring, tokens, form.width), jnp.bfloat16, transforms=compat.swizzled(jnp.bfloat16, form.width)
         ),
         **{name: plgpu.SMEM((*ring, outputs), dtype) for name, dtype in lines.items()},
-        "ready": plgpu.Barrier(num_arrivals=ring[1] * (2 + len(lines)), num_barriers=stages),
+        "ready": plgpu.Barrier(num_arrivals=1 + ring[1] * (1 + len(lines)), num_barriers=stages),
         "free": _free(outputs // ROWS, stages, cluster),
     }
 
@@ -137,20 +141,21 @@ def load_step(
 ) -> None:
     """Starts the copies of one step, for the outputs from `output` on and the tokens from `token` on.
 
-    Scales and zeros are read from arrays of one dimension, which may begin anywhere. What is read beyond the last
-    output is of no row that is kept. The CTAs of a cluster load the activations together.
+    Scales and zeros are read from arrays of one dimension, in which a group begins at whole 16 bytes. What is read
+    beyond the last output is of no row that is kept. The CTAs of a cluster load the activations together.
     """
     together: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
     _, subs, outputs = smem["scales"].shape
     tokens = smem["x"].shape[2]
     layer, barrier = jnp.clip(refs["layer"][0], 0, form.layers - 1), smem["ready"].at[slot]
+    width = smem["codes"].shape[2]
+    codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(step * width, width)]
+    plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot], barrier)
     for sub in range(subs):
         first = step * (subs * form.width) + sub * form.width
         group = jnp.minimum(lax.div(first, jnp.int32(form.group_size)), form.groups - 1)  # beyond the last input: any
         line = pl.ds((layer * form.groups + group) * form.outputs + output, outputs)
-        codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(lax.div(first, jnp.int32(2)), form.width // 2)]
         x = refs["x"].at[pl.ds(token, tokens), pl.ds(first, form.width)]
-        plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot, sub], barrier)
         plgpu.copy_gmem_to_smem(x, smem["x"].at[slot, sub], barrier, **together)
         for name in ("scales", "zeros") if form.has_zeros else ("scales",):
             plgpu.copy_gmem_to_smem(refs[name].at[line], smem[name].at[slot, sub], barrier)
@@ -159,17 +164,36 @@ def load_step(
 def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, interpreted: bool) -> Array:
     """`acc` and the products of one step that has arrived, for the 64 outputs of a warpgroup."""
     rows = pl.ds(warpgroup * ROWS, ROWS)
-    for sub in range(smem["scales"].shape[1]):
-        zeros = smem["zeros"].at[slot, sub, rows] if form.has_zeros else None
-        acc = add_product(
-            acc,
-            smem["codes"].at[slot, sub, rows],
-            zeros,
-            smem["scales"].at[slot, sub, rows],
-            smem["x"].at[slot, sub],
-            interpreted=interpreted,
-        )
+    subs, tokens = smem["x"].shape[1:3]
+    at_once = min(subs, 2) if tokens <= PAIRED_TOKENS else 1
+    for first in range(0, subs, at_once):
+        chosen = range(first, first + at_once)
+
+        def operands(sub):
+            zeros = smem["zeros"].at[slot, sub, rows] if form.has_zeros else None
+            codes = smem["codes"].at[slot, rows]
+            weights = _weights(codes, zeros, width=form.width, sub=sub, interpreted=interpreted)
+            return weights, smem["x"].at[slot, sub]
+
+        for sub, product in zip(chosen, _products(operands, chosen, tokens, interpreted=interpreted), strict=True):
+            scales = plgpu.load(smem["scales"].at[slot, sub, rows], layout=ROW, optimized=False).astype(jnp.float32)
+            acc = acc + product * lax.broadcast_in_dim(scales, acc.shape, [0])
     return acc
+
+
+def _products(operands: Any, chosen: range, tokens: int, *, interpreted: bool) -> list[Array]:
+    """Of some weights and activations, each in float32: the next weights are made while the tensor core works."""
+    if interpreted:  # by an interpreter that knows no left operand in registers
+        pairs = [operands(sub) for sub in chosen]
+        return [jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T) for weights, x in pairs]
+
+    def multiply(*accs):
+        for sub, acc in zip(chosen, accs, strict=True):
+            weights, x = operands(sub)
+            plgpu.wgmma(acc, weights, x.transpose((1, 0)))
+        return [acc[...] for acc in accs]
+
+    return pl.run_scoped(multiply, *(plgpu.ACC((ROWS, tokens), jnp.float32) for _ in chosen))
 
 
 def inputs(x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Array, form: Form) -> dict[str, Array]:
@@ -183,37 +207,20 @@ def inputs(x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Ar
     return arrays if zeros is None else arrays | {"zeros": zeros.reshape(-1)}
 
 
-def add_product(acc: Array, codes_ref: Any, zeros_ref: Any, scales_ref: Any, x_ref: Any, *, interpreted: bool) -> Array:
-    """`acc [64, tokens]` and the product of one tile of weights, all of one group, with activations.
+def _weights(codes_ref: Any, zeros_ref: Any, *, width: int, sub: int, interpreted: bool) -> Array:
+    """Codes minus zeros of a product, bfloat16 `[64, width]`, the columns in the order of `permuted`.
 
     Args:
-      acc: float32, as the tensor core holds it.
-      codes_ref: uint8 `[64, width / 2]` in shared memory.
+      codes_ref: uint8 `[64, block_k / 2]` in shared memory, of a step.
       zeros_ref: int8 `[64]`, or None.
-      scales_ref: `[64]`.
-      x_ref: bfloat16 `[tokens, width]`, `permuted`.
-      interpreted: whether the interpreter runs this, which knows no left operand in registers.
+      width: inputs of the product, all of one group.
+      sub: its number in the step.
+      interpreted: whether the interpreter runs this.
     """
-    weights = _weights(codes_ref, zeros_ref, interpreted=interpreted)
-    if interpreted:
-        product = jnp.dot(weights.astype(jnp.float32), x_ref[...].astype(jnp.float32).T)
-    else:
-
-        def multiply(acc_ref):
-            plgpu.wgmma(acc_ref, weights, x_ref.transpose((1, 0)))
-            return acc_ref[...]
-
-        product = pl.run_scoped(multiply, plgpu.ACC((ROWS, acc.shape[1]), jnp.float32))
-    scales = plgpu.load(scales_ref, layout=ROW, optimized=False).astype(jnp.float32)
-    return acc + product * lax.broadcast_in_dim(scales, acc.shape, [0])
-
-
-def _weights(codes_ref: Any, zeros_ref: Any, *, interpreted: bool) -> Array:
-    """Codes minus zeros, bfloat16 `[64, width]`, the columns in the order of `permuted`."""
-    rows, width = codes_ref.shape[0], 2 * codes_ref.shape[1]
+    rows, stride = codes_ref.shape
     words = width // 32
     if interpreted:
-        packed = codes_ref[...].astype(jnp.int32)
+        packed = codes_ref[:, sub * width // 2 : (sub + 1) * width // 2].astype(jnp.int32)
         signed = [(nibble ^ 8) - 8 for nibble in (packed & 15, packed >> 4)]
         weights = jnp.stack(signed, axis=-1).reshape(rows, 4, words, 2, 4)
         weights = jnp.transpose(weights, (0, 2, 4, 1, 3)).reshape(rows, width)
@@ -236,7 +243,7 @@ def _weights(codes_ref: Any, zeros_ref: Any, *, interpreted: bool) -> Array:
         )
         quarter = arith.remui(thread, constant(4))
         codes = mgpu_utils.memref_ptr(codes_ref)
-        first = arith.addi(arith.muli(row, constant(width // 2)), arith.muli(quarter, constant(4 * words)))
+        first = arith.addi(arith.muli(row, constant(stride)), arith.muli(quarter, constant(4 * words)))
         bits = constant(0x43084308)
         # As one instruction it has to be asked for: the compiler makes two of `and` and `xor` with constants.
         ptx = f"""{{
@@ -246,7 +253,7 @@ def _weights(codes_ref: Any, zeros_ref: Any, *, interpreted: bool) -> Array:
         }}"""
         registers = np.empty((words * 4, 2), object)
         for half in range(2):
-            offset = arith.addi(first, constant(half * 8 * (width // 2)))
+            offset = arith.addi(first, constant(half * 8 * stride + sub * (width // 2)))
             loaded = llvm.load(ir.VectorType.get((words,), i32), _at(codes, offset, i8), alignment=4 * words)
             bias = bits
             if zeros_ref is not None:
