@@ -30,7 +30,7 @@ def quantized_matmul(
       x: activations; float32, bfloat16 or float16.
       weight: see there.
       dtype: type of the result; None is that of `x`.
-      implementation: "mosaic", "xla" or "reference"; None is "xla": no GPU has checked the Hopper kernel yet. It takes
+      implementation: "mosaic", "xla" or "reference"; None is "xla". The Hopper kernel has no gradients, takes
         int4 codes, bfloat16 activations and one device, and reads the weight of a stack in place.
 
     Raises:
