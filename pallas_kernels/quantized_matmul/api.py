@@ -30,8 +30,8 @@ def quantized_matmul(
       x: activations; float32, bfloat16 or float16.
       weight: see there.
       dtype: type of the result; None is that of `x`.
-      implementation: "mosaic", "xla" or "reference"; None is "xla". The Hopper kernel has no gradients, takes
-        int4 codes, bfloat16 activations and one device, and reads the weight of a stack in place.
+      implementation: "mosaic", "xla" or "reference"; None is "xla". The Hopper kernel takes int4 codes, bfloat16
+        activations and one device, has no gradients, and reads the weight of a stack in place.
 
     Raises:
       ValueError: arguments that do not fit together.
