@@ -32,7 +32,7 @@ from pallas_kernels import compat
 
 ROWS = 64  # outputs of one compute warpgroup
 MAX_WIDTH = 128  # inputs of one product
-PAIRED_TOKENS = 32  # most of a tile for which registers hold two products at once
+PAIRED_TOKENS = 16  # most of a tile for which two products at once are not serialized by ptxas
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
