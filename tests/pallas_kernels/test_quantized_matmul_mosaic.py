@@ -371,6 +371,7 @@ def test_what_is_not_supported_is_named(change, reason):
 def test_inputs_and_groups_that_do_not_fit_are_named():
     explain = lambda call: mosaic_sm90.unsupported(*call.arguments(), group_size=call.group_size)  # noqa: E731
     assert "multiple of 32 inputs; got 240" in explain(Call(2, 240, 64, -1))
+    assert "multiple of 16 outputs; got 200" in explain(Call(2, 256, 200))  # an illegal instruction on a GPU
     assert "got 96" in explain(Call(2, 192, 64, 96))
     if compat.missing_hopper() is not None:
         assert "needs" in explain(Call(2, 256, 64))

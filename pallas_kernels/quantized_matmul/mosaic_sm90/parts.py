@@ -32,7 +32,6 @@ from pallas_kernels import compat
 
 ROWS = 64  # outputs of one compute warpgroup
 MAX_WIDTH = 128  # inputs of one product
-PAIRED_TOKENS = 16  # most of a tile for which two products at once are not serialized by ptxas
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
@@ -89,10 +88,7 @@ def permuted(x: Array, form: Form) -> Array:
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
-    """The ring of steps: codes, and for each product activations, scales and zeros.
-
-    The codes of a step are one copy of 64 or 128 bytes in a row: shorter pieces are slower to read.
-    """
+    """The ring of steps: codes, and for each product activations, scales and zeros."""
     ring = (stages, block_k // form.width)
     lines = {"scales": form.scale_dtype} | ({"zeros": jnp.int8} if form.has_zeros else {})
     return {
@@ -164,36 +160,25 @@ def load_step(
 def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, interpreted: bool) -> Array:
     """`acc` and the products of one step that has arrived, for the 64 outputs of a warpgroup."""
     rows = pl.ds(warpgroup * ROWS, ROWS)
-    subs, tokens = smem["x"].shape[1:3]
-    at_once = min(subs, 2) if tokens <= PAIRED_TOKENS else 1
-    for first in range(0, subs, at_once):
-        chosen = range(first, first + at_once)
-
-        def operands(sub):
-            zeros = smem["zeros"].at[slot, sub, rows] if form.has_zeros else None
-            codes = smem["codes"].at[slot, rows]
-            weights = _weights(codes, zeros, width=form.width, sub=sub, interpreted=interpreted)
-            return weights, smem["x"].at[slot, sub]
-
-        for sub, product in zip(chosen, _products(operands, chosen, tokens, interpreted=interpreted), strict=True):
-            scales = plgpu.load(smem["scales"].at[slot, sub, rows], layout=ROW, optimized=False).astype(jnp.float32)
-            acc = acc + product * lax.broadcast_in_dim(scales, acc.shape, [0])
+    for sub in range(smem["scales"].shape[1]):
+        zeros = smem["zeros"].at[slot, sub, rows] if form.has_zeros else None
+        weights = _weights(smem["codes"].at[slot, rows], zeros, width=form.width, sub=sub, interpreted=interpreted)
+        product = _product(weights, smem["x"].at[slot, sub], interpreted=interpreted)
+        scales = plgpu.load(smem["scales"].at[slot, sub, rows], layout=ROW, optimized=False).astype(jnp.float32)
+        acc = acc + product * lax.broadcast_in_dim(scales, acc.shape, [0])
     return acc
 
 
-def _products(operands: Any, chosen: range, tokens: int, *, interpreted: bool) -> list[Array]:
-    """Of some weights and activations, each in float32: the next weights are made while the tensor core works."""
+def _product(weights: Array, x_ref: Any, *, interpreted: bool) -> Array:
+    """float32 `[64, tokens]`, of bfloat16 weights `[64, width]` and activations `[tokens, width]`, `permuted`."""
     if interpreted:  # by an interpreter that knows no left operand in registers
-        pairs = [operands(sub) for sub in chosen]
-        return [jnp.dot(weights.astype(jnp.float32), x[...].astype(jnp.float32).T) for weights, x in pairs]
+        return jnp.dot(weights.astype(jnp.float32), x_ref[...].astype(jnp.float32).T)
 
-    def multiply(*accs):
-        for sub, acc in zip(chosen, accs, strict=True):
-            weights, x = operands(sub)
-            plgpu.wgmma(acc, weights, x.transpose((1, 0)))
-        return [acc[...] for acc in accs]
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, weights, x_ref.transpose((1, 0)))
+        return acc_ref[...]
 
-    return pl.run_scoped(multiply, *(plgpu.ACC((ROWS, tokens), jnp.float32) for _ in chosen))
+    return pl.run_scoped(multiply, plgpu.ACC((ROWS, x_ref.shape[0]), jnp.float32))
 
 
 def inputs(x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Array, form: Form) -> dict[str, Array]:
