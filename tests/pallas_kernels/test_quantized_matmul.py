@@ -279,7 +279,7 @@ def test_parts_that_do_not_fit(plain_calls, change, message):
 
 
 def test_calls_that_do_not_fit(plain_calls):
-    weight = round_weight(normal(16, 8, 64), "int4", group_size=32)
+    weight = round_weight(normal(16, 16, 64), "int4", group_size=32)
     with pytest.raises(ValueError, match="end with 64 inputs; got float32 of shape \\(2, 63\\)"):
         quantized_matmul(jnp.ones((2, 63)), weight)
     with pytest.raises(ValueError, match=r"implementation must be None or one of .*'cuda'"):
@@ -288,6 +288,9 @@ def test_calls_that_do_not_fit(plain_calls):
         quantized_matmul(jnp.ones((2, 64)), weight, implementation="mosaic")
     with pytest.raises(NotImplementedError, match=r'"mosaic": needs an NVIDIA GPU of compute capability 9\.0'):
         quantized_matmul(jnp.ones((2, 64), jnp.bfloat16), weight, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match='"mosaic": needs a multiple of 16 outputs; got 8'):
+        narrow = round_weight(normal(16, 8, 64), "int4", group_size=32)
+        quantized_matmul(jnp.ones((2, 64), jnp.bfloat16), narrow, implementation="mosaic")
     with pytest.raises(NotImplementedError, match='"mosaic": multiplies with int4 codes; got int8'):
         quantized_matmul(
             jnp.ones((2, 64), jnp.bfloat16), round_weight(normal(16, 8, 64), "int8"), implementation="mosaic"
