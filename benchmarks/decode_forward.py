@@ -6,10 +6,13 @@ One forward reads every weight and the live cache once, so its floor is those by
 bandwidth. An autoregressive step is forward + append + argmax; a denoising step is a forward over `block` tokens
 that only reads the cache, plus the argmax and the log-sum-exp of every position. Both run as users run them: one
 jitted call per step, cache donated. The profile lists every device operation above 2 %. `--attention` forces an
-implementation of the attention to the cache; without it the automatic choice runs.
+implementation of the attention to the cache; without it the automatic choice runs. `--weights` takes the linears of
+all blocks in several formats in turn: int4 in groups of 128 with zeros, and the same behind ParoQuant's scales and
+rotations ("paroquant"); embedding and head stay bfloat16.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -21,11 +24,16 @@ import numpy as np
 from benchmarks import report
 from jaxmodels import qwen
 from jaxmodels.cache import KVCache
+from jaxmodels.checkpoints.mapping import flatten, unflatten
+from jaxmodels.quantization.whole import round_params
 from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.masks import Full
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
 
 # The layers scanned, written out over slices of the stacked arrays, and written out over arrays of their own.
 PATHS = ("scanned", "unrolled", "unstacked")
+WEIGHTS = ("bfloat16", "int4", "paroquant")
+GROUP_SIZE, ROTATIONS = 128, 8  # of "int4" and "paroquant"
 
 
 def copy_bandwidth(gigabytes: float = 4.0) -> float:
@@ -38,6 +46,35 @@ def copy_bandwidth(gigabytes: float = 4.0) -> float:
 
 def bytes_of(tree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def in_format(lm, params, weights: str):
+    """The parameters with the linears of all blocks in a format; random rotations for "paroquant"."""
+    if weights == "bfloat16":
+        return params
+    rounded = jax.jit(lambda params: round_params(lm, params, "int4", group_size=GROUP_SIZE))(params)
+    return rounded if weights == "int4" else rotated(rounded)
+
+
+@jax.jit
+def rotated(params):
+    """Parameters in int4 behind random scales and rotations of their inputs."""
+    leaves, rng = flatten(params), np.random.default_rng(0)
+    for path, weight in leaves.items():
+        if isinstance(weight, QuantizedTensor):
+            layers, inputs = len(weight.codes), weight.inputs
+            key = jax.random.key(len(path) + inputs)
+            pairs = np.argsort(rng.random((ROTATIONS, inputs // GROUP_SIZE, GROUP_SIZE)), axis=-1)
+            pairs = jnp.asarray(pairs.reshape(ROTATIONS, inputs), jnp.int16)
+            leaves[path] = dataclasses.replace(
+                weight,
+                input_scales=jax.random.uniform(key, (layers, inputs), jnp.float16, 0.5, 2.0),
+                rotation=Rotation(
+                    theta=jax.random.normal(key, (layers, ROTATIONS, inputs // 2), jnp.float16),
+                    pairs=jnp.tile(pairs, (layers, 1, 1)),
+                ),
+            )
+    return unflatten(leaves)
 
 
 def measure(
@@ -115,6 +152,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS)
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["bfloat16"])
     parser.add_argument(
         "--attention", nargs="+", choices=[*decode_api.IMPLEMENTATIONS], help="implementations to compare, in turn"
     )
@@ -124,21 +162,23 @@ def main() -> None:
     lm = qwen.build(getattr(qwen.QwenConfig, arguments.preset)())
     bandwidth = copy_bandwidth(4.0 if on_gpu else 0.25)
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    params = jax.jit(lm.init, static_argnums=1)(jax.random.key(0), jnp.dtype(jnp.bfloat16))
-    print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights")
+    dense = jax.jit(lm.init, static_argnums=1)(jax.random.key(0), jnp.dtype(jnp.bfloat16))
     record = report.Record("decode_forward", preset=arguments.preset, copy_bytes_per_second=bandwidth)
-    for path in arguments.paths:
-        weights = lm.unstack(params) if path == "unstacked" else params
-        choices = arguments.attention or ["automatic"]
-        for batch, length, choice in itertools.product(arguments.batches, arguments.lengths, choices):
-            if arguments.attention:
-                decode_api.automatic = lambda *_, choice=choice, **__: (choice, "")  # models name no implementation
-            print(f"attention: {choice}")
-            for row in measure(
-                lm, weights, batch=batch, length=length, block=arguments.block, path=path,
-                profile=on_gpu, bandwidth=bandwidth,
-            ):  # fmt: skip
-                record.add(row | {"attention": [choice]})
+    for form in arguments.weights:
+        params = in_format(lm, dense, form)
+        print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights in {form}")
+        for path in arguments.paths:
+            weights = lm.unstack(params) if path == "unstacked" else params
+            choices = arguments.attention or ["automatic"]
+            for batch, length, choice in itertools.product(arguments.batches, arguments.lengths, choices):
+                if arguments.attention:
+                    decode_api.automatic = lambda *_, choice=choice, **__: (choice, "")  # models name no implementation
+                print(f"attention: {choice}")
+                for row in measure(
+                    lm, weights, batch=batch, length=length, block=arguments.block, path=path,
+                    profile=on_gpu, bandwidth=bandwidth,
+                ):  # fmt: skip
+                    record.add({"weights": form} | row | {"attention": [choice]})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.dispatch_table            # writes it
     python -m benchmarks.dispatch_table --check    # fails if it is not what the results give
 
-Run it after new results of `benchmarks.attention_gpu` or `benchmarks.decode_attention_gpu` were committed. Newer
+Run it after new results of `benchmarks.attention_gpu`, `decode_attention_gpu` or `quantized_matmul` were committed. Newer
 results replace older ones: a kind of call that fails its latest check is not covered, whatever earlier checks said.
 Timings count only where XLA took part, in the same process. For gradients cuDNN is charged a second forward pass: what
 it keeps for the backward has no name, so a rematerialisation policy that keeps "attention" cannot keep it.
@@ -18,11 +18,19 @@ from typing import Any
 
 from benchmarks.report import RESULTS
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import OWN_KEYS, Kind
+from pallas_kernels.dispatch import OWN_KEYS, Kind, ProductKind
 
 GRADIENTS = " + gradients"
-IMPLEMENTATIONS = {"flash_attention": ("mosaic", "cudnn", "xla"), "decode_attention": ("mosaic", "xla")}
-RECORDS = {"flash_attention": "attention_gpu", "decode_attention": "decode_attention_gpu"}
+IMPLEMENTATIONS = {
+    "flash_attention": ("mosaic", "cudnn", "xla"),
+    "decode_attention": ("mosaic", "xla"),
+    "quantized_matmul": ("mosaic", "xla"),
+}
+RECORDS = {
+    "flash_attention": "attention_gpu",
+    "decode_attention": "decode_attention_gpu",
+    "quantized_matmul": "quantized_matmul",
+}
 
 FLASH = re.compile(
     r"(?P<mask>\w+)\((?P<options>[^)]*)\) (?:(?P<limits>[a-z ]+) )?B=(?P<B>\d+) T=(?P<T>\d+) S=(?P<S>\d+) N=(?P<N>\d+) "
@@ -34,6 +42,10 @@ DECODE = re.compile(
     r"(?: (?P<codes>int8|float8_e4m3fn) per (?P<scales>\w+))? (?P<own>no own|own \w+)(?P<own_lengths> own_lengths)?"
     r"(?P<ring> ring)?(?: window (?P<window>\d+))?(?: ragged| live \d+)"
     r"(?: skipping (?P<skip>\d+ chains \d+), [\d.]+ small)?"
+)
+PRODUCT = re.compile(
+    r"M=(?P<rows>\d+) (?P<outputs>\d+)x(?P<inputs>\d+) groups of (?P<size>-?\d+) (?P<scales>\w+) "
+    r"(?P<zeros>zeros|symmetric) to (?P<result>\w+)"
 )
 SKIP_TILE = "64x128"  # of every timed and checked call of flash_attention so far
 
@@ -76,7 +88,15 @@ def decode_call(shape: str) -> tuple[Kind, dict[str, int], str]:
     return kind, sizes, "mosaic"
 
 
-PARSERS = {"flash_attention": flash_call, "decode_attention": decode_call}
+def product_call(shape: str) -> tuple[ProductKind, dict[str, int], str]:
+    """The same for `quantized_matmul`."""
+    if (found := PRODUCT.fullmatch(shape)) is None:
+        raise ValueError(f"not a shape of benchmarks.quantized_matmul: {shape!r}")
+    kind = ProductKind("int4", int(found["size"]), found["zeros"] == "zeros", found["scales"], found["result"])
+    return kind, {name: int(found[name]) for name in ("rows", "outputs", "inputs")}, "mosaic"
+
+
+PARSERS = {"flash_attention": flash_call, "decode_attention": decode_call, "quantized_matmul": product_call}
 
 
 def times_of(op: str, results: dict[str, Any]) -> dict[bool, dict[str, float]]:
@@ -105,8 +125,7 @@ def derive(records: list[dict[str, Any]]) -> dict[str, Any]:
             if "passes" in row:
                 has_gradients = "dq_error" in row
                 verdicts.setdefault((by, kind.name), []).append((bool(row["passes"]), has_gradients))
-                continue
-            for gradients, ms in times_of(record["op"], row["results"]).items():
+            for gradients, ms in times_of(record["op"], row.get("results", {})).items():
                 if "xla" in ms and len(ms) > 1:
                     point = {"kind": kind.name, "gradients": gradients, "sizes": sizes}
                     point["ms"] = {name: float(f"{value:.4g}") for name, value in sorted(ms.items())}
@@ -126,12 +145,12 @@ def derive(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def committed(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """The GPU results of both operations, oldest first. Checks of before gradients were compared are left out."""
+    """The GPU results of all operations, oldest first. Checks of before gradients were compared are left out."""
     records = []
     for op, prefix in RECORDS.items():
         for path in results.glob(f"{prefix}-*.json"):
             content = json.loads(path.read_text())
-            rows = [row for row in content.get("rows", []) if "config" not in row or op == "decode_attention"]
+            rows = [row for row in content.get("rows", []) if "config" not in row or op != "flash_attention"]
             rows = [row for row in rows if "shape" in row]
             environment = content["environment"]
             records.append({"op": op, "device": environment["device"], "date": environment["date"], "rows": rows})

@@ -15,17 +15,14 @@ zeros, activations and result once, and is compared with a device copy measured 
 written). `dense` is XLA's product with bfloat16 weights, each layer an array of its own; `xla` makes bfloat16 weights
 of the codes on the fly. A shape is timed after its result was compared with NumPy's, and not when it is wrong.
 
-What to expect, written before the first run. Copy bandwidth 2.7 TB/s on an H100 and 4.3 on an H200 of our other
-results; the start of a kernel and the sum of partial results cost about 5 us together. On an H200, up to 16 tokens:
-4096 x 4096 is 8.7 MB, 2 + 5 us (29 %; XLA's bfloat16 product 8 + 2 us); 12288 x 4096 26 MB, 6 + 5 us (55 %); 28672 x
-8192 122 MB, 28 + 6 us (84 %). 64 tokens are as many bytes to each CTA from the L2 cache as the weights, though two CTAs
-share them: two thirds of that speed. Prefill of 4096 tokens: each warpgroup waits for
-its products, which the other one's conversions fill; 70 to 90 % of XLA's bfloat16 product.
+Copies move 3.0 to 4.3 TB/s on an H200, and the start of a kernel and the sum of partial results cost 5 us together. So
+up to 16 tokens of 4096 x 4096, 8.7 MB, cannot take less than 7 us, 12288 x 4096, 26 MB, less than 11.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 import time
@@ -167,6 +164,10 @@ def check_shapes() -> Iterator[Shape]:
             yield Shape(rows=rows, outputs=outputs, inputs=inputs, group_size=-1 if inputs == 416 else 128, layers=3)
     yield Shape(rows=8, outputs=28672, inputs=8192)
     yield Shape(rows=8, outputs=4096, inputs=12288)
+    grids = itertools.product((32, 64, 128, 256, -1), (True, False), ("float16", "float32"), ("float32", "bfloat16"))
+    for group_size, zeros, scales, dtype in grids:  # every kind of call
+        for rows in (8, 64, 300):
+            yield Shape(rows=rows, outputs=1024, group_size=group_size, zeros=zeros, scales=scales, dtype=dtype)
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -199,8 +200,10 @@ def time_shapes() -> Iterator[Shape]:
     for rows in (4096, 1024, 256, 128):
         for outputs, inputs in sizes[:2]:
             yield Shape(rows=rows, outputs=outputs, inputs=inputs, dtype="bfloat16").cold()
-    for group_size in (32, 64, -1):
-        yield Shape(rows=8, outputs=12288, group_size=group_size).cold()
+    for group_size, rows in itertools.product((32, 64), (1, 8, 64, 128)):
+        for outputs in (4096, 12288, 1024):
+            yield Shape(rows=rows, outputs=outputs, group_size=group_size).cold()
+    yield Shape(rows=8, outputs=12288, group_size=-1).cold()
     yield Shape(rows=8, outputs=12288, zeros=False).cold()
 
 

@@ -29,15 +29,19 @@ from pallas_kernels import compat, partitioning
 
 TABLE = Path(__file__).with_name("measured.json")
 # Sizes that may exceed every timed one: more of the same work. Others must not.
-UNBOUNDED = {"flash_attention": ("queries", "keys", "work"), "decode_attention": ("keys",)}
+UNBOUNDED = {
+    "flash_attention": ("queries", "keys", "work"),
+    "decode_attention": ("keys",),
+    "quantized_matmul": ("outputs", "inputs"),
+}
 # Sizes that may lie below half of the smallest timed one. A decoding step over 1,024 cached tokens gained as much time
 # from the kernel as one over 8,192 (`benchmarks/results/decode_forward-*`).
-SHRINKING = {"flash_attention": (), "decode_attention": ("rows", "batch", "keys")}
+SHRINKING = {"flash_attention": (), "decode_attention": ("rows", "batch", "keys"), "quantized_matmul": ("rows",)}
 OWN_KEYS = "own keys"
 
 
 class Kind(NamedTuple):
-    """What decides which code of a kernel a call runs, its sizes apart."""
+    """What decides which code of an attention kernel a call runs, its sizes apart."""
 
     mask: str  # type of the mask; of decode_attention: what is attended beside the cache
     dtype: str
@@ -70,6 +74,34 @@ class Kind(NamedTuple):
         return tuple(dict.fromkeys(kinds))
 
 
+class ProductKind(NamedTuple):
+    """The same for a product with a quantized weight."""
+
+    codes: str
+    group_size: int  # -1: all inputs
+    zeros: bool
+    scales: str  # dtype
+    result: str  # dtype
+
+    @property
+    def name(self) -> str:
+        zeros = "zeros" if self.zeros else "symmetric"
+        return f"{self.codes} groups of {self.group_size} {self.scales} {zeros} to {self.result}"
+
+    def alike(self) -> tuple["ProductKind", ...]:
+        """Itself; then with other zeros, scales and results, a small part of the bytes and no part of XLA's time.
+
+        Groups of more than 128 inputs cost a kernel what those of 128 do. Smaller ones cost it more.
+        """
+        sizes = (self.group_size, *((128,) if self.group_size == -1 or self.group_size > 128 else ()))
+        grids = [(zeros, scales) for zeros in (self.zeros, True) for scales in (self.scales, "float16")]
+        results = (self.result, *(name for name in ("float32", "bfloat16") if name != self.result))
+        kinds = [
+            ProductKind(self.codes, size, *grid, result) for size in sizes for grid in grids for result in results
+        ]
+        return tuple(dict.fromkeys(kinds))
+
+
 @functools.cache
 def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
@@ -82,7 +114,7 @@ def default_device() -> Any:
 
 def preferred(
     op: str,
-    kind: Kind,
+    kind: Kind | ProductKind,
     sizes: Mapping[str, int],
     *,
     gradients: bool,
@@ -122,7 +154,7 @@ def preferred(
     return ("xla",), reason
 
 
-def covers(rows: Sequence[Mapping[str, Any]], name: str, kind: Kind, gradients: bool) -> bool:
+def covers(rows: Sequence[Mapping[str, Any]], name: str, kind: Kind | ProductKind, gradients: bool) -> bool:
     """Whether the first of the devices that checked an implementation of this kind of call found it right."""
     for row in rows:
         kinds = row["checked"].get(name, {})
@@ -134,7 +166,7 @@ def covers(rows: Sequence[Mapping[str, Any]], name: str, kind: Kind, gradients: 
 
 
 def nearest(
-    op: str, timed: list[dict[str, Any]], kind: Kind, sizes: Mapping[str, int], gradients: bool
+    op: str, timed: list[dict[str, Any]], kind: Kind | ProductKind, sizes: Mapping[str, int], gradients: bool
 ) -> tuple[dict[str, float] | None, str]:
     """Milliseconds by implementation in the timed call that is nearest in its sizes; or None, and why."""
     for like in kind.alike():

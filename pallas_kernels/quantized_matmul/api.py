@@ -1,9 +1,12 @@
 """`quantized_matmul`: argument checks and the choice of implementation."""
 
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
@@ -30,8 +33,9 @@ def quantized_matmul(
       x: activations; float32, bfloat16 or float16.
       weight: see there.
       dtype: type of the result; None is that of `x`.
-      implementation: "mosaic", "xla" or "reference"; None is "xla". The Hopper kernel takes int4 codes, bfloat16
-        activations and one device, has no gradients, and reads the weight of a stack in place.
+      implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`). "mosaic", the Hopper
+        kernel, takes int4 codes, bfloat16 activations and one device, and reads the weight of a stack in place; its
+        gradients are those of "xla".
 
     Raises:
       ValueError: arguments that do not fit together.
@@ -44,26 +48,98 @@ def quantized_matmul(
     weight.check()
     if x.ndim < 1 or x.shape[-1] != weight.inputs or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating and end with {weight.inputs} inputs; got {x.dtype} of shape {x.shape}")
+    dtype = jnp.dtype(dtype or x.dtype)
     turned = weight.turn(x.reshape(math.prod(x.shape[:-1]), weight.inputs))
     if x.dtype == jnp.bfloat16:
         turned = turned.astype(x.dtype)
+    if implementation is None:
+        implementation, _ = automatic(turned, weight, dtype=dtype)
+    elif implementation == "mosaic" and (reason := hopper_unsupported(turned, weight)) is not None:
+        raise NotImplementedError(f'quantized_matmul "mosaic": {reason}')
     if implementation == "mosaic":
-        if (reason := hopper_unsupported(turned, weight)) is not None:
-            raise NotImplementedError(f'quantized_matmul "mosaic": {reason}')
-        result = mosaic_sm90.run(turned, *_stack(weight), group_size=_groups(weight))
+        result = _on_hopper(turned, weight, _kernel_result(dtype))
     else:
         run = reference.run if implementation == "reference" else xla.run
         result = run(turned, weight.sliced())
-    return result.astype(dtype or x.dtype).reshape(*x.shape[:-1], weight.outputs)
+    return result.astype(dtype).reshape(*x.shape[:-1], weight.outputs)
+
+
+def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any) -> tuple[str, str]:
+    """The implementation that a call without a name takes, and why no other, in words.
+
+    Args:
+      x: activations `[M, I]`, already turned.
+      weight: of the call.
+      dtype: of the result.
+    """
+    if x.shape[0] == 0:
+        return "xla", "nothing to do"
+    if (reason := _unfit(weight)) is not None:
+        return "xla", f"mosaic: {reason}"
+    kind = dispatch.ProductKind(
+        codes=weight.format,
+        group_size=_groups(weight),
+        zeros=weight.zeros is not None,
+        scales=str(weight.scales.dtype),
+        result=str(_kernel_result(dtype)),
+    )
+    sizes = {"rows": x.shape[0], "outputs": weight.outputs, "inputs": weight.inputs}
+    (first, *_), reason = dispatch.preferred("quantized_matmul", kind, sizes, gradients=False)
+    if first == "mosaic" and (why_not := hopper_unsupported(x, weight)) is not None:
+        return "xla", f"mosaic: {why_not}"
+    return first, reason
 
 
 def hopper_unsupported(x: Any, weight: QuantizedTensor) -> str | None:
     """Why the Hopper kernel cannot multiply these activations `[M, I]`, already turned; None when it can."""
-    if weight.format != "int4":
-        return f"multiplies with int4 codes; got {weight.format}"
-    if (reason := dispatch.undivided()) is not None:
+    if (reason := _unfit(weight)) is not None:
         return reason
     return mosaic_sm90.unsupported(x, *_stack(weight), group_size=_groups(weight))
+
+
+def _unfit(weight: QuantizedTensor) -> str | None:
+    if weight.format != "int4":
+        return f"multiplies with int4 codes; got {weight.format}"
+    return dispatch.undivided()
+
+
+def _kernel_result(dtype: Any) -> Any:
+    """What the kernel is asked for, which rounds to bfloat16 itself."""
+    return jnp.dtype(dtype) if dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_hopper(x: Array, weight: QuantizedTensor, dtype: Any) -> Array:
+    """The kernel's product `[M, O]`. A mapped axis of `x` alone is more rows; of anything else, one call after another."""
+
+    @custom_vmap
+    def product(x, parts):
+        return mosaic_sm90.run(x, *parts, group_size=_groups(weight), dtype=dtype)
+
+    @product.def_vmap
+    def mapped(size, is_mapped, x, parts):
+        if is_mapped[0] and not any(jax.tree.leaves(is_mapped[1])):
+            return product(x.reshape(-1, x.shape[-1]), parts).reshape(size, x.shape[1], -1), True
+
+        def one(index):
+            pick = lambda leaf, here: leaf[index] if here else leaf  # noqa: E731
+            return product(pick(x, is_mapped[0]), jax.tree.map(pick, parts, is_mapped[1]))
+
+        return jax.lax.map(one, jnp.arange(size)), True
+
+    return product(x, _stack(weight))
+
+
+def _on_hopper_fwd(x: Array, weight: QuantizedTensor, dtype: Any) -> tuple[Array, Any]:
+    return _on_hopper(x, weight, dtype), (x, weight)
+
+
+def _on_hopper_bwd(dtype: Any, residuals: Any, cotangent: Array) -> Any:
+    del dtype
+    return jax.vjp(lambda x, weight: xla.run(x, weight.sliced()), *residuals)[1](cotangent.astype(jnp.float32))
+
+
+_on_hopper.defvjp(_on_hopper_fwd, _on_hopper_bwd)
 
 
 def _stack(weight: QuantizedTensor) -> tuple[Any, Any, Any, Any]:
