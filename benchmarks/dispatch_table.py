@@ -3,10 +3,10 @@
     python -m benchmarks.dispatch_table            # writes it
     python -m benchmarks.dispatch_table --check    # fails if it is not what the results give
 
-Run it after new results of `benchmarks.attention_gpu`, `decode_attention_gpu` or `quantized_matmul` were committed. Newer
-results replace older ones: a kind of call that fails its latest check is not covered, whatever earlier checks said.
-Timings count only where XLA took part, in the same process. For gradients cuDNN is charged a second forward pass: what
-it keeps for the backward has no name, so a rematerialisation policy that keeps "attention" cannot keep it.
+Run it after new results of `benchmarks.attention_gpu`, `decode_attention_gpu`, `quantized_matmul` or `rotation` were
+committed. Newer results replace older ones: a kind of call that fails its latest check is not covered, whatever earlier
+checks said. Timings count only where XLA took part, in the same process. For gradients cuDNN is charged a second forward
+pass: what it keeps for the backward has no name, so a rematerialisation policy that keeps "attention" cannot keep it.
 """
 
 import argparse
@@ -18,18 +18,20 @@ from typing import Any
 
 from benchmarks.report import RESULTS
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import OWN_KEYS, Kind, ProductKind
+from pallas_kernels.dispatch import OWN_KEYS, Kind, ProductKind, RotationKind
 
 GRADIENTS = " + gradients"
 IMPLEMENTATIONS = {
     "flash_attention": ("mosaic", "cudnn", "xla"),
     "decode_attention": ("mosaic", "xla"),
     "quantized_matmul": ("mosaic", "xla"),
+    "pairwise_rotation": ("mosaic", "xla"),
 }
 RECORDS = {
     "flash_attention": "attention_gpu",
     "decode_attention": "decode_attention_gpu",
     "quantized_matmul": "quantized_matmul",
+    "pairwise_rotation": "rotation",
 }
 
 FLASH = re.compile(
@@ -46,6 +48,10 @@ DECODE = re.compile(
 PRODUCT = re.compile(
     r"M=(?P<rows>\d+) (?P<outputs>\d+)x(?P<inputs>\d+) groups of (?P<size>-?\d+) (?P<scales>\w+) "
     r"(?P<zeros>zeros|symmetric) to (?P<result>\w+)"
+)
+ROTATION = re.compile(
+    r"M=(?P<rows>\d+) I=(?P<channels>\d+) x(?P<rotations>\d+) (?P<steps>\d+) steps in groups of (?P<size>\d+) "
+    r"(?P<dtype>\w+)"
 )
 SKIP_TILE = "64x128"  # of every timed and checked call of flash_attention so far
 
@@ -96,7 +102,20 @@ def product_call(shape: str) -> tuple[ProductKind, dict[str, int], str]:
     return kind, {name: int(found[name]) for name in ("rows", "outputs", "inputs")}, "mosaic"
 
 
-PARSERS = {"flash_attention": flash_call, "decode_attention": decode_call, "quantized_matmul": product_call}
+def rotation_call(shape: str) -> tuple[RotationKind, dict[str, int], str]:
+    """The same for `pairwise_rotations`."""
+    if (found := ROTATION.fullmatch(shape)) is None:
+        raise ValueError(f"not a shape of benchmarks.rotation: {shape!r}")
+    kind = RotationKind(int(found["size"]), int(found["steps"]), found["dtype"])
+    return kind, {name: int(found[name]) for name in ("rows", "channels", "rotations")}, "mosaic"
+
+
+PARSERS = {
+    "flash_attention": flash_call,
+    "decode_attention": decode_call,
+    "quantized_matmul": product_call,
+    "pairwise_rotation": rotation_call,
+}
 
 
 def times_of(op: str, results: dict[str, Any]) -> dict[bool, dict[str, float]]:

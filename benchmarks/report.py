@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -109,8 +110,9 @@ def device_profile(call: Callable[[], Any], *, calls: int = 5) -> dict[str, Any]
                 if not line.name.startswith("Stream"):
                     continue
                 for event in line.events:
-                    durations[event.name] += event.duration_ns
-                    counts[event.name] += 1
+                    name = re.sub(r"_\d+$", "", event.name)  # XLA numbers its fusions
+                    durations[name] += event.duration_ns
+                    counts[name] += 1
                     starts.append(event.start_ns)
                     ends.append(event.start_ns + event.duration_ns)
     if not starts:

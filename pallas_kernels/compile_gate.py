@@ -39,6 +39,7 @@ MODULES = (
     "pallas_kernels.attention.mosaic_sm90",
     "pallas_kernels.decode_attention.mosaic_sm90",
     "pallas_kernels.quantized_matmul.mosaic_sm90",
+    "pallas_kernels.rotation.mosaic_sm90",
 )
 
 # One of each kind of kernel: what every change compiles. Names of shipped cases.
@@ -105,8 +106,8 @@ class CompileCase:
 
     Attributes:
       name: unique among all cases.
-      function: of positional arrays.
-      avals: `jax.ShapeDtypeStruct` of each.
+      function: of positional arguments.
+      avals: `jax.ShapeDtypeStruct` of each, or trees of them.
       shipped: False for configurations that only the full sweep compiles.
       max_spill: bytes a kernel may spill; more than 0 needs a `reason`.
       required: instructions every kernel of the call must contain.
@@ -114,7 +115,7 @@ class CompileCase:
 
     name: str
     function: Callable[..., Any]
-    avals: tuple[jax.ShapeDtypeStruct, ...]
+    avals: tuple[Any, ...]
     shipped: bool = True
     max_spill: int = 0
     reason: str = ""
@@ -285,7 +286,7 @@ def compile_case(case: CompileCase, *, gpu: str = "h100", keep: Path | None = No
     root = _cuda_root()
     importlib.import_module("jax.experimental.mosaic.gpu")  # its import overwrites MOSAIC_GPU_CUDA_ROOT
 
-    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.avals]
+    avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.avals)
     with tempfile.TemporaryDirectory() as temporary:
         dump = Path(temporary) if keep is None else keep
         shutil.rmtree(dump, ignore_errors=True)  # of an earlier run

@@ -33,10 +33,16 @@ UNBOUNDED = {
     "flash_attention": ("queries", "keys", "work"),
     "decode_attention": ("keys",),
     "quantized_matmul": ("outputs", "inputs"),
+    "pairwise_rotation": ("channels", "rotations"),
 }
 # Sizes that may lie below half of the smallest timed one. A decoding step over 1,024 cached tokens gained as much time
 # from the kernel as one over 8,192 (`benchmarks/results/decode_forward-*`).
-SHRINKING = {"flash_attention": (), "decode_attention": ("rows", "batch", "keys"), "quantized_matmul": ("rows",)}
+SHRINKING = {
+    "flash_attention": (),
+    "decode_attention": ("rows", "batch", "keys"),
+    "quantized_matmul": ("rows",),
+    "pairwise_rotation": ("rows", "channels", "rotations"),
+}
 OWN_KEYS = "own keys"
 
 
@@ -96,10 +102,27 @@ class ProductKind(NamedTuple):
         sizes = (self.group_size, *((128,) if self.group_size == -1 or self.group_size > 128 else ()))
         grids = [(zeros, scales) for zeros in (self.zeros, True) for scales in (self.scales, "float16")]
         results = (self.result, *(name for name in ("float32", "bfloat16") if name != self.result))
-        kinds = [
-            ProductKind(self.codes, size, *grid, result) for size in sizes for grid in grids for result in results
-        ]
+        kinds = [ProductKind(self.codes, size, *grid, result) for size in sizes for grid in grids for result in results]
         return tuple(dict.fromkeys(kinds))
+
+
+class RotationKind(NamedTuple):
+    """The same for a rotation of activations."""
+
+    group_size: int
+    steps: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.steps} steps in groups of {self.group_size} {self.dtype}"
+
+    def alike(self) -> tuple["RotationKind", ...]:
+        """Itself, then groups of 128 in bfloat16: a group is a small part of either side's time."""
+        return tuple(dict.fromkeys((self, self._replace(group_size=128, dtype="bfloat16"))))
+
+
+AnyKind = Kind | ProductKind | RotationKind
 
 
 @functools.cache
@@ -114,7 +137,7 @@ def default_device() -> Any:
 
 def preferred(
     op: str,
-    kind: Kind | ProductKind,
+    kind: AnyKind,
     sizes: Mapping[str, int],
     *,
     gradients: bool,
@@ -154,7 +177,7 @@ def preferred(
     return ("xla",), reason
 
 
-def covers(rows: Sequence[Mapping[str, Any]], name: str, kind: Kind | ProductKind, gradients: bool) -> bool:
+def covers(rows: Sequence[Mapping[str, Any]], name: str, kind: AnyKind, gradients: bool) -> bool:
     """Whether the first of the devices that checked an implementation of this kind of call found it right."""
     for row in rows:
         kinds = row["checked"].get(name, {})
@@ -166,7 +189,7 @@ def covers(rows: Sequence[Mapping[str, Any]], name: str, kind: Kind | ProductKin
 
 
 def nearest(
-    op: str, timed: list[dict[str, Any]], kind: Kind | ProductKind, sizes: Mapping[str, int], gradients: bool
+    op: str, timed: list[dict[str, Any]], kind: AnyKind, sizes: Mapping[str, int], gradients: bool
 ) -> tuple[dict[str, float] | None, str]:
     """Milliseconds by implementation in the timed call that is nearest in its sizes; or None, and why."""
     for like in kind.alike():

@@ -95,6 +95,33 @@ def _ways(mesh: Any, part: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[name] for name in _axes(part))
 
 
+def over_rows(function: Callable[..., Any], x: Array, rest: Any) -> Any:
+    """`function(x, rest)` with `x [M, ...]` and results of M rows, which must work under `jax.vmap` without a rule.
+
+    A mapped axis of `x` alone is more rows; with one of anything else it is one call after another. Has no derivatives.
+    """
+
+    @custom_vmap
+    def call(x, rest):
+        return function(x, rest)
+
+    @call.def_vmap
+    def mapped(size, is_mapped, x, rest):
+        if is_mapped[0] and not any(jax.tree.leaves(is_mapped[1])):
+            results = call(x.reshape(-1, *x.shape[2:]), rest)
+            results = jax.tree.map(lambda result: result.reshape(size, -1, *result.shape[1:]), results)
+        else:
+
+            def one(index):
+                pick = lambda leaf, here: leaf[index] if here else leaf  # noqa: E731
+                return call(*jax.tree.map(pick, (x, rest), (is_mapped[0], is_mapped[1])))
+
+            results = jax.lax.map(one, jnp.arange(size))
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call(x, rest)
+
+
 def _rows_under_vmap(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
     """`function` of arrays whose first axes are rows; a mapped axis is merged with them."""
 

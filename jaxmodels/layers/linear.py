@@ -1,13 +1,15 @@
-"""The one linear operation of all models."""
+"""The one linear operation of all models, for one weight or several."""
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized_matmul import QuantizedTensor, quantized_matmul
+from pallas_kernels.quantized_matmul import QuantizedTensor, quantized_matmuls
 
 FEW_ROWS = 64
 """On a CPU, products with at most this many rows run with the weight as the left operand (see `linear`)."""
@@ -35,6 +37,42 @@ def linear(
       equation: the two operands in the letters of the legend; `...` stands for the leading axes.
       dtype: type of the result, also of the accumulation; None means that of `x`.
     """
+    (result,) = linears(x, (weight,), (equation,), dtype=dtype)
+    return result
+
+
+def linears(
+    x: Float[Array, "..."],
+    weights: Sequence[Float[Array, "..."] | QuantizedTensor],
+    equations: Sequence[str],
+    *,
+    dtype: jnp.dtype | None = None,
+) -> tuple[Float[Array, "..."], ...]:
+    """`linear` of the same activations with several weights, such as those of queries, keys and values.
+
+    Quantized weights that change their activations first have that done for all of them together.
+    """
+    operands = [_operand(x, weight, equation) for weight, equation in zip(weights, equations, strict=True)]
+    dtype = dtype or x.dtype
+    quantized = [i for i, weight in enumerate(weights) if isinstance(weight, QuantizedTensor)]
+    products: dict[int, Array] = {}
+    if quantized:
+        rows = operands[quantized[0]].rows
+        given = [weights[i] for i in quantized]
+        products = dict(zip(quantized, quantized_matmuls(rows, given, dtype=dtype), strict=True))
+    for i, weight in enumerate(weights):
+        if i not in products:
+            products[i] = _product(operands[i].rows, weight, dtype)
+    return tuple(products[i].reshape(operand.shape) for i, operand in enumerate(operands))
+
+
+class _Operand(NamedTuple):
+    rows: Array  # activations, with the contracted axes merged
+    shape: tuple[int, ...]  # of the result
+
+
+def _operand(x: Array, weight: Array | QuantizedTensor, equation: str) -> _Operand:
+    """Checks that the operands fit the equation."""
     inputs, output = equation.split("->")
     x_axes, weight_axes = inputs.split(",")
     contracted = "".join(axis for axis in weight_axes if axis in x_axes)
@@ -48,13 +86,10 @@ def linear(
     lead_shape, produced_shape = x.shape[: x.ndim - len(contracted)], weight.shape[: len(produced)]
     if x.shape[len(lead_shape) :] != weight.shape[len(produced) :]:
         raise ValueError(f"{equation}: x {x.shape} and weight {weight.shape} differ in the contracted axes")
+    if isinstance(weight, QuantizedTensor) and weight.num_inputs != len(contracted):
+        raise ValueError(f"{equation}: {len(contracted)} contracted axes; the weight has {weight.num_inputs}")
     rows = x.reshape(*lead_shape, math.prod(weight.shape[len(produced) :]))
-    if isinstance(weight, QuantizedTensor):
-        if weight.num_inputs != len(contracted):
-            raise ValueError(f"{equation}: {len(contracted)} contracted axes; the weight has {weight.num_inputs}")
-        product = quantized_matmul(rows, weight, dtype=dtype or x.dtype)
-        return product.reshape(*lead_shape, *produced_shape)
-    return _product(rows, weight, dtype or x.dtype).reshape(*lead_shape, *produced_shape)
+    return _Operand(rows, (*lead_shape, *produced_shape))
 
 
 # A backward pass keeps the operands as they came. Of a weight that a scan consumes that is no second copy; of its

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.cache import KV, Cache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
-from jaxmodels.layers import apply_rope, embed, linear, rms_norm, rope_tables
+from jaxmodels.layers import apply_rope, embed, linear, linears, rms_norm, rope_tables
 from jaxmodels.qwen.config import QwenConfig
 from jaxmodels.sharding import constrain
 from jaxmodels.sparse_attention import SkipAttention, SkipCounts, SkipMeasure
@@ -179,9 +179,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, window: int | None
     ) -> tuple[Float[Array, "B T D"], KV, tuple]:
-        q = linear(x, self.q[...], "BTD,NHD->BTNH")
-        k = linear(x, self.k[...], "BTD,KHD->BTKH")
-        v = linear(x, self.v[...], "BTD,KHD->BTKH")
+        weights = (self.q[...], self.k[...], self.v[...])
+        q, k, v = linears(x, weights, ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"))
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if self.config.qk_norm:
@@ -202,8 +201,7 @@ class Mlp(nnx.Module):
         self.down = weight(rngs, (D, F), ("embed", "mlp"), dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = linear(x, self.gate[...], "BTD,FD->BTF")
-        up = linear(x, self.up[...], "BTD,FD->BTF")
+        gate, up = linears(x, (self.gate[...], self.up[...]), ("BTD,FD->BTF", "BTD,FD->BTF"))
         return linear(gated_silu(gate, up), self.down[...], "BTF,DF->BTD")
 
 

@@ -1,17 +1,17 @@
-"""`quantized_matmul`: argument checks and the choice of implementation."""
+"""`quantized_matmul` and `quantized_matmuls`: argument checks and the choice of implementation."""
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partitioning
 from pallas_kernels.quantized_matmul import mosaic_sm90, reference, xla
-from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
+from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, turn_all
 
 NAMES = ("mosaic", "xla", "reference")
 
@@ -41,17 +41,38 @@ def quantized_matmul(
       ValueError: arguments that do not fit together.
       NotImplementedError: "mosaic" cannot run this call, and why.
     """
+    (result,) = quantized_matmuls(x, (weight,), dtype=dtype, implementation=implementation)
+    return result
+
+
+def quantized_matmuls(
+    x: Float[Array, "*rows I"],
+    weights: Sequence[QuantizedTensor],
+    *,
+    dtype: Any = None,
+    implementation: str | None = None,
+) -> tuple[Array, ...]:
+    """`quantized_matmul` of the same activations with each of the weights, which are rotated for all in one launch."""
     if implementation not in (None, *NAMES):
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
-    if not isinstance(weight, QuantizedTensor):
-        raise ValueError(f"weight must be a QuantizedTensor; got {type(weight).__name__}")
-    weight.check()
-    if x.ndim < 1 or x.shape[-1] != weight.inputs or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be floating and end with {weight.inputs} inputs; got {x.dtype} of shape {x.shape}")
+    for weight in weights:
+        if not isinstance(weight, QuantizedTensor):
+            raise ValueError(f"weight must be a QuantizedTensor; got {type(weight).__name__}")
+        weight.check()
+        if x.ndim < 1 or x.shape[-1] != weight.inputs or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"x must be floating and end with {weight.inputs} inputs; got {x.dtype} of shape {x.shape}"
+            )
     dtype = jnp.dtype(dtype or x.dtype)
-    turned = weight.turn(x.reshape(math.prod(x.shape[:-1]), weight.inputs))
-    if x.dtype == jnp.bfloat16:
-        turned = turned.astype(x.dtype)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    products = (
+        _product(turned, weight, dtype, implementation)
+        for turned, weight in zip(turn_all(rows, weights), weights, strict=True)
+    )
+    return tuple(product.reshape(*x.shape[:-1], product.shape[1]) for product in products)
+
+
+def _product(turned: Array, weight: QuantizedTensor, dtype: Any, implementation: str | None) -> Array:
     if implementation is None:
         implementation, _ = automatic(turned, weight, dtype=dtype)
     elif implementation == "mosaic" and (reason := hopper_unsupported(turned, weight)) is not None:
@@ -61,7 +82,7 @@ def quantized_matmul(
     else:
         run = reference.run if implementation == "reference" else xla.run
         result = run(turned, weight.sliced())
-    return result.astype(dtype).reshape(*x.shape[:-1], weight.outputs)
+    return result.astype(dtype)
 
 
 def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any) -> tuple[str, str]:
@@ -110,24 +131,12 @@ def _kernel_result(dtype: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _on_hopper(x: Array, weight: QuantizedTensor, dtype: Any) -> Array:
-    """The kernel's product `[M, O]`. A mapped axis of `x` alone is more rows; of anything else, one call after another."""
+    """The kernel's product `[M, O]`; its derivatives are XLA's."""
 
-    @custom_vmap
     def product(x, parts):
         return mosaic_sm90.run(x, *parts, group_size=_groups(weight), dtype=dtype)
 
-    @product.def_vmap
-    def mapped(size, is_mapped, x, parts):
-        if is_mapped[0] and not any(jax.tree.leaves(is_mapped[1])):
-            return product(x.reshape(-1, x.shape[-1]), parts).reshape(size, x.shape[1], -1), True
-
-        def one(index):
-            pick = lambda leaf, here: leaf[index] if here else leaf  # noqa: E731
-            return product(pick(x, is_mapped[0]), jax.tree.map(pick, parts, is_mapped[1]))
-
-        return jax.lax.map(one, jnp.arange(size)), True
-
-    return product(x, _stack(weight))
+    return partitioning.over_rows(product, x, _stack(weight))
 
 
 def _on_hopper_fwd(x: Array, weight: QuantizedTensor, dtype: Any) -> tuple[Array, Any]:

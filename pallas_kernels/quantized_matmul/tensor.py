@@ -5,6 +5,7 @@ Letters: O outputs, I inputs (the contracted channels), g inputs of a group, G =
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized_matmul import nibbles
-from pallas_kernels.rotation import pairwise_rotation
+from pallas_kernels.rotation import Turn, pairwise_rotation, pairwise_rotations
 
 Format = Literal["int4", "int8", "fp8", "nvfp4"]
 Activations = Literal["int8", "fp8"]
@@ -34,7 +35,7 @@ class QuantizedTensor:
     """A weight `[*outputs, *inputs]` as codes, scales, and what happens to activations before they meet them.
 
     The matrix of codes stands for `W[o, i] = (codes[o, i] - zeros[k, o]) * scales[k, o] * global_scale`, k the group of
-    input i. Its product with activations x is that of `turn(x)`: x times `input_scales`, rotated, and in the `order`
+    input i. Its product with activations x is that of `turn_all`: x times `input_scales`, rotated, and in the `order`
     of the codes' inputs. With every leaf stacked along a first axis L, and `layer` its index, it is one layer's weight;
     the stack itself has no `layer` and is what scans and slices take apart.
 
@@ -105,9 +106,9 @@ class QuantizedTensor:
 
     def sliced(self) -> "QuantizedTensor":
         """The weight with leaves of its own; one of a stack is cut out."""
-        return self if self.layer is None else self._own(dataclasses.replace(self, layer=None))
+        return self if self.layer is None else self.own(dataclasses.replace(self, layer=None))
 
-    def _own(self, stacked: Any) -> Any:
+    def own(self, stacked: Any) -> Any:
         """This layer's part of some leaves."""
         if self.layer is None:
             return stacked
@@ -157,17 +158,36 @@ class QuantizedTensor:
                     f"{name}: {part} must be {wanted} of shape {stack + shape}; got {array.dtype} {tuple(array.shape)}"
                 )
 
-    def turn(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows I"]:
-        """Activations as the codes meet them. In float32 when anything is done to them, which may outgrow float16."""
-        if self.input_scales is None and self.rotation is None and self.order is None:
-            return x
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        rotation, scales, order = (self._own(part) for part in (self.rotation, self.input_scales, self.order))
-        if rotation is not None:
-            x = pairwise_rotation(x, *rotation, scales, group_size=self.group_size)
-        elif scales is not None:
-            x = x * scales.astype(x.dtype)
-        return x if order is None else x[..., order]
+
+def turn_all(x: Float[Array, "*rows I"], weights: Sequence[QuantizedTensor]) -> tuple[Float[Array, "*rows I"], ...]:
+    """Activations as the codes of each weight meet them: scaled, rotated, in order.
+
+    bfloat16 stays bfloat16, rounded once after float32; anything else that is changed becomes float32, since scaled and
+    rotated channels may outgrow float16. Rotations in groups of one size run together.
+    """
+    turned: dict[int, Array] = {}
+    together: dict[int, list[int]] = {}
+    for i, weight in enumerate(weights):
+        if weight.input_scales is None and weight.rotation is None and weight.order is None:
+            turned[i] = x
+        elif weight.rotation is not None:
+            together.setdefault(weight.group_size, []).append(i)
+        else:
+            turned[i] = _wide(x)
+    for group_size, members in together.items():
+        turns = [Turn(*weights[i].rotation, weights[i].input_scales, weights[i].layer) for i in members]
+        turned |= zip(members, pairwise_rotations(_wide(x), turns, group_size=group_size), strict=True)
+
+    def finished(x: Array, weight: QuantizedTensor) -> Array:
+        if weight.input_scales is not None and weight.rotation is None:
+            x = (x * weight.own(weight.input_scales).astype(jnp.float32)).astype(x.dtype)
+        return x if weight.order is None else x[..., weight.own(weight.order)]
+
+    return tuple(finished(turned[i], weight) for i, weight in enumerate(weights))
+
+
+def _wide(x: Array) -> Array:
+    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "O I"]:

@@ -1,5 +1,6 @@
 """Pairwise rotations of channels (ParoQuant)."""
 
-from pallas_kernels.rotation.api import pairwise_rotation
+from pallas_kernels.rotation.api import pairwise_rotation, pairwise_rotations
+from pallas_kernels.rotation.turn import Turn
 
-__all__ = ["pairwise_rotation"]
+__all__ = ["Turn", "pairwise_rotation", "pairwise_rotations"]

@@ -1,9 +1,17 @@
-"""`pairwise_rotation`: argument checks and the choice of implementation."""
+"""`pairwise_rotation` and `pairwise_rotations`: argument checks and the choice of implementation."""
 
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.rotation import reference, xla
+from pallas_kernels import dispatch, partitioning
+from pallas_kernels.rotation import mosaic_sm90, reference, xla
+from pallas_kernels.rotation.turn import Turn
 
 NAMES = ("mosaic", "xla", "reference")
 
@@ -31,32 +39,117 @@ def pairwise_rotation(
       channel_scales: factor of each channel before the first step; None: 1. Not with `inverse`.
       group_size: channels of a group, even, divides I.
       inverse: apply the transposed matrix instead: the steps in reverse order with negative angles.
-      implementation: "xla" or "reference"; None is "xla". "mosaic" is not written yet.
+      implementation: "mosaic", "xla" or "reference"; None is the automatic choice. "mosaic", the Hopper kernel, rotates
+        forwards; its gradients are those of "xla".
 
     Raises:
       ValueError: arguments that do not fit together.
-      NotImplementedError: "mosaic".
+      NotImplementedError: "mosaic" cannot run this call, and why.
     """
-    if implementation not in (None, *NAMES):
-        raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
-    if implementation == "mosaic":
-        raise NotImplementedError('pairwise_rotation "mosaic": there is no Hopper kernel yet; use "xla"')
-    if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be floating with at least one axis; got {x.dtype} of shape {x.shape}")
-    channels = x.shape[-1]
-    if group_size < 2 or group_size % 2 or channels % group_size:
-        raise ValueError(f"group_size must be even and divide the {channels} channels of x; got {group_size}")
-    if pairs.ndim != 2 or pairs.shape[1] != channels or not jnp.issubdtype(pairs.dtype, jnp.integer):
-        raise ValueError(f"pairs must be integers of shape [R, {channels}]; got {pairs.dtype} of shape {pairs.shape}")
-    if theta.shape != (pairs.shape[0], channels // 2):
-        raise ValueError(f"theta must have shape {(pairs.shape[0], channels // 2)}; got {theta.shape}")
-    if channel_scales is not None and channel_scales.shape != (channels,):
-        raise ValueError(f"channel_scales must have shape {(channels,)}; got {channel_scales.shape}")
     if inverse and channel_scales is not None:
         raise ValueError("channel_scales come before the rotation and have no place in its inverse")
-    run = reference.run if implementation == "reference" else xla.run
+    turn = Turn(theta, pairs, channel_scales)
+    (result,) = _run(x, (turn,), group_size=group_size, inverse=inverse, implementation=implementation)
+    return result
+
+
+def pairwise_rotations(
+    x: Float[Array, "*rows I"], turns: Sequence[Turn], *, group_size: int, implementation: str | None = None
+) -> tuple[Float[Array, "*rows I"], ...]:
+    """`pairwise_rotation` of the same rows by each of the turns, which the Hopper kernel does in one launch.
+
+    A turn whose arrays are stacked along a first axis has the index of its layer.
+    """
+    return _run(x, tuple(turns), group_size=group_size, inverse=False, implementation=implementation)
+
+
+def _run(
+    x: Array, turns: tuple[Turn, ...], *, group_size: int, inverse: bool, implementation: str | None
+) -> tuple[Array, ...]:
+    if implementation not in (None, *NAMES):
+        raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
+    if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating with at least one axis; got {x.dtype} of shape {x.shape}")
+    for turn in turns:
+        _check(turn, x.shape[-1], group_size)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if implementation is None:
+        implementation, _ = automatic(rows, turns, group_size=group_size, inverse=inverse)
+    elif implementation == "mosaic" and (
+        reason := dispatch.undivided() or mosaic_sm90.unsupported(rows, turns, group_size=group_size, inverse=inverse)
+    ):
+        raise NotImplementedError(f'pairwise_rotation "mosaic": {reason}')
+    if implementation == "mosaic":
+        results = _on_hopper(rows, turns, group_size)
+    else:
+        run = reference.run if implementation == "reference" else xla.run
+        results = tuple(_plain(run, rows, turn, group_size, inverse) for turn in turns)
+    return tuple(result.reshape(x.shape) for result in results)
+
+
+def _check(turn: Turn, channels: int, group_size: int) -> None:
+    stack = () if turn.layer is None else turn.pairs.shape[:1]
+    theta, pairs, scales = (None if part is None else part.shape[len(stack) :] for part in turn[:3])
+    if group_size < 2 or group_size % 2 or channels % group_size:
+        raise ValueError(f"group_size must be even and divide the {channels} channels of x; got {group_size}")
+    if len(pairs) != 2 or pairs[1] != channels or not jnp.issubdtype(turn.pairs.dtype, jnp.integer):
+        raise ValueError(
+            f"pairs must be integers of shape [R, {channels}]; got {turn.pairs.dtype} of shape {turn.pairs.shape}"
+        )
+    if theta != (pairs[0], channels // 2):
+        raise ValueError(f"theta must have shape {(*stack, pairs[0], channels // 2)}; got {turn.theta.shape}")
+    if scales is not None and scales != (channels,):
+        raise ValueError(f"channel_scales must have shape {(*stack, channels)}; got {turn.channel_scales.shape}")
+
+
+def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool = False) -> tuple[str, str]:
+    """The implementation that a call without a name takes, and why no other, in words; `x` is `[M, I]`."""
+    if not x.shape[0] or not turns:
+        return "xla", "nothing to do"
+    if (reason := dispatch.undivided()) is not None:
+        return "xla", f"mosaic: {reason}"
+    kind = dispatch.RotationKind(group_size, turns[0].pairs.shape[-2], str(x.dtype))
+    sizes = {"rows": x.shape[0], "channels": x.shape[1], "rotations": len(turns)}
+    (first, *_), reason = dispatch.preferred("pairwise_rotation", kind, sizes, gradients=False)
+    if first == "mosaic":
+        why_not = mosaic_sm90.unsupported(x, turns, group_size=group_size, inverse=inverse)
+        if why_not is not None:
+            return "xla", f"mosaic: {why_not}"
+    return first, reason
+
+
+def _plain(run: Any, x: Array, turn: Turn, group_size: int, inverse: bool) -> Array:
     precise = jnp.promote_types(x.dtype, jnp.float32)
+    theta, pairs, scales = turn[:3]
+    if turn.layer is not None:
+        pick = lambda part: jax.lax.dynamic_index_in_dim(part, turn.layer, keepdims=False)  # noqa: E731
+        theta, pairs, scales = jax.tree.map(pick, (theta, pairs, scales))
     rotated = x.astype(precise)
-    if channel_scales is not None:
-        rotated = rotated * channel_scales.astype(precise)
+    if scales is not None:
+        rotated = rotated * scales.astype(precise)
     return run(rotated, theta.astype(precise), pairs, group_size, inverse=inverse).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_hopper(x: Array, turns: tuple[Turn, ...], group_size: int) -> tuple[Array, ...]:
+    """The kernel's results; its derivatives are XLA's."""
+    stacks = tuple(turn if turn.layer is not None else _stack_of_one(turn) for turn in turns)
+    return partitioning.over_rows(lambda x, turns: mosaic_sm90.run(x, turns, group_size=group_size), x, stacks)
+
+
+def _on_hopper_fwd(x: Array, turns: tuple[Turn, ...], group_size: int) -> tuple[Any, Any]:
+    return _on_hopper(x, turns, group_size), (x, turns)
+
+
+def _on_hopper_bwd(group_size: int, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
+    def plain(x, turns):
+        return tuple(_plain(xla.run, x, turn, group_size, False) for turn in turns)
+
+    return jax.vjp(plain, *residuals)[1](cotangents)
+
+
+_on_hopper.defvjp(_on_hopper_fwd, _on_hopper_bwd)
+
+
+def _stack_of_one(turn: Turn) -> Turn:
+    return jax.tree.map(lambda part: part[None], turn)._replace(layer=jnp.int32(0))

@@ -1,0 +1,175 @@
+"""Rotations of activations on a Hopper GPU: first that they are right, then how long they take.
+
+    python -m benchmarks.rotation check      # every kind of call against NumPy in float64
+    python -m benchmarks.rotation time       # against XLA's paths, in the same process
+
+Needs JAX with CUDA and NumPy. One compiled call rotates with the layers of a stack one after another, by the layer
+index; the rows of a layer are made from the result of the one before by one elementwise operation. `device us` is the
+profiler's sum over all kernels of one layer.
+
+What to expect: parameters of one rotation of 4096 channels are 16 KB of angles and 64 KB of pairs for each of two
+bytes, eight steps of two shared memory accesses and a barrier take about 1 us, reading what the first step needs 1 us,
+and starting a kernel 2 us: 3 to 5 us for up to 16 rows, for one rotation as for three.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import report
+from pallas_kernels import compat
+from pallas_kernels.rotation import Turn, pairwise_rotations
+
+LIMITS = {"float32": 1e-5, "bfloat16": 3e-3}  # relative error in the L2 norm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One call: M rows of I channels, several rotations."""
+
+    rows: int = 1
+    channels: int = 4096
+    group_size: int = 128
+    steps: int = 8
+    rotations: int = 1
+    dtype: str = "bfloat16"
+    layers: int = 2
+
+    @property
+    def name(self) -> str:
+        return (
+            f"M={self.rows} I={self.channels} x{self.rotations} {self.steps} steps in groups of {self.group_size} "
+            f"{self.dtype}"
+        )
+
+    def arguments(self) -> tuple[Any, list[Turn]]:
+        """Rows, and turns of float16 parameters without the index of a layer."""
+        rng = np.random.default_rng(0)
+
+        def one() -> Turn:
+            shape = (self.layers, self.steps, self.channels // self.group_size, self.group_size)
+            pairs = np.argsort(rng.random(shape), axis=-1).reshape(self.layers, self.steps, self.channels)
+            return Turn(
+                theta=jnp.asarray(rng.normal(size=(self.layers, self.steps, self.channels // 2)) * 3, jnp.float16),
+                pairs=jnp.asarray(pairs, jnp.int16),
+                channel_scales=jnp.asarray(rng.uniform(0.2, 3, (self.layers, self.channels)), jnp.float16),
+            )
+
+        x = jnp.asarray(rng.normal(size=(self.rows, self.channels)), self.dtype)
+        return x, [one() for _ in range(self.rotations)]
+
+    def call(self, implementation: str) -> Callable[..., tuple[Any, ...]]:
+        """`call(x, turns, layer)`."""
+
+        def run(x, turns, layer):
+            own = [turn._replace(layer=layer) for turn in turns]
+            return pairwise_rotations(x, own, group_size=self.group_size, implementation=implementation)
+
+        return run
+
+
+def expected(x: np.ndarray, turn: Turn, layer: int, group_size: int) -> np.ndarray:
+    """By the definition, in NumPy and float64, all pairs of a step at once."""
+    theta, pairs, scales = (np.asarray(part[layer]) for part in turn[:3])
+    x = x * scales.astype(np.float64)
+    first = np.arange(x.shape[-1] // 2) * 2 // group_size * group_size
+    for r in range(len(pairs)):
+        i, j = first + pairs[r, 0::2], first + pairs[r, 1::2]
+        cos, sin = np.cos(theta[r].astype(np.float64)), np.sin(theta[r].astype(np.float64))
+        a, b = x[:, i].copy(), x[:, j].copy()
+        x[:, i], x[:, j] = cos * a + sin * b, cos * b - sin * a
+    return x
+
+
+def check_shape(shape: Shape) -> dict[str, Any]:
+    """Compares the last layer of each rotation with NumPy; three runs must give the same bits."""
+    x, turns = shape.arguments()
+    call, layer = jax.jit(shape.call("mosaic")), shape.layers - 1
+    results = call(x, turns, jnp.int32(layer))
+    again = [call(x, turns, jnp.int32(layer)) for _ in range(3)]
+    errors = []
+    for turn, result in zip(turns, results, strict=True):
+        right = expected(np.asarray(x.astype(jnp.float32), np.float64), turn, layer, shape.group_size)
+        errors.append(np.linalg.norm(np.asarray(result.astype(jnp.float32)) - right) / np.linalg.norm(right))
+    row: dict[str, Any] = {"shape": shape.name, "error": float(np.max(errors)), "limit": LIMITS[shape.dtype]}
+    same = [bool((a == b).all()) for repeat in again for a, b in zip(repeat, results, strict=True)]
+    row["bitwise_repeatable"] = all(same)
+    row["passes"] = row["bitwise_repeatable"] and row["error"] < row["limit"]  # a NaN is not below the limit
+    return row
+
+
+def check_shapes() -> Iterator[Shape]:
+    for dtype in ("bfloat16", "float32"):
+        for rows in (1, 2, 3, 8, 16, 17, 100, 1024):
+            yield Shape(rows=rows, dtype=dtype)
+        for group_size in (32, 64, 256):
+            for rows in (1, 7, 16, 50):
+                yield Shape(rows=rows, group_size=group_size, rotations=2, dtype=dtype)
+    for rows in (1, 16, 300):
+        yield Shape(rows=rows, channels=12288)
+        yield Shape(rows=rows, rotations=3, channels=2048)
+
+
+def time_shapes() -> Iterator[Shape]:
+    for rows in (1, 8, 16, 64, 256, 1024, 4096):
+        yield Shape(rows=rows, rotations=3, layers=16)
+        yield Shape(rows=rows, channels=12288, layers=16)
+
+
+def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
+    call = shape.call(implementation)
+
+    @jax.jit
+    def run(x, turns):
+        rows = x
+        for layer in range(shape.layers):
+            results = jax.lax.optimization_barrier(call(rows, turns, jnp.int32(layer)))
+            rows = (x + 1e-30 * sum(result[:, :1] for result in results)).astype(x.dtype)
+        return results
+
+    return run
+
+
+def measure(shape: Shape) -> dict[str, Any]:
+    row = check_shape(shape)
+    results = {}
+    x, turns = shape.arguments()
+    for name in ("mosaic", "xla") if row["passes"] else ():
+        run = over_layers(shape, name)
+        timed = report.timed(lambda run=run: run(x, turns), repeats=10, warm_up=2)
+        profile = report.device_profile(lambda run=run: run(x, turns), calls=3)
+        timed |= {"device_us": 1e3 * profile["device_ms"] / shape.layers, "operations": profile["operations"]}
+        timed["wall_us"] = 1e3 * timed["median_ms"] / shape.layers
+        results[name] = timed
+        print(f"  {name:7s} device {timed['device_us']:8.2f} us  wall {timed['wall_us']:8.2f} us", flush=True)
+    return row | {"results": results}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["check", "time"])
+    arguments = parser.parse_args(argv)
+    if (reason := compat.missing_hopper()) is not None:
+        print(reason, file=sys.stderr)
+        return 2
+    record = report.Record("rotation-check" if arguments.what == "check" else "rotation")
+    for shape in check_shapes() if arguments.what == "check" else time_shapes():
+        try:
+            row = check_shape(shape) if arguments.what == "check" else measure(shape)
+        except Exception as error:  # one shape that fails is a row, not the end
+            row = {"shape": shape.name, "failure": f"{type(error).__name__}: {str(error)[:300]}", "passes": False}
+        record.add(row)
+        print(f"{'ok  ' if row['passes'] else 'FAIL'} {shape.name} {row.get('error', row.get('failure'))}", flush=True)
+    failed = sum(not row["passes"] for row in record.rows)
+    print(f"{len(record.rows)} shapes, {failed} failed")
+    return 1 if failed or not record.rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
