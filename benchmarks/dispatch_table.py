@@ -5,8 +5,9 @@
 
 Run it after new results of `benchmarks.attention_gpu`, `decode_attention_gpu`, `quantized_matmul` or `rotation` were
 committed. Newer results replace older ones: a kind of call that fails its latest check is not covered, whatever earlier
-checks said. Timings count only where XLA took part, in the same process. For gradients cuDNN is charged a second forward
-pass: what it keeps for the backward has no name, so a rematerialisation policy that keeps "attention" cannot keep it.
+checks said. Timings count only where XLA took part, in the same process. For gradients cuDNN is charged a second
+forward pass: what it keeps for the backward has no name, so a rematerialisation policy that keeps "attention" cannot
+keep it.
 """
 
 import argparse
@@ -98,7 +99,8 @@ def product_call(shape: str) -> tuple[ProductKind, dict[str, int], str]:
     """The same for `quantized_matmul`."""
     if (found := PRODUCT.fullmatch(shape)) is None:
         raise ValueError(f"not a shape of benchmarks.quantized_matmul: {shape!r}")
-    kind = ProductKind("int4", int(found["size"]), found["zeros"] == "zeros", found["scales"], found["result"])
+    size = -1 if found["size"] == found["inputs"] else int(found["size"])
+    kind = ProductKind("int4", size, found["zeros"] == "zeros", found["scales"], found["result"])
     return kind, {name: int(found[name]) for name in ("rows", "outputs", "inputs")}, "mosaic"
 
 

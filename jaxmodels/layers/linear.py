@@ -54,14 +54,13 @@ def linears(
     """
     operands = [_operand(x, weight, equation) for weight, equation in zip(weights, equations, strict=True)]
     dtype = dtype or x.dtype
-    quantized = [i for i, weight in enumerate(weights) if isinstance(weight, QuantizedTensor)]
     products: dict[int, Array] = {}
+    quantized = {i: weight for i, weight in enumerate(weights) if isinstance(weight, QuantizedTensor)}
     if quantized:
-        rows = operands[quantized[0]].rows
-        given = [weights[i] for i in quantized]
-        products = dict(zip(quantized, quantized_matmuls(rows, given, dtype=dtype), strict=True))
+        rows = operands[min(quantized)].rows
+        products |= zip(quantized, quantized_matmuls(rows, [*quantized.values()], dtype=dtype), strict=True)
     for i, weight in enumerate(weights):
-        if i not in products:
+        if not isinstance(weight, QuantizedTensor):
             products[i] = _product(operands[i].rows, weight, dtype)
     return tuple(products[i].reshape(operand.shape) for i, operand in enumerate(operands))
 

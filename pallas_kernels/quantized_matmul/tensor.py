@@ -114,6 +114,11 @@ class QuantizedTensor:
             return stacked
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), stacked)
 
+    def as_turn(self) -> Turn:
+        """The rotation, with scales of inputs and the index of the layer."""
+        assert self.rotation is not None
+        return Turn(self.rotation.theta, self.rotation.pairs, self.input_scales, self.layer)
+
     def check(self, name: str = "weight") -> None:
         """Raises ValueError, naming the part, when shapes, dtypes and fields do not fit together."""
         if self.format not in CODES:
@@ -175,7 +180,7 @@ def turn_all(x: Float[Array, "*rows I"], weights: Sequence[QuantizedTensor]) -> 
         else:
             turned[i] = _wide(x)
     for group_size, members in together.items():
-        turns = [Turn(*weights[i].rotation, weights[i].input_scales, weights[i].layer) for i in members]
+        turns = [weights[i].as_turn() for i in members]
         turned |= zip(members, pairwise_rotations(_wide(x), turns, group_size=group_size), strict=True)
 
     def finished(x: Array, weight: QuantizedTensor) -> Array:

@@ -89,7 +89,7 @@ def _run(
 
 def _check(turn: Turn, channels: int, group_size: int) -> None:
     stack = () if turn.layer is None else turn.pairs.shape[:1]
-    theta, pairs, scales = (None if part is None else part.shape[len(stack) :] for part in turn[:3])
+    theta, pairs = turn.theta.shape[len(stack) :], turn.pairs.shape[len(stack) :]
     if group_size < 2 or group_size % 2 or channels % group_size:
         raise ValueError(f"group_size must be even and divide the {channels} channels of x; got {group_size}")
     if len(pairs) != 2 or pairs[1] != channels or not jnp.issubdtype(turn.pairs.dtype, jnp.integer):
@@ -98,7 +98,7 @@ def _check(turn: Turn, channels: int, group_size: int) -> None:
         )
     if theta != (pairs[0], channels // 2):
         raise ValueError(f"theta must have shape {(*stack, pairs[0], channels // 2)}; got {turn.theta.shape}")
-    if scales is not None and scales != (channels,):
+    if turn.channel_scales is not None and turn.channel_scales.shape != (*stack, channels):
         raise ValueError(f"channel_scales must have shape {(*stack, channels)}; got {turn.channel_scales.shape}")
 
 

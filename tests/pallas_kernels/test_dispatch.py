@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention_gpu, decode_attention_gpu, dispatch_table
+from benchmarks import attention_gpu, decode_attention_gpu, dispatch_table, quantized_matmul, rotation
 from pallas_kernels import compat, decode_attention, dispatch, flash_attention, masks
 from pallas_kernels.attention import api, cudnn, mosaic_sm90, xla
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.decode_attention import api as decode_api
-from pallas_kernels.dispatch import Kind
+from pallas_kernels.dispatch import Kind, ProductKind, RotationKind
+from pallas_kernels.quantized_matmul import api as product_api
+from pallas_kernels.rotation import api as rotation_api
 
 CAUSAL = Kind("Causal", "bfloat16", "128/128")
 SIZES = {"queries": 1024, "keys": 1024, "work": 2**16}
@@ -175,6 +177,8 @@ def test_the_table_names_only_what_exists():
     for op, implementations in (
         ("flash_attention", api.IMPLEMENTATIONS),
         ("decode_attention", decode_api.IMPLEMENTATIONS),
+        ("quantized_matmul", product_api.NAMES),
+        ("pairwise_rotation", rotation_api.NAMES),
     ):
         for row in dispatch.table()[op].values():
             assert set(row["checked"]) <= set(implementations) - {"xla", "reference"}
@@ -260,6 +264,64 @@ def test_a_decoding_call_is_of_the_kind_of_its_shape_in_the_benchmark(monkeypatc
         options = {"own_mask": shape.own_mask(), **shape.skip_options()}
         jax.eval_shape(lambda a, o=options: decode_attention(layer=0, **o, **a), arguments)
         assert calls[-1] == (kind, sizes), shape.name
+
+
+def test_a_product_is_of_the_kind_of_its_shape_in_the_benchmark(monkeypatch):
+    calls = seen_by(monkeypatch)
+    for shape in (*quantized_matmul.check_shapes(), *quantized_matmul.time_shapes()):
+        kind, sizes, _ = dispatch_table.product_call(shape.name)
+        arguments = jax.eval_shape(shape.arguments)
+
+        def product(arguments, shape=shape):
+            weight = shape.tensor(arguments).of_layer(0)
+            return product_api.quantized_matmul(arguments["x"], weight, dtype=shape.dtype)
+
+        jax.eval_shape(product, arguments)
+        assert calls[-1] == (kind, sizes), shape.name
+
+
+def test_a_rotation_is_of_the_kind_of_its_shape_in_the_benchmark(monkeypatch):
+    calls = seen_by(monkeypatch)
+    for shape in (*rotation.check_shapes(), *rotation.time_shapes()):
+        kind, sizes, _ = dispatch_table.rotation_call(shape.name)
+        x, turns = jax.eval_shape(shape.arguments)
+        call = lambda x, turns, s=shape: rotation_api.pairwise_rotations(  # noqa: E731
+            x, [turn._replace(layer=0) for turn in turns], group_size=s.group_size
+        )
+        jax.eval_shape(call, x, turns)
+        assert calls[-1] == (kind, sizes), shape.name
+
+
+def test_products_borrow_the_times_of_groups_that_cost_no_less():
+    base = ProductKind("int4", 128, True, "float16", "float32")
+    sizes = {"rows": 8, "outputs": 4096, "inputs": 4096}
+    timed = {"kind": base.name, "gradients": False, "sizes": sizes, "ms": {"mosaic": 1.0, "xla": 2.0}}
+    kinds = [base._replace(**change) for change in ({"zeros": False}, {"group_size": -1}, {"result": "bfloat16"})]
+    narrow = base._replace(group_size=32)
+    table = measured(timed, op="quantized_matmul", mosaic=[base, *kinds, narrow])
+
+    def first(kind, **changes):
+        options = {"gradients": False, "device": HOPPER, "measured": table}
+        return dispatch.preferred("quantized_matmul", kind, sizes | changes, **options)[0][0]
+
+    assert all(first(kind) == "mosaic" for kind in (base, *kinds)) and first(narrow) == "xla"
+    assert first(base, rows=1) == first(base, outputs=10**6, inputs=10**6) == first(base, outputs=2048) == "mosaic"
+    assert first(base, rows=9) == first(base, outputs=2047) == "xla"
+
+
+def test_rotations_borrow_the_times_of_groups_of_128():
+    base = RotationKind(128, 8, "bfloat16")
+    sizes = {"rows": 64, "channels": 4096, "rotations": 3}
+    timed = {"kind": base.name, "gradients": False, "sizes": sizes, "ms": {"mosaic": 1.0, "xla": 2.0}}
+    others = [base._replace(group_size=64), base._replace(dtype="float32")]
+    table = measured(timed, op="pairwise_rotation", mosaic=[base, *others])
+
+    def first(kind, **changes):
+        options = {"gradients": False, "device": HOPPER, "measured": table}
+        return dispatch.preferred("pairwise_rotation", kind, sizes | changes, **options)[0][0]
+
+    assert all(first(kind) == "mosaic" for kind in (base, *others)) and first(base._replace(steps=4)) == "xla"
+    assert first(base, rows=1, channels=64, rotations=1) == "mosaic" and first(base, rows=65) == "xla"
 
 
 def test_partial_limits_and_other_tiles_are_kinds_that_no_check_covers(monkeypatch):

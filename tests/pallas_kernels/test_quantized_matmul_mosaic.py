@@ -20,8 +20,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import quantized_matmul as benchmark
-from pallas_kernels import compat
-from pallas_kernels.quantized_matmul import Rotation, mosaic_sm90, quantized_matmul
+from pallas_kernels import compat, dispatch
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, api, mosaic_sm90, quantized_matmul, xla
 from pallas_kernels.quantized_matmul.mosaic_sm90 import Config, PrefillConfig, decode, parts, prefill
 from pallas_kernels.quantized_matmul.rounding import round_weight
 
@@ -545,3 +545,75 @@ def test_on_a_gpu(rows, outputs, inputs, group_size):
     check(call, out, 1e-5)
     assert all(bool((call.run() == out).all()) for _ in range(3))
     assert math.isfinite(float(out.sum()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# As the automatic choice
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A Hopper GPU whose kernel is XLA's path in disguise; the rows of each call that was traced."""
+    traced = []
+
+    def run(x, codes, scales, zeros, layer, *, group_size, dtype):
+        traced.append(x.shape[0])
+        shape = (codes.shape[1], x.shape[1])
+        weight = QuantizedTensor(codes, scales, zeros, layer=layer, format="int4", shape=shape)
+        return xla.run(x, weight.sliced()).astype(dtype)
+
+    monkeypatch.setattr(mosaic_sm90, "run", run)
+    monkeypatch.setattr(compat, "missing_hopper", lambda: None)
+    monkeypatch.setattr(dispatch, "undivided", lambda: None)
+    monkeypatch.setattr(dispatch, "preferred", lambda *_, **__: (("mosaic", "xla"), ""))
+    return traced
+
+
+def stack(seed=0, layers=2):
+    keys = jax.random.split(jax.random.key(seed), layers)
+    weights = [round_weight(jax.random.normal(key, (16, 64)), "int4", group_size=32) for key in keys]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+
+
+def test_gradients_of_the_automatic_choice_are_those_of_xla(hopper):
+    x = jax.random.normal(jax.random.key(1), (2, 3, 64), jnp.bfloat16)
+    weights = stack()
+
+    def loss(implementation):
+        def value(x, scales):
+            weight = dataclasses.replace(weights, scales=scales).of_layer(1)
+            out = quantized_matmul(x, weight, dtype=jnp.float32, implementation=implementation)
+            return (out * jnp.arange(16)).sum()
+
+        return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(x, weights.scales.astype(jnp.float32))
+
+    found, expected = loss(None), loss("xla")
+    assert hopper == [6]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), found, expected)
+
+
+def test_vmap_of_rows_is_more_rows_and_of_layers_one_call_after_another(hopper):
+    x = jax.random.normal(jax.random.key(1), (2, 3, 64), jnp.bfloat16)
+    weights = stack()
+    rows = jax.vmap(lambda x: quantized_matmul(x, weights.of_layer(0)))(x)
+    np.testing.assert_array_equal(rows, quantized_matmul(x, weights.of_layer(0), implementation="xla"))
+    assert hopper[-1] == 6
+    layers = jax.vmap(lambda layer: quantized_matmul(x[0], weights.of_layer(layer)))(jnp.arange(2))
+    own = [quantized_matmul(x[0], weights.of_layer(i), implementation="xla") for i in range(2)]
+    np.testing.assert_array_equal(layers, jnp.stack(own))
+    assert hopper[-1] == 3
+
+
+def test_what_the_automatic_choice_says(hopper, monkeypatch):
+    x, weight = jnp.ones((2, 64), jnp.bfloat16), stack().of_layer(0)
+    assert api.automatic(x, weight, dtype=jnp.bfloat16) == ("mosaic", "")
+    assert api.automatic(x[:0], weight, dtype=jnp.bfloat16) == ("xla", "nothing to do")
+    float32 = x.astype(jnp.float32)
+    assert api.automatic(float32, weight, dtype=jnp.float32) == (
+        "xla",
+        "mosaic: needs bfloat16 activations; got float32",
+    )
+    other = round_weight(jnp.ones((16, 64)), "int8")
+    assert api.automatic(x, other, dtype=x.dtype) == ("xla", "mosaic: multiplies with int4 codes; got int8")
+    monkeypatch.setattr(dispatch, "undivided", lambda: "2 devices")
+    assert api.automatic(x, weight, dtype=x.dtype) == ("xla", "mosaic: 2 devices")
