@@ -38,6 +38,7 @@ from pallas_kernels import compat
 MODULES = (
     "pallas_kernels.attention.mosaic_sm90",
     "pallas_kernels.decode_attention.mosaic_sm90",
+    "pallas_kernels.moba.mosaic_sm90",
     "pallas_kernels.quantized_matmul.mosaic_sm90",
     "pallas_kernels.rotation.mosaic_sm90",
 )

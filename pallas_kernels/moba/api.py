@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import flash_attention
 from pallas_kernels.attention.checks import check_heads, check_scale, int_array
 from pallas_kernels.masks import Causal, Full
-from pallas_kernels.moba import reference, xla
+from pallas_kernels.moba import mosaic_sm90, reference, xla
 from pallas_kernels.moba.centroids import check_block_size
 
 NAMES = ("mosaic", "xla", "reference")
@@ -58,8 +58,8 @@ def moba_attention(
       scale: of the scores of attention, not of routing; None is H ** -0.5. Static.
       return_lse: also return the natural log-sum-exp of the scaled selected scores, float32 `[B, N, T]`.
       return_selection: also return the selection, as of `moba_select`.
-      implementation: "xla" or "reference"; None is "xla", but for calls whose selection is everything, which may take
-        `flash_attention`. "mosaic" is not written yet.
+      implementation: "mosaic", "xla" or "reference"; None is "xla", but for calls whose selection is everything, which
+        may take `flash_attention`. "mosaic", the Hopper kernels, is a forward pass; its gradients are those of "xla".
 
     Returns:
       The output `[B, T, N, Hv]`; if anything else was asked for, a tuple of output, log-sum-exp and selection, those
@@ -73,6 +73,10 @@ def moba_attention(
     segments = _check(q, k, block_size, top_k, causal, segment_ids)
     scale = check_scale(scale, q.shape[-1])
     name = _choose("moba_attention", implementation, q, k, segments, top_k=top_k, causal=causal)
+    if name == "mosaic":
+        reason = mosaic_sm90.unsupported(q, k, v, block_size=block_size, top_k=top_k, causal=causal)
+        if reason is not None:
+            raise NotImplementedError(f'moba_attention "mosaic": {reason}')
     options: dict[str, Any] = {"block_size": block_size, "top_k": top_k, "causal": causal, "scale": scale}
     if name == "reference":
         out, lse, indices = reference.run(q, k, v, *_dense_segments(q, k, segments), **options)
@@ -87,8 +91,9 @@ def moba_attention(
             return_lse=True,
         )
     else:
-        own = None if implementation is None else "xla"
-        out, lse, indices = xla.run(q, k, v, segments, **options, own_implementation=own)
+        run = mosaic_sm90.run if name == "mosaic" else xla.run
+        own = {"own_implementation": None} if implementation is None else {}
+        out, lse, indices = run(q, k, v, segments, **options, **own)
     results = [out]
     if return_lse:
         results.append(lse)
@@ -120,9 +125,14 @@ def moba_select(
     check_heads(("q", q), ("k", k))
     segments = _check(q, k, block_size, top_k, causal, segment_ids)
     options: dict[str, Any] = {"block_size": block_size, "top_k": top_k, "causal": causal}
-    if _choose("moba_select", implementation, q, k, segments, top_k=top_k, causal=causal) == "reference":
+    name = _choose("moba_select", implementation, q, k, segments, top_k=top_k, causal=causal)
+    if name == "reference":
         return reference.select(q, k, *_dense_segments(q, k, segments), **options)[0]
-    return xla.select(q, k, segments, **options)
+    if name == "xla":
+        return xla.select(q, k, segments, **options)
+    if (reason := mosaic_sm90.select_unsupported(q, k, top_k=top_k, causal=causal)) is not None:
+        raise NotImplementedError(f'moba_select "mosaic": {reason}')
+    return xla.select(q, k, segments, **options, choose=mosaic_sm90.choose)
 
 
 def _check(
@@ -175,13 +185,11 @@ def _choose(
     """The implementation that a call runs on."""
     if implementation not in (None, *NAMES):
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
-    if implementation == "mosaic":
-        raise NotImplementedError(f'{function} "mosaic": there is no Hopper kernel yet; use "xla"')
     name = implementation or "xla"
-    if name == "xla":
+    if name != "reference":
         reason = xla.unsupported(q, k, segments, top_k=top_k, causal=causal)
         if reason is not None:
-            raise NotImplementedError(f'{function} "xla": {reason}')
+            raise NotImplementedError(f'{function} "{name}": {reason}')
     return name
 
 

@@ -13,6 +13,7 @@ dtype.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -53,21 +54,27 @@ def attend(
     block_size: int,
     scale: float,
     tiling: Tiling | None = None,
+    forward: "Forward | None" = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Output and log-sum-exp over all keys of the candidates `indices`, counted from each query's first; -1 is none.
 
-    `ranks` is at least 1, and so is the number of candidates of the layout.
+    `ranks` is at least 1, and so is the number of candidates of the layout. `forward` attends for one head,
+    `forward_head` unless another is given; the backward pass is the same for all.
     """
     if tiling is None:
         num_pairs = math.prod(indices.shape[1:]) // k.shape[2]
         tiling = default_tiling(num_pairs, layout.block_start.shape[1], block_size, jax.default_backend())
-    return _routed(Static(block_size, scale, tiling), q, k, v, layout, indices)
+    return _routed(Static(block_size, scale, tiling, forward or forward_head), q, k, v, layout, indices)
+
+
+Forward = Callable[..., tuple[Array, Array]]
 
 
 class Static(NamedTuple):
     block_size: int
     scale: float
     tiling: Tiling
+    forward: Forward
 
 
 class Head(NamedTuple):
@@ -78,15 +85,16 @@ class Head(NamedTuple):
     v: Float[Array, "S Hv"]
     blocks: Int[Array, "R ranks"]  # chosen candidates of the layout, -1 for none
 
+    @classmethod
+    def of(cls, q: Array, k: Array, v: Array, blocks: Array) -> "Head":
+        """Of the arrays of a head that `heads.map_heads` picks."""
+        return cls(_rows(q), k, v, _rows(blocks))
+
 
 def _arrays(q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> dict[str, Array]:
     """Those of all heads, [B, L, K, ...]."""
     blocks = jnp.where(indices < 0, -1, indices + layout.first[:, :, None, None])
     return {"q": split_groups(q, k), "k": k, "v": v, "blocks": split_groups(blocks, k)}
-
-
-def _head(q: Array, k: Array, v: Array, blocks: Array) -> Head:
-    return Head(_rows(q), k, v, _rows(blocks))
 
 
 def _rows(x: Array) -> Array:
@@ -97,7 +105,7 @@ def _rows(x: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed(static: Static, q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> tuple[Array, Array]:
     """Output [B, T, N, Hv] and log-sum-exp [B, N, T] over whole candidate blocks."""
-    out, lse = map_heads(functools.partial(_forward_head, static), layout, _arrays(q, k, v, layout, indices))
+    out, lse = map_heads(functools.partial(static.forward, static), layout, _arrays(q, k, v, layout, indices))
     return join_groups(out), jnp.swapaxes(join_groups(lse), 1, 2)
 
 
@@ -149,7 +157,7 @@ class _Walk:
     """The tiles of one head, a step at a time."""
 
     def __init__(self, static: Static, start: Array, length: Array, head: Head):
-        self.block_size, self.scale, tiling = static
+        self.block_size, self.scale, tiling = static[:3]
         self.rows, self.lanes = tiling.rows, tiling.lanes
         self.start, self.length, self.head = start, length, head
         num_blocks, num_pairs = start.shape[0], head.blocks.size
@@ -196,9 +204,9 @@ class _Walk:
         return self.head.blocks[:, rank] >= 0, place[:, rank]
 
 
-def _forward_head(static: Static, start: Array, length: Array, **arrays: Array) -> tuple[Array, Array]:
+def forward_head(static: Static, start: Array, length: Array, **arrays: Array) -> tuple[Array, Array]:
     """Output [T, G, Hv] and log-sum-exp [T, G]."""
-    head, grid = _head(**arrays), arrays["q"].shape[:2]
+    head, grid = Head.of(**arrays), arrays["q"].shape[:2]
     walk = _Walk(static, start, length, head)
     precise = jnp.promote_types(head.q.dtype, jnp.float32)
 
@@ -217,28 +225,45 @@ def _forward_head(static: Static, start: Array, length: Array, **arrays: Array) 
     empty = jnp.zeros((num_places, head.v.shape[1]), head.q.dtype), jnp.full((num_places,), -jnp.inf, precise)
     parts, lses = jax.lax.fori_loop(0, walk.num_steps, visit, empty)
 
-    ranks = head.blocks.shape[1]
-    lse_of = jnp.where(head.blocks >= 0, lses[walk.tiles.place.reshape(head.blocks.shape)], -jnp.inf)
+    return combine(head.blocks, walk.tiles.place, parts, lses, grid)
+
+
+def combine(
+    blocks: Int[Array, "R ranks"],
+    place: Int[Array, "pairs"],
+    parts: Float[Array, "slots Hv"],
+    lses: Float[Array, "slots"],
+    grid: tuple[int, ...],
+    *,
+    unroll: bool = False,
+) -> tuple[Float[Array, "T G Hv"], Float[Array, "T G"]]:
+    """Adds up the partial results of each row in the order of its ranks; `place` says where those of a pair are.
+
+    What stands in a slot of no pair is never read. `unroll` makes one operation of the sum.
+    """
+    ranks, place = blocks.shape[1], place.reshape(blocks.shape)
+    has_block, precise = blocks >= 0, lses.dtype
+    lse_of = jnp.where(has_block, lses[place], -jnp.inf)
     top = lse_of.max(axis=1)
     weights = jnp.exp(lse_of - jnp.where(top == -jnp.inf, 0.0, top)[:, None])
     total = weights.sum(axis=1)
     some = jnp.where(total == 0.0, 1.0, total)
+    shares = weights / some[:, None]
 
     def add(rank, out):
-        has_block, place = walk.per_pair(rank)
-        share = jax.lax.dynamic_index_in_dim(weights, rank, 1) / some[:, None]
-        return out + jnp.where(has_block[:, None], share * parts[place], 0)
+        return out + jnp.where(has_block[:, rank][:, None], shares[:, rank][:, None] * parts[place[:, rank]], 0)
 
-    out = jax.lax.fori_loop(0, ranks, add, jnp.zeros((head.q.shape[0], head.v.shape[1]), precise))
+    out = jnp.zeros((blocks.shape[0], parts.shape[1]), precise)
+    out = jax.lax.fori_loop(0, ranks, add, out, unroll=unroll or None)
     lse = jnp.where(total == 0.0, -jnp.inf, jnp.log(some) + top)
-    return out.astype(head.q.dtype).reshape(*grid, -1), lse.reshape(grid)
+    return out.astype(parts.dtype).reshape(*grid, -1), lse.reshape(grid)
 
 
 def _backward_head(
     static: Static, start: Array, length: Array, *, d_out: Array, lse: Array, delta: Array, **arrays: Array
 ) -> tuple[Array, Array, Array]:
     """dq [T, G, H], dk [S, H], dv [S, Hv]; `lse` is inf for rows that take no part."""
-    head = _head(**arrays)
+    head = Head.of(**arrays)
     d_out, lse, delta = (_rows(x) for x in (d_out, lse, delta))
     walk = _Walk(static, start, length, head)
     precise = lse.dtype

@@ -4,6 +4,8 @@ Tiles are walked from the last candidate to the first, and the columns of a tile
 scores a stable top-k finds the higher block first.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -15,26 +17,28 @@ from pallas_kernels.moba.layout import Layout
 ROWS, COLUMNS = 1024, 128  # scores held at once: changes memory and speed only
 
 
+Choose = Callable[..., Int[Array, "B T N ranks"]]
+
+
 def select(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], layout: Layout, *, block_size: int, top_k: int, causal: bool
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    layout: Layout,
+    *,
+    block_size: int,
+    top_k: int,
+    causal: bool,
+    choose: Choose | None = None,
 ) -> Int[Array, "B T N top_k"]:
-    """Selected blocks of each query head, counted from the start of its sequence; see `moba_select`."""
+    """Selected blocks of each query head, counted from the start of its sequence; see `moba_select`.
+
+    `choose` finds the candidates, `choose_all` unless another is given.
+    """
     q, k = jax.lax.stop_gradient((q, k))
-    batch, num_queries, num_heads, head_dim = q.shape
-    group = num_heads // k.shape[2]
+    batch, num_queries, num_heads, _ = q.shape
     ranks = min(top_k - causal, layout.block_start.shape[1])
-
-    def one_head(start, length, *, q, k, first, eligible):
-        means = centroids_at(k, start, length, block_size)
-        first, eligible = (jnp.repeat(x, group) for x in (first, eligible))
-        chosen = choose(q.reshape(num_queries * group, head_dim), means, first, eligible, ranks)
-        return (chosen.reshape(num_queries, group, ranks),)
-
     if ranks:
-        per_head = (batch, num_queries, k.shape[2])
-        first, eligible = (jnp.broadcast_to(x[..., None], per_head) for x in (layout.first, layout.eligible))
-        arrays = {"q": split_groups(q, k), "k": k, "first": first, "eligible": eligible}
-        indices = join_groups(*map_heads(one_head, layout, arrays))
+        indices = (choose or choose_all)(q, k, layout, block_size=block_size, ranks=ranks)
     else:
         indices = jnp.zeros((batch, num_queries, num_heads, 0), jnp.int32)
     if causal:
@@ -42,6 +46,31 @@ def select(
         own = jnp.broadcast_to(own[:, :, None, None], (batch, num_queries, num_heads, 1))
         indices = jnp.concatenate([own, indices], axis=3)
     return jnp.pad(indices, [(0, 0)] * 3 + [(0, top_k - indices.shape[3])], constant_values=-1)
+
+
+def choose_all(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], layout: Layout, *, block_size: int, ranks: int
+) -> Int[Array, "B T N ranks"]:
+    """The best `ranks` of each query's candidates, counted from its sequence's first; -1 is none."""
+    batch, num_queries, num_heads, head_dim = q.shape
+    group = num_heads // k.shape[2]
+
+    def one_head(start, length, *, q, k, first, eligible):
+        means = centroids_at(k, start, length, block_size)
+        first, eligible = (jnp.repeat(x, group) for x in (first, eligible))
+        chosen = choose(q.reshape(num_queries * group, head_dim), means, first, eligible, ranks)
+        return (chosen.reshape(num_queries, group, ranks),)
+
+    per_head = (batch, num_queries, k.shape[2])
+    first, eligible = (jnp.broadcast_to(x[..., None], per_head) for x in (layout.first, layout.eligible))
+    arrays = {"q": split_groups(q, k), "k": k, "first": first, "eligible": eligible}
+    return join_groups(*map_heads(one_head, layout, arrays))
+
+
+def means_of_all(k: Float[Array, "B S K H"], layout: Layout, block_size: int) -> Float[Array, "B C K H"]:
+    """The centroids of all candidates."""
+    of_heads = jax.vmap(centroids_at, in_axes=(1, None, None, None), out_axes=1)
+    return jax.vmap(of_heads, in_axes=(0, 0, 0, None))(k, layout.block_start, layout.block_length, block_size)
 
 
 def choose(

@@ -40,10 +40,11 @@ def select(
     block_size: int,
     top_k: int,
     causal: bool,
+    choose: routing.Choose | None = None,
 ) -> Int[Array, "B T N top_k"]:
     """See `moba_select`."""
     layout = make_layout(q, k, segments, block_size=block_size, causal=causal)
-    return routing.select(q, k, layout, block_size=block_size, top_k=top_k, causal=causal)
+    return routing.select(q, k, layout, block_size=block_size, top_k=top_k, causal=causal, choose=choose)
 
 
 def run(
@@ -58,13 +59,16 @@ def run(
     scale: float,
     own_implementation: str | None = "xla",
     tiling: Tiling | None = None,
+    choose: routing.Choose | None = None,
+    forward: routed.Forward | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"], Int[Array, "B T N top_k"]]:
     """Output, log-sum-exp and selection; see `moba_attention`.
 
-    The own blocks are left to `flash_attention` with the implementation given, the others to `routed.attend`.
+    The own blocks are left to `flash_attention` with the implementation given, the others to `routed.attend`. `choose`
+    and `forward` replace the routing and the forward pass of the latter.
     """
     layout = make_layout(q, k, segments, block_size=block_size, causal=causal)
-    indices = routing.select(q, k, layout, block_size=block_size, top_k=top_k, causal=causal)
+    indices = routing.select(q, k, layout, block_size=block_size, top_k=top_k, causal=causal, choose=choose)
     num_blocks = layout.block_start.shape[1]
     others = indices[..., int(causal) :][..., :num_blocks]
     parts = []
@@ -75,7 +79,8 @@ def run(
         else:
             parts.append(_own_blocks_of_segments(own, q, k, v, layout, segments, block_size))
     if others.shape[3]:
-        parts.append(routed.attend(q, k, v, layout, others, block_size=block_size, scale=scale, tiling=tiling))
+        options = {"block_size": block_size, "scale": scale, "tiling": tiling, "forward": forward}
+        parts.append(routed.attend(q, k, v, layout, others, **options))
     out, lse = parts[0] if len(parts) == 1 else merge(*parts)
     return out, lse, indices
 
