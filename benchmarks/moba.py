@@ -105,7 +105,7 @@ def check_shape(shape: Shape) -> dict[str, Any]:
                     continue
                 first = int(np.argmax(ids[b] == ids[b, t]))
             own, chosen = (t - first) // shape.block_size, indices[b, t, n]
-            blocks = k[b, first : first + own * shape.block_size, head].reshape(own, -1, shape.head_dim)
+            blocks = k[b, first : first + own * shape.block_size, head].reshape(own, shape.block_size, shape.head_dim)
             means = np.asarray(jnp.asarray(blocks.mean(axis=1), q.dtype).astype(shape.dtype), np.float64)
             scores = means @ q[b, t, n]
             past = chosen[1:][chosen[1:] >= 0]

@@ -1,8 +1,8 @@
 """Hopper kernels of block-routed attention, forward: `select.py` routes, `attend.py` attends to the routed blocks.
 
 What is between them stays in XLA: the lists of queries per block, the gathering of queries into tiles, and the sum of a
-query's partial results. The own blocks are left to the kernel of `flash_attention`. Gradients are those of the XLA path,
-which takes outputs and log-sum-exps as they come.
+query's partial results. The own blocks are left to `flash_attention`. Gradients are those of the XLA path, which takes
+outputs and log-sum-exps as they come.
 
 A block of more than 128 keys is attended as several of 128, which the same queries chose.
 """

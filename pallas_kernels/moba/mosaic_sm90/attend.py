@@ -1,8 +1,8 @@
 """The kernel of routed blocks: 128 gathered queries against the one block of keys that all of them chose.
 
 A tile is one CTA: two warpgroups of 64 queries share keys and values. There is one block and hence no loop: scores,
-softmax, product, and a partial output with its log-sum-exp. Several CTAs share a multiprocessor, so that one loads while
-another multiplies. Tiles beyond the last write nothing, and what stands there is never read.
+softmax, product, and a partial output with its log-sum-exp. Several CTAs share a multiprocessor, so that one loads
+while another multiplies. Tiles beyond the last write nothing, and what stands there is never read.
 """
 
 import functools
