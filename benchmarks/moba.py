@@ -6,7 +6,8 @@
 Needs JAX with CUDA and NumPy; PyTorch for the peer "torch" (its flash backend).
 
 `check` compares some queries, the first and last of all among them, with NumPy in float64: that no block left out has a
-score above one selected by more than rounding explains, and output and log-sum-exp over the blocks that were selected.
+score above one selected by more than rounding explains, and output and log-sum-exp over the blocks that were selected;
+gradients with those of the portable path in float32.
 
 `time` has the published setting: batch 2, 16 heads of 128, causal, blocks of 128, 8 of them. `device ms` is the
 profiler's sum over all kernels of a call. Peers are dense attention in the same process, "xla" is the portable path,
@@ -106,7 +107,7 @@ def check_shape(shape: Shape) -> dict[str, Any]:
                 first = int(np.argmax(ids[b] == ids[b, t]))
             own, chosen = (t - first) // shape.block_size, indices[b, t, n]
             blocks = k[b, first : first + own * shape.block_size, head].reshape(own, shape.block_size, shape.head_dim)
-            means = np.asarray(jnp.asarray(blocks.mean(axis=1), q.dtype).astype(shape.dtype), np.float64)
+            means = np.asarray(jnp.asarray(blocks.mean(axis=1).astype(np.float32)).astype(shape.dtype), np.float64)
             scores = means @ q[b, t, n]
             past = chosen[1:][chosen[1:] >= 0]
             right = len(set(past)) == len(past) == min(own, shape.top_k - 1) and chosen[0] == own and (past < own).all()
@@ -134,6 +135,29 @@ def check_shape(shape: Shape) -> dict[str, Any]:
     return row
 
 
+def gradient_errors(shape: Shape) -> dict[str, Any]:
+    """Relative errors of the gradients of bfloat16 arguments, against the same arguments in float32."""
+    arguments = shape.arguments()
+    weights = jax.random.normal(jax.random.key(9), arguments[0].shape)
+
+    def gradients(implementation):
+        def loss(q, k, v):
+            return (shape.call(implementation)(q, k, v).astype(jnp.float32) * weights).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+
+    call = gradients("mosaic")
+    found, again = call(*arguments), call(*arguments)
+    with jax.default_matmul_precision("highest"):
+        right = gradients("xla")(*(x.astype(jnp.float32) for x in arguments))
+    errors: dict[str, Any] = {
+        f"d{name}_error": float(jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel()))
+        for name, a, b in zip("qkv", found, right, strict=True)
+    }
+    errors["gradients_repeatable"] = all(bool((a == b).all()) for a, b in zip(found, again, strict=True))
+    return errors
+
+
 def check_shapes() -> Iterator[Shape]:
     yield Shape()
     yield Shape(head_dim=64, block_size=64, top_k=16, heads=4, kv_heads=4)
@@ -150,6 +174,10 @@ def check() -> int:
     for shape in check_shapes():
         try:
             row = check_shape(shape)
+            if shape.length <= 8192:
+                row |= gradient_errors(shape)
+                right = all(row[f"d{name}_error"] < 8e-3 for name in "qkv")  # NaN is not
+                row["passes"] = row["passes"] and row["gradients_repeatable"] and right
         except Exception as error:  # one shape that fails is a row, not the end of the check
             row = {"shape": shape.name, "failure": f"{type(error).__name__}: {str(error)[:300]}", "passes": False}
         record.add(row)

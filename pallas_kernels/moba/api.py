@@ -59,7 +59,7 @@ def moba_attention(
       return_lse: also return the natural log-sum-exp of the scaled selected scores, float32 `[B, N, T]`.
       return_selection: also return the selection, as of `moba_select`.
       implementation: "mosaic", "xla" or "reference"; None is "xla", but for calls whose selection is everything, which
-        may take `flash_attention`. "mosaic", the Hopper kernels, is a forward pass; its gradients are those of "xla".
+        may take `flash_attention`.
 
     Returns:
       The output `[B, T, N, Hv]`; if anything else was asked for, a tuple of output, log-sum-exp and selection, those

@@ -1,5 +1,6 @@
 """From "which blocks does each query see" to "which queries see each block", with static shapes and no atomics."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ def invert_selection(indices: Int[Array, "*lead M ranks"], num_blocks: int) -> B
     def one(indices: Array) -> BlockLists:
         blocks = jnp.where(indices < 0, num_blocks, indices).reshape(-1)
         entries = jnp.argsort(blocks, stable=True).astype(jnp.int32)
-        starts = jnp.searchsorted(blocks[entries], jnp.arange(num_blocks + 1), side="left")
+        starts = _search(blocks[entries], jnp.arange(num_blocks + 1), side="left")
         return BlockLists(starts.astype(jnp.int32), entries)
 
     lists = jax.vmap(one)(indices.reshape(-1, num_rows, ranks))
@@ -59,10 +60,10 @@ def cut(lists: BlockLists, tile_rows: int, num_tiles: int) -> Tiles:
     ends = jnp.cumsum(per_block, dtype=jnp.int32)
     begins = ends - per_block
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    block = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), counts.shape[0] - 1).astype(jnp.int32)
+    block = jnp.minimum(_search(ends, tile, side="right"), counts.shape[0] - 1).astype(jnp.int32)
     done = (tile - begins[block]) * tile_rows
     rank = jnp.arange(entries.shape[0], dtype=jnp.int32)
-    its_block = jnp.minimum(jnp.searchsorted(offsets[1:], rank, side="right"), counts.shape[0] - 1)
+    its_block = jnp.minimum(_search(offsets[1:], rank, side="right"), counts.shape[0] - 1)
     row = begins[its_block] * tile_rows + rank - offsets[its_block]
     return Tiles(
         block=block,
@@ -71,3 +72,35 @@ def cut(lists: BlockLists, tile_rows: int, num_tiles: int) -> Tiles:
         total=ends[-1],
         place=jnp.zeros_like(row).at[entries].set(row, unique_indices=True),
     )
+
+
+class Pieces(NamedTuple):
+    """Runs of tiles of one block each, no longer than a limit. All int32."""
+
+    block: Int[Array, "pieces"]
+    first: Int[Array, "pieces"]  # first tile
+    size: Int[Array, "pieces"]  # tiles; 0 beyond the last piece
+    begin: Int[Array, "blocks"]  # first piece of each block
+    count: Int[Array, "blocks"]  # pieces of each block, at least one
+
+
+def most_pieces(num_tiles: int, num_blocks: int, longest: int) -> int:
+    return num_tiles // longest + num_blocks
+
+
+def pieces(lists: BlockLists, tile_rows: int, num_tiles: int, longest: int) -> Pieces:
+    """The tiles of `cut` in pieces of at most `longest`."""
+    lengths = lists.offsets[1:] - lists.offsets[:-1]
+    tiles = jnp.maximum(1, -(-lengths // tile_rows))
+    count = -(-tiles // longest)
+    ends = jnp.cumsum(count, dtype=jnp.int32)
+    begin, begin_tile = ends - count, jnp.cumsum(tiles, dtype=jnp.int32) - tiles
+    piece = jnp.arange(most_pieces(num_tiles, lengths.shape[0], longest), dtype=jnp.int32)
+    block = jnp.minimum(_search(ends, piece, side="right"), lengths.shape[0] - 1).astype(jnp.int32)
+    done = (piece - begin[block]) * longest
+    size = jnp.clip(tiles[block] - done, 0, longest)
+    return Pieces(block, begin_tile[block] + done, size, begin, count)
+
+
+# Written out the search is one operation. As a loop it is twenty of three each, whose starts a GPU has to wait for.
+_search = functools.partial(jnp.searchsorted, method="scan_unrolled")

@@ -54,27 +54,31 @@ def attend(
     block_size: int,
     scale: float,
     tiling: Tiling | None = None,
-    forward: "Forward | None" = None,
+    forward: "OfHead | None" = None,
+    backward: "OfHead | None" = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Output and log-sum-exp over all keys of the candidates `indices`, counted from each query's first; -1 is none.
 
-    `ranks` is at least 1, and so is the number of candidates of the layout. `forward` attends for one head,
-    `forward_head` unless another is given; the backward pass is the same for all.
+    `ranks` is at least 1, and so is the number of candidates of the layout. `forward` and
+    `backward` do the work of one head, `forward_head` and `backward_head` unless others are given.
     """
     if tiling is None:
         num_pairs = math.prod(indices.shape[1:]) // k.shape[2]
         tiling = default_tiling(num_pairs, layout.block_start.shape[1], block_size, jax.default_backend())
-    return _routed(Static(block_size, scale, tiling, forward or forward_head), q, k, v, layout, indices)
+    return _routed(
+        Static(block_size, scale, tiling, forward or forward_head, backward or backward_head), q, k, v, layout, indices
+    )
 
 
-Forward = Callable[..., tuple[Array, Array]]
+OfHead = Callable[..., tuple[Array, ...]]
 
 
 class Static(NamedTuple):
     block_size: int
     scale: float
     tiling: Tiling
-    forward: Forward
+    forward: OfHead
+    backward: OfHead
 
 
 class Head(NamedTuple):
@@ -132,7 +136,7 @@ def _first_order(static: Static, q, k, v, layout, indices, out, lse, d_out, d_ls
     delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1) - d_lse
     of_rows = {"d_out": d_out, "lse": jnp.where(empty, jnp.inf, lse), "delta": jnp.where(empty, 0.0, delta)}
     arrays = _arrays(q, k, v, layout, indices) | {name: split_groups(x, k) for name, x in of_rows.items()}
-    dq, dk, dv = map_heads(functools.partial(_backward_head, static), layout, arrays)
+    dq, dk, dv = map_heads(functools.partial(static.backward, static), layout, arrays)
     return join_groups(dq), dk, dv
 
 
@@ -259,7 +263,7 @@ def combine(
     return out.astype(parts.dtype).reshape(*grid, -1), lse.reshape(grid)
 
 
-def _backward_head(
+def backward_head(
     static: Static, start: Array, length: Array, *, d_out: Array, lse: Array, delta: Array, **arrays: Array
 ) -> tuple[Array, Array, Array]:
     """dq [T, G, H], dk [S, H], dv [S, Hv]; `lse` is inf for rows that take no part."""
@@ -298,13 +302,16 @@ def _backward_head(
         return total + jnp.where(has_block[:, None], dq[place].astype(precise), 0)
 
     dq_rows = jax.lax.fori_loop(0, head.blocks.shape[1], add, jnp.zeros(head.q.shape, precise))
-    offset = jnp.arange(walk.block_size)
-    keys = jnp.where(offset < length[:, None], start[:, None] + offset, head.k.shape[0])  # beyond the end: dropped
+    sums = (dk[: start.shape[0]], head.k), (dv[: start.shape[0]], head.v)
+    dk, dv = (to_keys(x, start, length, like) for x, like in sums)
+    return dq_rows.astype(head.q.dtype).reshape(arrays["q"].shape), dk, dv
 
-    def back(x, like):  # every key lies in at most one block
-        return jnp.zeros(like.shape, like.dtype).at[keys].set(x[: start.shape[0]].astype(like.dtype), mode="drop")
 
-    return dq_rows.astype(head.q.dtype).reshape(arrays["q"].shape), back(dk, head.k), back(dv, head.v)
+def to_keys(x: Float[Array, "C keys H"], start: Array, length: Array, like: Float[Array, "S H"]) -> Array:
+    """Sums of candidates as rows of all keys, 0 where there is no candidate; every key lies in at most one."""
+    offset = jnp.arange(x.shape[1])
+    keys = jnp.where(offset < length[:, None], start[:, None] + offset, like.shape[0])  # beyond the end: dropped
+    return jnp.zeros(like.shape, like.dtype).at[keys].set(x.astype(like.dtype), mode="drop")
 
 
 def _add_blocks(sums: Array, block: Array, new: Array) -> Array:

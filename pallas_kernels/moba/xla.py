@@ -60,12 +60,13 @@ def run(
     own_implementation: str | None = "xla",
     tiling: Tiling | None = None,
     choose: routing.Choose | None = None,
-    forward: routed.Forward | None = None,
+    forward: routed.OfHead | None = None,
+    backward: routed.OfHead | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"], Int[Array, "B T N top_k"]]:
     """Output, log-sum-exp and selection; see `moba_attention`.
 
-    The own blocks are left to `flash_attention` with the implementation given, the others to `routed.attend`. `choose`
-    and `forward` replace the routing and the forward pass of the latter.
+    The own blocks are left to `flash_attention` with the implementation given, the others to `routed.attend`. `choose`,
+    `forward` and `backward` replace the routing and what the latter does for a head.
     """
     layout = make_layout(q, k, segments, block_size=block_size, causal=causal)
     indices = routing.select(q, k, layout, block_size=block_size, top_k=top_k, causal=causal, choose=choose)
@@ -75,12 +76,13 @@ def run(
     if causal:
         own = functools.partial(flash_attention, scale=scale, return_lse=True, implementation=own_implementation)
         if segments is None:
-            parts.append(_own_blocks(own, q, k, v, block_size))
+            at_once = None if own_implementation == "mosaic" else 2**22  # a kernel holds no scores
+            parts.append(_own_blocks(own, q, k, v, block_size, at_once))
         else:
             parts.append(_own_blocks_of_segments(own, q, k, v, layout, segments, block_size))
     if others.shape[3]:
-        options = {"block_size": block_size, "scale": scale, "tiling": tiling, "forward": forward}
-        parts.append(routed.attend(q, k, v, layout, others, **options))
+        options = {"block_size": block_size, "scale": scale, "tiling": tiling}
+        parts.append(routed.attend(q, k, v, layout, others, **options, forward=forward, backward=backward))
     out, lse = parts[0] if len(parts) == 1 else merge(*parts)
     return out, lse, indices
 
@@ -99,7 +101,7 @@ def merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]
     return out.astype(a[0].dtype), jnp.where(empty, -jnp.inf, jnp.log(total) + top)
 
 
-def _own_blocks(own, q: Array, k: Array, v: Array, block_size: int) -> tuple[Array, Array]:
+def _own_blocks(own, q: Array, k: Array, v: Array, block_size: int, scores_at_once: int | None) -> tuple[Array, Array]:
     """Causal attention inside each block, the blocks of one sequence as rows of a batch."""
     batch, num_queries, num_heads, _ = q.shape
     num_keys = k.shape[1]
@@ -107,8 +109,9 @@ def _own_blocks(own, q: Array, k: Array, v: Array, block_size: int) -> tuple[Arr
     shift = num_keys - num_queries - begin  # where query 0 stands on the grid that begins there
     num_blocks = -(-(num_keys - begin) // block_size)
     blank = num_blocks * block_size - (num_keys - begin)
-    # How many blocks at once: what a step of scores of that attention should hold at most.
-    chunk = max(1, min(num_blocks, 2**22 // max(1, batch * num_heads * min(block_size, 512) ** 2)))
+    chunk = num_blocks
+    if scores_at_once is not None:  # what a step of that attention should hold at most
+        chunk = max(1, min(chunk, scores_at_once // max(1, batch * num_heads * min(block_size, 512) ** 2)))
     num_chunks = -(-num_blocks // chunk)
     blank += (num_chunks * chunk - num_blocks) * block_size
 
@@ -118,7 +121,10 @@ def _own_blocks(own, q: Array, k: Array, v: Array, block_size: int) -> tuple[Arr
         return jnp.moveaxis(x, 1, 0).reshape(num_chunks, batch * chunk, block_size, *x.shape[3:])
 
     chunks = (cut(q, shift), cut(k[:, begin:], 0), cut(v[:, begin:], 0))
-    out, lse = jax.lax.map(lambda x: own(*x, mask=Causal()), chunks)
+    if num_chunks == 1:
+        out, lse = jax.tree.map(lambda x: x[None], own(*(x[0] for x in chunks), mask=Causal()))
+    else:
+        out, lse = jax.lax.map(lambda x: own(*x, mask=Causal()), chunks)
     lse = jnp.swapaxes(lse, 2, 3)
 
     def join(x, empty):

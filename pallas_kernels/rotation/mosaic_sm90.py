@@ -83,7 +83,7 @@ def run(
     if padded != rows:
         x = jnp.pad(x, ((0, padded - rows), (0, 0)))
 
-    def kernel(x_ref, turns, *refs):
+    def rotation(x_ref, turns, *refs):
         *out_refs, buffer = refs
         group, nth, row = (lax.axis_index(name) for name in ("group", "nth", "tile"))
         columns = pl.ds(group * group_size, group_size)
@@ -100,7 +100,7 @@ def run(
                 body(x_ref.at[here], own, out_ref.at[here], buffer)
 
     results = compat.kernel(
-        kernel,
+        rotation,
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * len(turns),
         grid=(channels // group_size, len(turns), padded // tile),
         grid_names=("group", "nth", "tile"),

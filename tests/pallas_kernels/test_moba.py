@@ -239,7 +239,8 @@ def test_a_wrong_selection_is_noticed(monkeypatch, mutation):
     arrays, pair, expected = solved(name)
     select = routing.select
 
-    def wrong(q, k, layout, *, block_size, top_k, causal):
+    def wrong(q, k, layout, *, block_size, top_k, causal, choose):
+        del choose
         if mutation == "all blocks":
             return select(q, k, layout, block_size=block_size, top_k=10, causal=causal)
         indices = select(q, k, layout, block_size=block_size, top_k=top_k, causal=causal)

@@ -1,29 +1,31 @@
-"""Hopper kernels of block-routed attention, forward: `select.py` routes, `attend.py` attends to the routed blocks.
+"""Hopper kernels of block-routed attention: `select.py` routes, `attend.py` attends to the routed blocks, `backward.py`
+has their gradients.
 
 What is between them stays in XLA: the lists of queries per block, the gathering of queries into tiles, and the sum of a
-query's partial results. The own blocks are left to `flash_attention`. Gradients are those of the XLA path, which takes
-outputs and log-sum-exps as they come.
+query's partial results. The own blocks are left to `flash_attention`.
 
 A block of more than 128 keys is attended as several of 128, which the same queries chose.
 """
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import compat, dispatch
+from pallas_kernels.attention.mosaic_sm90.parts import LOG2E
 from pallas_kernels.moba import lists, routed, routing, xla
 from pallas_kernels.moba.layout import Layout
-from pallas_kernels.moba.mosaic_sm90 import attend, select
+from pallas_kernels.moba.mosaic_sm90 import attend, backward, select
 from pallas_kernels.moba.routed import Static
 
 MAX_RANKS = 15
 MAX_BLOCK = 128
+LONGEST_PIECE = 16  # tiles of a list that one CTA adds up
 
 
 def unsupported(
@@ -79,7 +81,7 @@ def run(
     options: dict[str, Any] = {"block_size": block_size, "top_k": top_k, "causal": causal}
     if (reason := unsupported(q, k, v, **options, interpret=interpret or object())) is not None:
         raise NotImplementedError(f"moba_attention on Hopper {reason}")
-    parts: dict[str, Any] = {"choose": choose, "forward": forward_head}
+    parts: dict[str, Any] = {"choose": choose, "forward": forward_head, "backward": backward_head}
     if interpret is not None:
         parts = {name: functools.partial(part, interpret=interpret) for name, part in parts.items()}
     return xla.run(q, k, v, segments, **options, scale=scale, own_implementation=own_implementation, **parts)
@@ -99,6 +101,54 @@ def choose(
     return select.run(q, means, layout, ranks=ranks, interpret=interpret)
 
 
+class _Tiles(NamedTuple):
+    """What the kernels read for one head, forward and backward."""
+
+    head: routed.Head
+    block_size: int
+    keys: Int[Array, "C_keys"]  # of all candidates, one after the other
+    lists: lists.BlockLists
+    tiles: lists.Tiles
+    row: Int[Array, "slots"]
+    is_pair: Bool[Array, "slots"]
+
+    @classmethod
+    def of(cls, static: Static, start: Array, **arrays: Array) -> "_Tiles":
+        block_size = static.block_size
+        if (pieces := -(-block_size // MAX_BLOCK)) > 1:
+            # Each block is several, chosen together; the lists then hold each pair once for every piece.
+            block_size, piece = MAX_BLOCK, jnp.arange(pieces)
+            start = (start[:, None] + piece * MAX_BLOCK).reshape(-1)
+            blocks = arrays["blocks"]
+            split = jnp.where(blocks[..., None] < 0, -1, blocks[..., None] * pieces + piece)
+            arrays = arrays | {"blocks": split.reshape(*blocks.shape[:-1], -1)}
+        head = routed.Head.of(**arrays)
+        num_blocks = start.shape[0]
+        of_blocks = lists.invert_selection(head.blocks, num_blocks)
+        num_tiles = lists.most_tiles(head.blocks.size, num_blocks, attend.TILE)
+        tiles = lists.cut(of_blocks, attend.TILE, num_tiles)
+        offset = jnp.arange(attend.TILE, dtype=jnp.int32)
+        slot = (tiles.start[:, None] + offset).reshape(-1)
+        return cls(
+            head=head,
+            block_size=block_size,
+            # Blocks of packed rows begin anywhere, those of a swizzled copy at multiples of 8.
+            keys=(start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1),
+            lists=of_blocks,
+            tiles=tiles,
+            row=of_blocks.entries.at[slot].get(mode="clip") // head.blocks.shape[1],
+            is_pair=(offset < tiles.size[:, None]).reshape(-1),
+        )
+
+    def of_rows(self, x: Array, otherwise: float = 0.0) -> Array:
+        """Rows in the order of the slots."""
+        is_pair = self.is_pair.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(is_pair, x[self.row], jnp.asarray(otherwise, x.dtype))
+
+    def of_keys(self, x: Array) -> Array:
+        return x.at[self.keys].get(mode="clip")
+
+
 def forward_head(
     static: Static,
     start: Int[Array, "C"],
@@ -109,34 +159,57 @@ def forward_head(
 ) -> tuple[Float[Array, "T G H"], Float[Array, "T G"]]:
     """As `routed.forward_head`; every candidate in use has `block_size` keys."""
     del length
-    block_size = static.block_size
-    if (pieces := -(-block_size // MAX_BLOCK)) > 1:
-        # Each block is several, chosen together; the lists then hold each pair once for every piece.
-        block_size, piece = MAX_BLOCK, jnp.arange(pieces)
-        start = (start[:, None] + piece * MAX_BLOCK).reshape(-1)
-        blocks = arrays["blocks"]
-        split = jnp.where(blocks[..., None] < 0, -1, blocks[..., None] * pieces + piece)
-        arrays = arrays | {"blocks": split.reshape(*blocks.shape[:-1], -1)}
-    head, grid = routed.Head.of(**arrays), arrays["q"].shape[:2]
-    num_blocks, ranks = start.shape[0], head.blocks.shape[1]
-    num_tiles = lists.most_tiles(head.blocks.size, num_blocks, attend.TILE)
-    of_blocks = lists.invert_selection(head.blocks, num_blocks)
-    tiles = lists.cut(of_blocks, attend.TILE, num_tiles)
-    slot = (tiles.start[:, None] + jnp.arange(attend.TILE, dtype=jnp.int32)).reshape(-1)
-    row = of_blocks.entries.at[slot].get(mode="clip") // ranks
-    # Blocks of packed rows begin anywhere, those of a swizzled copy at multiples of 8.
-    keys = (start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1)
+    here = _Tiles.of(static, start, **arrays)
+    head, tiles = here.head, here.tiles
     parts, lses = attend.run(
-        head.q[row],
-        head.k.at[keys].get(mode="clip"),
-        head.v.at[keys].get(mode="clip"),
+        here.of_rows(head.q),
+        here.of_keys(head.k),
+        here.of_keys(head.v),
         tiles.block,
         tiles.total,
-        block_size=block_size,
+        block_size=here.block_size,
         scale=static.scale,
         interpret=interpret,
     )
-    return routed.combine(head.blocks, tiles.place, parts, lses, grid, unroll=True)
+    return routed.combine(head.blocks, tiles.place, parts, lses, arrays["q"].shape[:2], unroll=True)
+
+
+def backward_head(
+    static: Static,
+    start: Int[Array, "C"],
+    length: Int[Array, "C"],
+    *,
+    d_out: Float[Array, "T G H"],
+    lse: Float[Array, "T G"],
+    delta: Float[Array, "T G"],
+    interpret: plgpu.InterpretGPUParams | None = None,
+    **arrays: Array,
+) -> tuple[Float[Array, "T G H"], Float[Array, "S H"], Float[Array, "S H"]]:
+    """As `routed.backward_head`."""
+    here = _Tiles.of(static, start, **arrays)
+    head, tiles = here.head, here.tiles
+    stats = [here.of_rows(lse.reshape(-1) * LOG2E, jnp.inf), here.of_rows(delta.reshape(-1))]
+    rows = (here.of_rows(head.q), here.of_rows(d_out.reshape(head.q.shape)), jnp.stack(stats))
+    keys = (here.of_keys(head.k), here.of_keys(head.v))
+    options: dict[str, Any] = {"block_size": here.block_size, "scale": static.scale, "interpret": interpret}
+    dq = backward.query_gradients(*rows, *keys, tiles.block, tiles.total, **options)
+    pieces = lists.pieces(here.lists, attend.TILE, tiles.block.shape[0], LONGEST_PIECE)
+    parts = backward.key_gradients(*rows, *keys, pieces, **options)
+
+    def add(nth, sums):
+        here = jnp.minimum(pieces.begin + nth, parts[0].shape[0] - 1)
+        has = (nth < pieces.count)[:, None, None]
+        return tuple(total + jnp.where(has, part[here], 0) for total, part in zip(sums, parts, strict=True))
+
+    zeros = jnp.zeros((pieces.count.shape[0], *parts[0].shape[1:]), jnp.float32)
+    dk, dv = jax.lax.fori_loop(0, pieces.count.max(), add, (zeros, zeros))
+    place = tiles.place.reshape(head.blocks.shape)
+    dq_rows = jnp.zeros(head.q.shape, jnp.float32)
+    for rank in range(head.blocks.shape[1]):  # written out it is one operation
+        dq_rows += jnp.where(head.blocks[:, rank][:, None] >= 0, dq[place[:, rank]], 0)
+    split = start.shape[0], static.block_size
+    dk, dv = (routed.to_keys(x.reshape(*split, -1), start, length, like) for x, like in ((dk, head.k), (dv, head.v)))
+    return dq_rows.astype(head.q.dtype).reshape(arrays["q"].shape), dk, dv
 
 
 def compile_cases() -> Iterator[Any]:
@@ -158,19 +231,18 @@ def compile_cases() -> Iterator[Any]:
                 avals=(array((1, queries, 4, head_dim), dtype), array((1, 512, 2, head_dim), dtype), layout),
             )
         for block_size in (64, 128):
-
-            def run(q, k, v, block, total, block_size=block_size):
-                return attend.run(q, k, v, block, total, block_size=block_size, scale=0.1)
-
-            tiles = 64
-            yield CompileCase(
-                name=f"moba attend block={block_size} H={head_dim}",
-                function=run,
-                avals=(
-                    array((tiles * attend.TILE, head_dim), dtype),
-                    array((queries, head_dim), dtype),
-                    array((queries, head_dim), dtype),
-                    array((tiles,), jnp.int32),
-                    array((), jnp.int32),
-                ),
-            )
+            options = {"block_size": block_size, "scale": 0.1}
+            tiles, num_pieces = array((64,), jnp.int32), array((32,), jnp.int32)
+            rows, keys = (array((count, head_dim), dtype) for count in (64 * attend.TILE, queries))
+            gradient = (rows, rows, array((2, rows.shape[0]), jnp.float32), keys, keys)
+            pieces = lists.Pieces(*[num_pieces] * 5)
+            for name, function, avals in (
+                ("attend", attend.run, (rows, keys, keys, tiles, array((), jnp.int32))),
+                ("dq", backward.query_gradients, (*gradient, tiles, array((), jnp.int32))),
+                ("dk dv", backward.key_gradients, (*gradient, pieces)),
+            ):
+                yield CompileCase(
+                    name=f"moba {name} block={block_size} H={head_dim}",
+                    function=functools.partial(function, **options),
+                    avals=avals,
+                )

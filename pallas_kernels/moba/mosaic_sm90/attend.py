@@ -48,7 +48,7 @@ def run(
     num_tiles, head_dim, dtype = block.shape[0], q.shape[1], q.dtype
     shape, log2_scale = (ROWS, block_size), scale * LOG2E
 
-    def kernel(refs, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, q_ready, kv_ready):
+    def moba_attend(refs, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, q_ready, kv_ready):
         warpgroup, tile = lax.axis_index("warpgroup"), lax.axis_index("tile")
         rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
 
@@ -90,7 +90,7 @@ def run(
         return plgpu.SMEM(shape, dtype, transforms=compat.swizzled(dtype, shape[-1]))
 
     return compat.kernel(
-        kernel,
+        moba_attend,
         out_type=(jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape[:1], jnp.float32)),
         grid=(num_tiles,),
         grid_names=("tile",),

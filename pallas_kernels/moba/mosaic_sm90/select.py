@@ -49,7 +49,7 @@ def run(
     highest = -(-jnp.where(some, of_tile(first + eligible), 0).max(axis=2) // COLUMNS)
     i32 = jnp.int32
 
-    def kernel(refs, out_ref, q_smem, means_smem, out_smem, q_ready, ready, free):
+    def moba_select(refs, out_ref, q_smem, means_smem, out_smem, q_ready, ready, free):
         warpgroup, b, head = (lax.axis_index(name) for name in ("warpgroup", "batch", "head"))
         tile = num_tiles - 1 - lax.axis_index("tile")  # late queries have the most to choose from
         low, high = refs["lowest"][b, tile], refs["highest"][b, tile]
@@ -126,7 +126,7 @@ def run(
         return plgpu.SMEM(shape, q.dtype, transforms=compat.swizzled(q.dtype, shape[-1]))
 
     out = compat.kernel(
-        kernel,
+        moba_select,
         out_type=jax.ShapeDtypeStruct((batch, num_heads, ranks, num_tiles * TILE), i32),
         grid=(batch, num_heads, num_tiles),
         grid_names=("batch", "head", "tile"),

@@ -1,0 +1,247 @@
+"""The backward kernels of routed blocks, over the tiles of the forward pass; no atomics.
+
+Both compute the probabilities anew from the log-sum-exps of whole rows, `p = exp2(s * scale * log2(e) - lse * log2(e))`
+and then `ds = p * (do v^T - delta)`. Slots of no pair have lse = +inf, so that p = 0, and rows of zeros.
+
+`query_gradients`: one CTA per tile, as the forward kernel: a partial dQ for each of its pairs.
+
+`key_gradients`: one CTA per piece of a list, 64 keys of the block for each of its compute warpgroups, which walk the
+queries of the piece 64 at a time; a warpgroup more issues the copies. A list is one piece but for the longest ones, of
+blocks that most queries choose. Tiles are transposed, rows are keys: P^T and dS^T are the left operands, in registers.
+
+P and dS are rounded to the input dtype before their products, and so are the partial results.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat
+from pallas_kernels.attention.mosaic_sm90.parts import COLUMN, LOG2E, ROW, WGMMA, accumulate, opaque
+from pallas_kernels.moba.lists import Pieces
+from pallas_kernels.moba.mosaic_sm90.attend import ROWS, TILE, WARPGROUPS
+
+STAGES = 3
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
+def query_gradients(
+    q: Float[Array, "slots H"],
+    d_out: Float[Array, "slots H"],
+    stats: Float[Array, "2 slots"],
+    k: Float[Array, "C_keys H"],
+    v: Float[Array, "C_keys H"],
+    block: Int[Array, "tiles"],
+    total: Int[Array, ""],
+    *,
+    block_size: int,
+    scale: float,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Float[Array, "slots H"]:
+    """Partial dQ. Arguments as in `attend.run`; `stats` are lse * log2(e) and delta."""
+    num_tiles, head_dim, dtype = block.shape[0], q.shape[1], q.dtype
+    shape, log2_scale = (ROWS, block_size), scale * LOG2E
+
+    def moba_dq(refs, dq_ref, q_smem, do_smem, k_smem, v_smem, own_ready, kv_ready):
+        warpgroup, tile = lax.axis_index("warpgroup"), lax.axis_index("tile")
+        rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+
+        @pl.when(tile < refs["total"][0])
+        def _():
+            for name, ref in (("q", q_smem), ("do", do_smem)):
+                plgpu.copy_gmem_to_smem(refs[name].at[rows], ref.at[warpgroup], own_ready.at[warpgroup])
+
+            @pl.when(warpgroup == 0)
+            def _():
+                keys = pl.ds(refs["block"][tile] * block_size, block_size)
+                plgpu.copy_gmem_to_smem(refs["k"].at[keys], k_smem, kv_ready.at[0])
+                plgpu.copy_gmem_to_smem(refs["v"].at[keys], v_smem, kv_ready.at[1])
+
+            log2_sum_exp, delta = (
+                lax.broadcast_in_dim(plgpu.load(refs["stats"].at[which, rows], layout=ROW, optimized=False), shape, [0])
+                for which in range(2)
+            )
+            plgpu.barrier_wait(own_ready.at[warpgroup])
+            plgpu.barrier_wait(kv_ready.at[0])
+
+            def score_gradients(s_ref, dp_ref):
+                plgpu.wgmma(s_ref, q_smem.at[warpgroup], k_smem.transpose((1, 0)))
+                plgpu.barrier_wait(kv_ready.at[1])
+                plgpu.wgmma(dp_ref, do_smem.at[warpgroup], v_smem.transpose((1, 0)))
+                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                p = jnp.exp2(s * log2_scale - log2_sum_exp)
+                dp = plgpu.wgmma_accumulator_load(dp_ref)
+                return (p * (dp - delta)).astype(dtype)
+
+            accumulator = plgpu.ACC(shape, jnp.float32)
+            ds = pl.run_scoped(score_gradients, accumulator, accumulator)
+            zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA)
+            (dq,) = accumulate([(zeros, lambda: ds, k_smem)], interpreted=interpret is not None)
+            q_smem[warpgroup] = (dq * scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], dq_ref.at[rows])
+            plgpu.wait_smem_to_gmem(0)
+
+    own, keys = (_matrices(dtype, *size, head_dim) for size in ((WARPGROUPS, ROWS), (block_size,)))
+    return compat.kernel(
+        moba_dq,
+        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        grid=(num_tiles,),
+        grid_names=("tile",),
+        num_threads=WARPGROUPS,
+        thread_name="warpgroup",
+        scratch_types=[
+            own,
+            own,
+            keys,
+            keys,
+            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_barriers=2),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )({"q": q, "do": d_out, "stats": stats, "k": k, "v": v, "block": block, "total": total.reshape(1)})
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
+def key_gradients(
+    q: Float[Array, "slots H"],
+    d_out: Float[Array, "slots H"],
+    stats: Float[Array, "2 slots"],
+    k: Float[Array, "C_keys H"],
+    v: Float[Array, "C_keys H"],
+    pieces: Pieces,
+    *,
+    block_size: int,
+    scale: float,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "pieces block H"], Float[Array, "pieces block H"]]:
+    """dK and dV of each piece. Pieces beyond the last write nothing."""
+    num_pieces, head_dim, dtype = pieces.block.shape[0], q.shape[1], q.dtype
+    warpgroups = block_size // ROWS
+    tile, log2_scale, i32 = (ROWS, ROWS), scale * LOG2E, jnp.int32
+
+    def moba_dk_dv(refs, dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem, stats_smem, own_ready, ready, free):
+        warpgroup, piece = lax.axis_index("warpgroup"), lax.axis_index("piece")
+        steps = refs["size"][piece] * (TILE // ROWS)
+
+        @pl.when(warpgroup < warpgroups)
+        def compute():
+            plgpu.set_max_registers(240, action="increase")
+            keys = pl.ds(refs["block"][piece] * block_size + warpgroup * ROWS, ROWS)
+            for name, ref in (("k", k_smem), ("v", v_smem)):
+                plgpu.copy_gmem_to_smem(refs[name].at[keys], ref.at[warpgroup], own_ready.at[warpgroup])
+
+            def statistic(slot, which):
+                x = plgpu.load(stats_smem.at[slot, which], layout=COLUMN, optimized=False)
+                return lax.broadcast_in_dim(x, tile, [1])
+
+            def step(i, carry):
+                dk, dv = carry
+                slot = lax.rem(i, i32(STAGES))
+                plgpu.barrier_wait(ready.at[slot])
+                at = opaque(warpgroup)
+
+                def probabilities(s_ref, dp_ref):
+                    plgpu.wgmma(s_ref, k_smem.at[at], q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(dp_ref, v_smem.at[at], do_smem.at[slot].transpose((1, 0)))
+                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                    p = jnp.exp2(s * log2_scale - statistic(slot, 0))
+                    return p, plgpu.wgmma_accumulator_load(dp_ref)
+
+                accumulator = plgpu.ACC(tile, jnp.float32)
+                p, dp = pl.run_scoped(probabilities, accumulator, accumulator)
+
+                def ds():
+                    return (p * (dp - statistic(slot, 1))).astype(dtype)
+
+                dv, dk = accumulate(
+                    [(dv, lambda: p.astype(dtype), do_smem.at[slot]), (dk, ds, q_smem.at[slot])],
+                    interpreted=interpret is not None,
+                )
+                plgpu.barrier_arrive(free.at[slot])
+                return dk, dv
+
+            plgpu.barrier_wait(own_ready.at[warpgroup])
+            zero = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA)
+            dk, dv = lax.fori_loop(0, steps, step, (zero, zero))
+
+            @pl.when(steps > 0)
+            def _():
+                k_smem[warpgroup] = (dk * scale).astype(dtype)
+                v_smem[warpgroup] = dv.astype(dtype)
+                plgpu.commit_smem()
+                rows = pl.ds(warpgroup * ROWS, ROWS)
+                plgpu.copy_smem_to_gmem(k_smem.at[warpgroup], dk_ref.at[piece, rows])
+                plgpu.copy_smem_to_gmem(v_smem.at[warpgroup], dv_ref.at[piece, rows])
+                plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == warpgroups)
+        def load():
+            plgpu.set_max_registers(24, action="decrease")
+
+            @pl.loop(0, steps)
+            def fill(i):
+                slot = lax.rem(i, i32(STAGES))
+
+                @pl.when(i >= STAGES)
+                def _():
+                    plgpu.barrier_wait(free.at[slot])
+                    plgpu.commit_smem()  # the statistics of this slot were read by ordinary loads
+
+                rows = pl.ds(refs["first"][piece] * TILE + i * ROWS, ROWS)
+                for source, target in (
+                    (refs["q"].at[rows], q_smem),
+                    (refs["stats"].at[:, rows], stats_smem),
+                    (refs["do"].at[rows], do_smem),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+
+            # Every completion of a barrier must be observed before the kernel ends.
+            @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
+            def drain(i):
+                plgpu.barrier_wait(free.at[lax.rem(i, i32(STAGES))])
+
+    own, ring = (_matrices(dtype, count, ROWS, head_dim) for count in (warpgroups, STAGES))
+    sums = jax.ShapeDtypeStruct((num_pieces, block_size, head_dim), dtype)
+    return compat.kernel(
+        moba_dk_dv,
+        out_type=(sums, sums),
+        grid=(num_pieces,),
+        grid_names=("piece",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=[
+            own,
+            own,
+            ring,
+            ring,
+            plgpu.SMEM((STAGES, 2, ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+            plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=STAGES),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(
+        {
+            "q": q,
+            "do": d_out,
+            "stats": stats,
+            "k": k,
+            "v": v,
+            "block": pieces.block,
+            "first": pieces.first,
+            "size": pieces.size,
+        }
+    )
+
+
+def _matrices(dtype: Any, *shape: int) -> Any:
+    return plgpu.SMEM(shape, dtype, transforms=compat.swizzled(dtype, shape[-1]))
