@@ -155,7 +155,7 @@ def main(config: CalibrateSparsity) -> int:
         raise ValueError(
             f"max_length must be at most the model's {model.config.max_positions} positions; got {config.max_length}"
         )
-    if all(window is not None for window in model.config.layer_windows):
+    if all(layer.window is not None for layer in model.config.layer_attention):
         raise ValueError(f"{config.model}: every layer has a window, and layers with a window skip nothing")
 
     lengths = [config.max_length >> i for i in reversed(range(config.length_bins))]

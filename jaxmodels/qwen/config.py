@@ -10,6 +10,26 @@ PromptAttention = Literal["bidirectional", "block_causal", "causal"]
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerAttention:
+    """Which keys the queries of one layer see; without arguments all up to themselves.
+
+    Attributes:
+      window: only the latest `window` tokens; None: no limit.
+    """
+
+    window: int | None = None
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"the window of a layer must be None or at least 1; got {self.window}")
+
+
+def sliding_windows(*windows: int | None) -> tuple[LayerAttention, ...]:
+    """The `layer_attention` of layers that differ in their windows only, None being full attention."""
+    return tuple(LayerAttention(window) for window in windows)
+
+
+@dataclasses.dataclass(frozen=True)
 class QwenConfig:
     """One decoder family; the differences between its members are fields.
 
@@ -26,8 +46,7 @@ class QwenConfig:
       qkv_bias: biases on the query, key and value projections.
       qk_norm: RMSNorm over each query and key head before the rotation.
       tied_head: the head is the embedding matrix.
-      layer_windows: per layer the sliding window in tokens, or None for full attention; () means None
-        everywhere.
+      layer_attention: what each layer attends to; () means everything up to itself, everywhere.
       max_positions: longest sequence the weights were made for.
       eos_ids: tokens that end a text.
       bos_id, pad_id, mask_id: special tokens, None where the model has none.
@@ -48,7 +67,7 @@ class QwenConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied_head: bool = False
-    layer_windows: tuple[int | None, ...] = ()
+    layer_attention: tuple[LayerAttention, ...] = ()
     max_positions: int = 32_768
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -77,13 +96,10 @@ class QwenConfig:
             raise ValueError(f"head_dim must be even for rotary embeddings; got {self.head_dim}")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive; got {self.norm_eps}")
-        if not self.layer_windows:
-            object.__setattr__(self, "layer_windows", (None,) * self.layers)
-        if len(self.layer_windows) != self.layers:
-            raise ValueError(f"layer_windows must name {self.layers} layers; got {len(self.layer_windows)}")
-        for window in self.layer_windows:
-            if window is not None and window < 1:
-                raise ValueError(f"a window in layer_windows must be None or at least 1; got {window}")
+        if not self.layer_attention:
+            object.__setattr__(self, "layer_attention", (LayerAttention(),) * self.layers)
+        if len(self.layer_attention) != self.layers:
+            raise ValueError(f"layer_attention must name {self.layers} layers; got {len(self.layer_attention)}")
         for name in ("bos_id", "pad_id", "mask_id"):
             self._check_token(name, getattr(self, name))
         for token in self.eos_ids:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from jaxmodels.checkpoints.mapping import Row
 from jaxmodels.layers.rope import RopeConfig
-from jaxmodels.qwen.config import PromptAttention, QwenConfig
+from jaxmodels.qwen.config import LayerAttention, PromptAttention, QwenConfig
 
 # ----------------------------------------------------------------------------------------------------
 # Tensors. N query heads, K kv heads, H head dim, D model dim, F mlp dim, V vocabulary; "{}" is the layer.
@@ -335,8 +335,8 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, int | None]:
     return RopeConfig(theta=theta, kind=kind, **fields), limit
 
 
-def windows_from_hf(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer: from `layer_types`, or from `max_window_layers` in older files."""
+def attention_from_hf(config: Mapping[str, Any], layers: int) -> tuple[LayerAttention, ...]:
+    """What each layer attends to: from `layer_types`, or from `max_window_layers` in older files."""
     window = _integer(config, "sliding_window") if _boolean(config, "use_sliding_window") else None
     kinds = config.get("layer_types")
     if kinds is None:
@@ -351,7 +351,7 @@ def windows_from_hf(config: Mapping[str, Any], layers: int) -> tuple[int | None,
             raise ValueError(f"field 'layer_types' has {kind!r}; known: full_attention, sliding_attention")
     if window is None and "sliding_attention" in kinds:
         raise ValueError("field 'layer_types' has sliding_attention, but use_sliding_window is not true")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(LayerAttention(window if kind == "sliding_attention" else None) for kind in kinds)
 
 
 def _token_id(config: Mapping[str, Any], field: str) -> int | None:
@@ -453,7 +453,7 @@ def config_from_hf(
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         tied_head=_boolean(config, "tie_word_embeddings"),
-        layer_windows=windows_from_hf(config, sizes["layers"]),
+        layer_attention=attention_from_hf(config, sizes["layers"]),
         eos_ids=eos_ids,
         bos_id=_token_id(config, "bos_token_id"),
         pad_id=_token_id(config, "pad_token_id"),
@@ -483,9 +483,9 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
         )
     if family == "edlm" and None in (config.mask_id, config.block_size):
         raise ValueError(f"family 'edlm' needs mask_id and block_size; got {config.mask_id} and {config.block_size}")
-    windows = {w for w in config.layer_windows if w is not None}
+    windows = {layer.window for layer in config.layer_attention if layer.window is not None}
     if len(windows) > 1:
-        raise ValueError(f"layer_windows has windows of several sizes {sorted(windows)}; config.json holds one")
+        raise ValueError(f"layer_attention has windows of several sizes {sorted(windows)}; config.json holds one")
     window = windows.pop() if windows else None
     rope = _rope_to_hf(config)
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
@@ -508,7 +508,7 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
         "sliding_window": window,
         "max_window_layers": _first_window(config),
         "layer_types": [
-            "full_attention" if w is None else "sliding_attention" for w in config.layer_windows
+            "full_attention" if a.window is None else "sliding_attention" for a in config.layer_attention
         ],
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else [*config.eos_ids] or None,
@@ -535,10 +535,7 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
 
 def _first_window(config: QwenConfig) -> int:
     """Layers before the first sliding one: what readers without `layer_types` go by."""
-    for layer, window in enumerate(config.layer_windows):
-        if window is not None:
-            return layer
-    return config.layers
+    return next((n for n, layer in enumerate(config.layer_attention) if layer.window is not None), config.layers)
 
 
 def _rope_to_hf(config: QwenConfig) -> dict[str, Any]:

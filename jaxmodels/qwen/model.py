@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from jaxmodels.cache import KV, Cache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
 from jaxmodels.layers import apply_rope, embed, linear, linears, rms_norm, rope_tables
-from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.qwen.config import LayerAttention, QwenConfig
 from jaxmodels.sharding import constrain
 from jaxmodels.sparse_attention import SkipAttention, SkipCounts, SkipMeasure
 from jaxmodels.sparse_attention.calibration import measure_decode_sparsity, measure_sparsity
@@ -81,13 +81,14 @@ class Attend(NamedTuple):
     request: SkipRequest = SkipRequest()
 
     def __call__(
-        self, q: Array, k: Array, v: Array, *, layer: int | Array, window: int | None
+        self, q: Array, k: Array, v: Array, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[Array, SkipStats | None, SkipCounts | None]:
         """Attention output `[B, T, N, H]` of rotated queries and keys, and what was asked for about skipped tiles.
 
-        `window` is that of this layer. A layer with one skips nothing.
+        `attention` is that of this layer. With a window it skips nothing.
         """
         skip, stats, measure = self.request
+        window = attention.window
         if window is not None:
             skip = None
         if self.cache is not None:
@@ -177,7 +178,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, window: int | None
+        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[Float[Array, "B T D"], KV, tuple]:
         weights = (self.q[...], self.k[...], self.v[...])
         q, k, v = linears(x, weights, ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"))
@@ -187,7 +188,7 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
         q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
-        y, *about = attend(q, k, v, layer=layer, window=window)
+        y, *about = attend(q, k, v, layer=layer, attention=attention)
         return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v), tuple(about)
 
 
@@ -222,11 +223,11 @@ class Block(nnx.Module):
         self.norm_eps = config.norm_eps
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, window: int | None
+        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[Float[Array, "B T D"], KV, tuple]:
         with jax.named_scope("attention"):
             y, kv, about = self.attention(
-                rms_norm(x, self.attention_norm[...], self.norm_eps), attend, layer=layer, window=window
+                rms_norm(x, self.attention_norm[...], self.norm_eps), attend, layer=layer, attention=attention
             )
             x = x + y
         with jax.named_scope("mlp"):
@@ -250,21 +251,21 @@ def _structure(part: Callable[..., nnx.Module], config: QwenConfig) -> Structure
 
 
 class Run(NamedTuple):
-    """`repeats` passes over a pattern of layers; one window (or None) per layer of the pattern."""
+    """`repeats` passes over a pattern of layers, described one by one."""
 
     start: int
     repeats: int
-    windows: tuple[int | None, ...]
+    pattern: tuple[LayerAttention, ...]
 
 
-def layer_runs(windows: tuple[int | None, ...]) -> list[Run]:
+def layer_runs(attention: tuple[LayerAttention, ...]) -> list[Run]:
     """Layers as scans: the stack as repeats of its shortest pattern, else runs of equal layers."""
-    layers = len(windows)
+    layers = len(attention)
     for period in range(1, layers // 2 + 1):
-        if layers % period == 0 and windows == windows[:period] * (layers // period):
-            return [Run(0, layers // period, windows[:period])]
-    edges = [0, *(i for i in range(1, layers) if windows[i] != windows[i - 1]), layers]
-    return [Run(start, stop - start, (windows[start],)) for start, stop in itertools.pairwise(edges)]
+        if layers % period == 0 and attention == attention[:period] * (layers // period):
+            return [Run(0, layers // period, attention[:period])]
+    edges = [0, *(i for i in range(1, layers) if attention[i] != attention[i - 1]), layers]
+    return [Run(start, stop - start, (attention[start],)) for start, stop in itertools.pairwise(edges)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,14 +359,14 @@ class CausalLM:
     ) -> Float[Array, "B T D"]:
         """One decoder block by itself: `hidden` is the embedding, all of these in turn, and the final norm.
 
-        `params` are of this layer alone, `layer` says which window it has; the rest is as in `hidden`.
+        `params` are of this layer alone, `layer` says what it attends to; the rest is as in `hidden`.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(states.shape[1], dtype=jnp.int32), states.shape[:2])
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions, None)
         attend = Attend(cos, sin, mask, positions, segment_ids, None, None)
         block = _structure(Block, self.config).module(params)
-        return block(states, attend, layer=layer, window=self.config.layer_windows[layer])[0]
+        return block(states, attend, layer=layer, attention=self.config.layer_attention[layer])[0]
 
     def hidden(
         self,
@@ -468,8 +469,8 @@ class CausalLM:
     ) -> tuple[Float[Array, "B T D"], KV | None, Float[Array, "L B T D"] | None, tuple]:
         block = _structure(Block, self.config)
 
-        def run_block(params: Params, x: Array, layer: int | Array, window: int | None) -> tuple[Array, tuple]:
-            x, kv, about = block.module(params)(x, attend, layer=layer, window=window)
+        def run_block(params: Params, x: Array, layer: int | Array, attention: LayerAttention) -> tuple[Array, tuple]:
+            x, kv, about = block.module(params)(x, attend, layer=layer, attention=attention)
             return x, (kv if keep_kv else None, x if keep_states else None, about)
 
         scanned = isinstance(layers, dict) and not unroll
@@ -480,15 +481,15 @@ class CausalLM:
 
         outputs = []
         if isinstance(layers, dict) and not unroll:
-            for run in layer_runs(self.config.layer_windows):
+            for run in layer_runs(self.config.layer_attention):
                 x, output = _scan(run, run_block, layers, x, slice_first=attend.cache is None)
                 outputs.append(output)
             return x, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
         if unroll is False:
             raise ValueError("unroll=False scans stacked layers; got parameters from unstack()")
-        for layer, window in enumerate(self.config.layer_windows):
+        for layer, attention in enumerate(self.config.layer_attention):
             params = _layer(layers, layer) if isinstance(layers, dict) else layers[layer]
-            x, output = run_block(params, x, layer, window)
+            x, output = run_block(params, x, layer, attention)
             outputs.append(output)
         return x, *jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
@@ -513,7 +514,7 @@ def _scan(
     needs: each layer's gradient is then written once. Otherwise each layer is picked from the whole stack by
     its index, so that a model of several runs copies no part of its weights in a decode step.
     """
-    period = len(run.windows)
+    period = len(run.pattern)
     steps = jnp.arange(run.repeats, dtype=jnp.int32)
 
     def part(leaf: Array) -> Array:
@@ -523,14 +524,14 @@ def _scan(
     def body(x: Array, inputs: tuple[Array, Params | None]) -> tuple[Array, tuple]:
         step, params = inputs
         outputs = []
-        for offset, window in enumerate(run.windows):
+        for offset, attention in enumerate(run.pattern):
             layer = run.start + step * period + offset
             if params is None:
                 own = _layer(layers, layer)
             else:
                 # What the scan consumes is no residual of its backward pass; an index into it would be, a second copy.
                 own = params if period == 1 else _layer(params, offset)
-            x, output = run_block(own, x, layer, window)
+            x, output = run_block(own, x, layer, attention)
             outputs.append(output)
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
