@@ -1,6 +1,6 @@
 """Qwen2, Qwen2.5 and Qwen3: one decoder, differences as configuration."""
 
-from jaxmodels.qwen.config import LayerAttention, QwenConfig, sliding_windows
+from jaxmodels.qwen.config import LayerAttention, MobaConfig, QwenConfig, sliding_windows
 from jaxmodels.qwen.model import CausalLM, Hidden, build
 
-__all__ = ["CausalLM", "Hidden", "LayerAttention", "QwenConfig", "build", "sliding_windows"]
+__all__ = ["CausalLM", "Hidden", "LayerAttention", "MobaConfig", "QwenConfig", "build", "sliding_windows"]

@@ -10,18 +10,51 @@ PromptAttention = Literal["bidirectional", "block_causal", "causal"]
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerAttention:
-    """Which keys the queries of one layer see; without arguments all up to themselves.
+class MobaConfig:
+    """Block-routed attention: see `pallas_kernels.moba.moba_attention`.
 
     Attributes:
-      window: only the latest `window` tokens; None: no limit.
+      block_size: keys of a block.
+      top_k: blocks that each query selects, its own among them.
+    """
+
+    block_size: int = 128
+    top_k: int = 8
+
+    def __post_init__(self):
+        for name in ("block_size", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of moba must be at least 1; got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerAttention:
+    """What one layer attends to, and what becomes of its keys; without arguments full attention with rotation.
+
+    Attributes:
+      window: queries see the latest `window` tokens only; None: no limit.
+      moba: queries see the blocks that they select only; None: no blocks. Not together with a window.
+      key_conv: taps of the short causal convolution over the keys, before rotation; None: there is none.
+      rotary: queries and keys are rotated by their positions.
     """
 
     window: int | None = None
+    moba: MobaConfig | None = None
+    key_conv: int | None = None
+    rotary: bool = True
 
     def __post_init__(self):
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"the window of a layer must be None or at least 1; got {self.window}")
+        for name in ("window", "key_conv"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"the {name} of a layer must be None or at least 1; got {value}")
+        if self.window is not None and self.moba is not None:
+            raise ValueError(f"a layer has a window or moba; got window={self.window} and {self.moba}")
+
+    @property
+    def full(self) -> bool:
+        """Whether queries see everything up to themselves."""
+        return self.window is None and self.moba is None
 
 
 def sliding_windows(*windows: int | None) -> tuple[LayerAttention, ...]:
@@ -100,6 +133,12 @@ class QwenConfig:
             object.__setattr__(self, "layer_attention", (LayerAttention(),) * self.layers)
         if len(self.layer_attention) != self.layers:
             raise ValueError(f"layer_attention must name {self.layers} layers; got {len(self.layer_attention)}")
+        for what, values in (
+            ("taps of key convolutions", {a.key_conv for a in self.layer_attention if a.key_conv is not None}),
+            ("block sizes of moba", {a.moba.block_size for a in self.layer_attention if a.moba is not None}),
+        ):
+            if len(values) > 1:
+                raise ValueError(f"layer_attention has different {what}, {sorted(values)}; all layers must share one")
         for name in ("bos_id", "pad_id", "mask_id"):
             self._check_token(name, getattr(self, name))
         for token in self.eos_ids:
@@ -114,6 +153,16 @@ class QwenConfig:
     def _check_token(self, name: str, token: int | None) -> None:
         if token is not None and not 0 <= token < self.vocab_size:
             raise ValueError(f"{name} must lie in [0, vocab_size={self.vocab_size}); got {token}")
+
+    @property
+    def key_conv_taps(self) -> int | None:
+        """Taps of the layers with a key convolution; None: no layer has one."""
+        return next((a.key_conv for a in self.layer_attention if a.key_conv is not None), None)
+
+    @property
+    def moba_block_size(self) -> int | None:
+        """Keys of a block in the layers that select blocks; None: no layer does."""
+        return next((a.moba.block_size for a in self.layer_attention if a.moba is not None), None)
 
     @classmethod
     def qwen2_5_0_5b(cls) -> "QwenConfig":

@@ -1,13 +1,14 @@
 """Qwen2, Qwen2.5 and Qwen3 decoders as pure functions over a plain dict of parameters.
 
 Letters: B batch, T query tokens, S key slots, N query heads, K kv heads, H head dim, D model dim, F mlp dim,
-V vocabulary, L layers. Parameters (layers stacked, axis 0 = layer; output axes before contracted ones, as in
+V vocabulary, L layers, W taps. Parameters (layers stacked, axis 0 = layer; output axes before contracted ones, as in
 checkpoints):
 
     embed [V, D]   final_norm [D]   head [V, D] (absent when tied)
     layers:  attention_norm [L, D]   mlp_norm [L, D]
              attention: q [L, N, H, D]   k, v [L, K, H, D]   o [L, D, N, H]
                         q_bias [L, N, H]   k_bias, v_bias [L, K, H]   q_norm, k_norm [L, H]
+                        k_conv [L, W, K, H] (tap 0 is the current token; of layers without one 0 and never read)
              mlp: gate, up [L, F, D]   down [L, D, F]
 """
 
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from jaxmodels.cache import KV, Cache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
 from jaxmodels.layers import apply_rope, embed, linear, linears, rms_norm, rope_tables
-from jaxmodels.qwen.config import LayerAttention, QwenConfig
+from jaxmodels.qwen.config import LayerAttention, MobaConfig, QwenConfig
 from jaxmodels.sharding import constrain
 from jaxmodels.sparse_attention import SkipAttention, SkipCounts, SkipMeasure
 from jaxmodels.sparse_attention.calibration import measure_decode_sparsity, measure_sparsity
@@ -34,6 +35,7 @@ from pallas_kernels.attention import flash_attention
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.skip import SkipStats
 from pallas_kernels.masks import Causal, Mask, SlidingWindow
+from pallas_kernels.moba import key_conv, moba_attention
 from pallas_kernels.quantized_matmul import QuantizedTensor
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
@@ -55,9 +57,9 @@ class Hidden(NamedTuple):
     states: Float[Array, "B T D"]  # after the final norm
     kv: KV | None  # keys and values of these tokens, [L, B, T, K, H]
     layers: Float[Array, "states B T D"] | None  # embeddings, then the output of each block (before the final norm)
-    # Per layer: [L, B, N], with a cache [L, B, K]; dense_guarded [L]; zeros for layers with a window.
+    # Per layer: [L, B, N], with a cache [L, B, K]; dense_guarded [L]; zeros for layers without full attention.
     skip_stats: SkipStats | None = None
-    skip_counts: SkipCounts | None = None  # per layer; zeros for layers with a window
+    skip_counts: SkipCounts | None = None  # per layer; zeros for layers without full attention
 
 
 class SkipRequest(NamedTuple):
@@ -85,12 +87,17 @@ class Attend(NamedTuple):
     ) -> tuple[Array, SkipStats | None, SkipCounts | None]:
         """Attention output `[B, T, N, H]` of rotated queries and keys, and what was asked for about skipped tiles.
 
-        `attention` is that of this layer. With a window it skips nothing.
+        `attention` is that of this layer. Only full attention skips tiles.
         """
         skip, stats, measure = self.request
         window = attention.window
-        if window is not None:
+        if not attention.full:
             skip = None
+        if attention.moba is not None:
+            y = self._routed(q, k, v, layer=layer, moba=attention.moba)
+            counts = None if measure is None else _nothing_counted(len(q), measure)
+            found = _nothing_skipped(q if self.cache is None else k) if stats else None
+            return y, found, counts
         if self.cache is not None:
             options = {} if skip is None else skip.for_layer(layer) | ({"return_stats": True} if stats else {})
             y = self.cache.attend(
@@ -115,7 +122,9 @@ class Attend(NamedTuple):
         options = {"mask": mask, "segment_ids": self.segment_ids, "kv_lengths": self.lengths}
         if (skip is not None or measure is not None) and self.lengths is not None:
             options["segment_ids"] = self._real_segments(q.shape[1])
-        counts = None if measure is None else self._measure(q, k, measure, window, options)
+        counts = None
+        if measure is not None:
+            counts = self._measure(q, k, measure, options) if attention.full else _nothing_counted(len(q), measure)
         if skip is None:
             found = _nothing_skipped(q) if stats else None
             return flash_attention(q, k, v, **options), found, counts  # type: ignore[return-value]
@@ -124,20 +133,33 @@ class Attend(NamedTuple):
             return flash_attention(q, k, v, **options), None, counts  # type: ignore[return-value]
         return *flash_attention(q, k, v, **options, return_stats=True), counts
 
+    def convolve(self, k: Float[Array, "B T K H"], weight: Float[Array, "W K H"], *, layer: int | Array) -> Array:
+        """Keys after the convolution of a layer over them and the keys before, none of them of another segment."""
+        if self.mask != Causal():
+            raise ValueError(f"a layer with a key convolution needs the mask Causal(); got {self.mask}")
+        if self.cache is not None:
+            raise NotImplementedError("a key convolution needs the raw keys before, which the cache does not hold")
+        return key_conv(k, weight.reshape(len(weight), -1), self.segment_ids)[0]
+
+    def _routed(self, q: Array, k: Array, v: Array, *, layer: int | Array, moba: MobaConfig) -> Array:
+        """Attention to selected blocks."""
+        if self.mask != Causal():
+            raise ValueError(f"a layer with {moba} needs the mask Causal(); got {self.mask}")
+        if self.cache is not None:
+            raise NotImplementedError(f"a layer with {moba} needs the means of blocks, which the cache does not hold")
+        segment_ids = self.segment_ids
+        if self.lengths is not None:
+            segment_ids = self._real_segments(q.shape[1])[0]
+        return moba_attention(q, k, v, block_size=moba.block_size, top_k=moba.top_k, segment_ids=segment_ids)
+
     def _real_segments(self, time: int) -> tuple[Array, Array]:
         """Segments of queries and keys in which padding sees nothing: it must neither vote on tiles nor be counted."""
         assert self.lengths is not None
         keys = jnp.zeros((len(self.lengths), time), jnp.int32) if self.segment_ids is None else self.segment_ids
         return jnp.where(jnp.arange(time) < self.lengths[:, None], keys, -1), keys
 
-    def _measure(
-        self, q: Array, k: Array, measure: SkipMeasure, window: int | None, options: dict[str, Any]
-    ) -> SkipCounts:
+    def _measure(self, q: Array, k: Array, measure: SkipMeasure, options: dict[str, Any]) -> SkipCounts:
         batch, time = q.shape[:2]
-        if window is not None:
-            visited = jnp.zeros((batch,), jnp.int32)
-            skipped = jnp.zeros((batch, measure.thresholds.shape[0]), jnp.int32)
-            return SkipCounts(visited, skipped, *((None, None) if measure.decode is None else (visited, skipped)))
         segments = options["segment_ids"]
         q_segments, k_segments = segments if isinstance(segments, tuple) else (segments, segments)
         limits = Limits(q_segments=q_segments, k_segments=k_segments, kv_lengths=self.lengths)
@@ -159,8 +181,15 @@ def _nothing_skipped(heads: Float[Array, "B T N H"]) -> SkipStats:
     return SkipStats(nothing, nothing, jnp.int32(0))
 
 
+def _nothing_counted(batch: int, measure: SkipMeasure) -> SkipCounts:
+    """The counts of a layer that is not measured."""
+    visited = jnp.zeros((batch,), jnp.int32)
+    skipped = jnp.zeros((batch, measure.thresholds.shape[0]), jnp.int32)
+    return SkipCounts(visited, skipped, *((None, None) if measure.decode is None else (visited, skipped)))
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention with optional biases and per-head norms before the rotation."""
+    """Grouped-query attention with optional biases, and per-head norms and a key convolution before the rotation."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         D, N, K, H = config.dim, config.heads, config.kv_heads, config.head_dim
@@ -175,6 +204,10 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = constant(1.0, (H,), (None,), dtype)
             self.k_norm = constant(1.0, (H,), (None,), dtype)
+        if config.key_conv_taps is not None:
+            # From 0 on: keys are then what they were without, SiLU has a slope of 1/2, and nothing has to tell apart
+            # the layers without a convolution.
+            self.k_conv = constant(0.0, (config.key_conv_taps, K, H), (None, "kv_heads", None), dtype)
         self.config = config
 
     def __call__(
@@ -187,7 +220,10 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
-        q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
+        if attention.key_conv is not None:
+            k = attend.convolve(k, self.k_conv[...], layer=layer)
+        if attention.rotary:
+            q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
         y, *about = attend(q, k, v, layer=layer, attention=attention)
         return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v), tuple(about)
 
@@ -278,7 +314,7 @@ class CausalLM:
     config: QwenConfig
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> Params:
-        """Random parameters: weights from N(0, 0.02²), norms 1, biases 0. Jit it to place shards directly."""
+        """Random parameters: weights from N(0, 0.02²), norms 1, biases and taps 0. Jit it to place shards directly."""
         ends_key, layers_key = jax.random.split(key)
         make = lambda part: lambda rngs, dtype: part(self.config, rngs=rngs, dtype=dtype)  # noqa: E731
         params = init_params(make(Ends), ends_key, jnp.dtype(dtype))
@@ -397,7 +433,8 @@ class CausalLM:
           params: parameters, stacked or from `unstack`.
           tokens: token ids.
           positions: rotary positions; default 0..T-1, with a cache `cache.next_positions(T)`.
-          mask: mask over the tokens; without a cache only.
+          mask: mask over the tokens; without a cache only. Layers with a window, blocks or a key convolution need
+            `Causal()`.
           segment_ids: tokens see only their own segment; without a cache only.
           lengths: valid tokens per row, the rest being padding that nobody sees.
           cache: keys and values of earlier tokens.
@@ -406,7 +443,7 @@ class CausalLM:
           return_kv: return keys and values also without a cache (for a prefill).
           layer_states: return the embeddings and every block's output.
           skip: leave out tiles of attention without weight (skip-softmax), forward and backward alike; with a cache
-            tiles of the cache. Layers with a window stay dense.
+            tiles of the cache. Layers with a window or blocks skip nothing.
           skip_stats: return the exact counts of visited and skipped tiles; needs `skip`.
           skip_measure: count what each of many thresholds would skip in this pass; without a cache only.
           remat: name of an entry of REMAT_POLICIES; None means "none".

@@ -1,0 +1,266 @@
+"""Layers that select blocks and convolve their keys: against NumPy, with padding, packed, and in every loop."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodels.qwen import LayerAttention, MobaConfig, QwenConfig, build
+from jaxmodels.sparse_attention import SkipAttention, SkipMeasure
+from pallas_kernels.attention.skip import SkipTile
+from pallas_kernels.masks import Full
+
+BLOCK, TOP_K, TAPS = 4, 2, 3
+LOCAL = LayerAttention(window=6)
+ROUTED = LayerAttention(moba=MobaConfig(BLOCK, TOP_K), key_conv=TAPS, rotary=False)
+FULL = LayerAttention(key_conv=TAPS, rotary=False)
+TIME = 29
+
+
+def hybrid(*layers: LayerAttention) -> QwenConfig:
+    layers = layers or (LOCAL, ROUTED) * 2
+    sizes = {"layers": len(layers), "dim": 32, "mlp_dim": 48, "head_dim": 16, "vocab_size": 61}
+    return QwenConfig.tiny(layer_attention=layers, **sizes)
+
+
+def random_params(config: QwenConfig, seed: int = 0):
+    """Random norms and taps too, also for layers that have no convolution."""
+    leaves, structure = jax.tree.flatten(build(config).init(jax.random.key(seed)))
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def random_tokens(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, 3, 61)
+
+
+CONFIG = hybrid()
+LM = build(CONFIG)
+PARAMS = random_params(CONFIG)
+hidden = jax.jit(LM.hidden, static_argnames=("unroll", "remat", "return_kv", "layer_states", "skip_stats"))
+
+
+def numpy_states(config: QwenConfig, params, tokens: np.ndarray) -> np.ndarray:
+    """Final states [T, D] of one sequence, float64, query by query: shares no code with the model."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    N, K, H = config.heads, config.kv_heads, config.head_dim
+    time = len(tokens)
+
+    def norm(x, weight):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weight
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def rotate(x):
+        angle = np.arange(time)[:, None] * config.rope.theta ** (-np.arange(H // 2) / (H // 2))
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        a, b = x[..., : H // 2], x[..., H // 2 :]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def seen(layer, q, k, t):
+        """Keys that one query head sees at position t."""
+        if layer.window is not None:
+            return np.arange(max(0, t + 1 - layer.window), t + 1)
+        if layer.moba is None:
+            return np.arange(t + 1)
+        size, own = layer.moba.block_size, t // layer.moba.block_size
+        scores = [q[t] @ k[j * size : (j + 1) * size].mean(0) for j in range(own)]
+        chosen = {own, *np.argsort(scores)[::-1][: layer.moba.top_k - 1].tolist()}
+        return np.array([i for i in range(t + 1) if i // size in chosen])
+
+    x = params["embed"][tokens]
+    for index, layer in enumerate(config.layer_attention):
+        own = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+        attention, mlp = own["attention"], own["mlp"]
+        y = norm(x, own["attention_norm"])
+        q, k, v = (np.einsum("TD,NHD->TNH", y, attention[name]) for name in "qkv")
+        q, k = norm(q, attention["q_norm"]), norm(k, attention["k_norm"])
+        if layer.key_conv is not None:
+            total = np.zeros_like(k)
+            for lag in range(layer.key_conv):
+                total[lag:] += attention["k_conv"][lag] * k[: time - lag]
+            k = k + silu(total)
+        if layer.rotary:
+            q, k = rotate(q), rotate(k)
+        out = np.zeros((time, N, H))
+        for n in range(N):
+            head = n // (N // K)
+            for t in range(time):
+                keys = seen(layer, q[:, n], k[:, head], t)
+                p = np.exp(k[keys, head] @ q[t, n] / np.sqrt(H))
+                out[t, n] = p / p.sum() @ v[keys, head]
+        x = x + np.einsum("TNH,DNH->TD", out, attention["o"])
+        y = norm(x, own["mlp_norm"])
+        x = x + (silu(y @ mlp["gate"].T) * (y @ mlp["up"].T)) @ mlp["down"].T
+    return norm(x, params["final_norm"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# Without a cache
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "layers",
+    [(LOCAL, ROUTED) * 2, (FULL, ROUTED, LayerAttention(moba=MobaConfig(BLOCK, 3)), LayerAttention())],
+    ids=["pattern", "all different"],
+)
+def test_forward_equals_numpy(layers):
+    config = hybrid(*layers)
+    params, tokens = random_params(config), random_tokens(1, TIME)
+    states = jax.jit(build(config).hidden)(params, tokens).states
+    np.testing.assert_allclose(states[0], numpy_states(config, params, tokens[0]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moba": MobaConfig(BLOCK, 1)},
+        {"moba": MobaConfig(BLOCK, 3)},
+        {"moba": MobaConfig(2 * BLOCK, TOP_K)},
+        {"moba": None},
+        {"key_conv": None},
+        {"rotary": True},
+    ],
+    ids=str,
+)
+def test_every_part_of_a_layer_matters(changes):
+    """The numbers above depend on which blocks are selected, not on some other way to see less."""
+    layers = tuple(a if a == LOCAL else dataclasses.replace(a, **changes) for a in CONFIG.layer_attention)
+    other = dataclasses.replace(CONFIG, layer_attention=layers)
+    params = {**PARAMS, "layers": {**PARAMS["layers"]}}
+    if other.key_conv_taps is None:
+        params["layers"]["attention"] = {k: v for k, v in PARAMS["layers"]["attention"].items() if k != "k_conv"}
+    tokens = random_tokens(1, TIME)
+    before, after = hidden(PARAMS, tokens).states, jax.jit(build(other).hidden)(params, tokens).states
+    assert np.abs(before - after).max() > 1e-2
+
+
+def test_enough_blocks_are_full_attention():
+    layers = (LOCAL, dataclasses.replace(ROUTED, moba=MobaConfig(BLOCK, -(-TIME // BLOCK)))) * 2
+    tokens = random_tokens(2, TIME)
+    for options in ({}, {"lengths": np.array([TIME, 11], np.int32)}):
+        routed = jax.jit(build(hybrid(*layers)).hidden)(PARAMS, tokens, **options).states
+        dense = jax.jit(build(hybrid(LOCAL, FULL, LOCAL, FULL)).hidden)(PARAMS, tokens, **options).states
+        np.testing.assert_allclose(routed[0], dense[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(routed[1, :11], dense[1, :11], rtol=0, atol=1e-5)
+
+
+def test_packed_rows_equal_separate_ones():
+    """Blocks begin anew with each document, and the convolution does not reach into the one before."""
+    lengths = (9, 3, 13, 1)
+    tokens = random_tokens(1, TIME)
+    segments = np.concatenate([np.full(n, i) for i, n in enumerate(lengths)] + [np.full(TIME - sum(lengths), -1)])
+    positions = np.concatenate([np.arange(n) for n in (*lengths, TIME - sum(lengths))])
+    options = {"positions": positions[None].astype(np.int32), "segment_ids": segments[None].astype(np.int32)}
+    packed = hidden(PARAMS, tokens, **options).states[0]
+    start = 0
+    for length in lengths:
+        alone = hidden(PARAMS, tokens[:, start : start + length]).states[0]
+        np.testing.assert_allclose(packed[start : start + length], alone, rtol=0, atol=1e-5)
+        start += length
+    whole = hidden(PARAMS, tokens).states[0]
+    assert np.abs(packed[9:12] - whole[9:12]).max() > 1e-2
+
+
+def test_padding_is_seen_by_nobody():
+    """Not even where it is no number."""
+    poison = {**PARAMS, "embed": PARAMS["embed"].at[0].set(jnp.nan)}
+    tokens, lengths = random_tokens(3, TIME), np.array([TIME, 1, 14], np.int32)
+    padded = np.where(np.arange(TIME) < lengths[:, None], tokens, 0)
+    for options in ({}, {"segment_ids": np.zeros((3, TIME), np.int32)}):
+        states = hidden(poison, padded, lengths=lengths, **options).states
+        for row, length in enumerate(lengths):
+            alone = hidden(PARAMS, tokens[row : row + 1, :length]).states[0]
+            np.testing.assert_allclose(states[row, :length], alone, rtol=0, atol=1e-5)
+
+
+def test_gradients_do_not_depend_on_the_loop():
+    tokens = random_tokens(2, TIME)
+    target = jax.random.normal(jax.random.key(5), (2, TIME, CONFIG.dim))
+
+    def gradients(**options):
+        loss = lambda params: jnp.mean((LM.hidden(params, tokens, **options).states - target) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss))(PARAMS)
+
+    expected = gradients()
+    for path, leaf in jax.tree.leaves_with_path(expected):
+        assert np.isfinite(leaf).all(), path
+    for options in ({"remat": "attention"}, {"remat": "full", "unroll": True}):
+        found = gradients(**options)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, expected)
+    taps = np.abs(expected["layers"]["attention"]["k_conv"]).max(axis=(1, 2, 3))
+    assert (taps[1::2] > 1e-6).all() and (taps[::2] == 0).all(), "taps of layers without a convolution are never read"
+
+
+def test_unrolled_unstacked_and_block_by_block():
+    tokens = random_tokens(2, TIME)
+    expected = hidden(PARAMS, tokens, return_kv=True, layer_states=True)
+    for params, options in ((PARAMS, {"unroll": True}), (LM.unstack(PARAMS), {})):
+        found = hidden(params, tokens, return_kv=True, layer_states=True, **options)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
+    block = jax.jit(LM.block, static_argnames="layer")
+    for layer in (0, 1):
+        states = block(LM.unstack(PARAMS)["layers"][layer], expected.layers[layer], layer=layer)
+        np.testing.assert_allclose(states, expected.layers[layer + 1], rtol=0, atol=1e-4)
+
+
+def test_a_repeating_pattern_is_one_scan():
+    jaxpr = jax.make_jaxpr(lambda params, tokens: LM.hidden(params, tokens).states)(PARAMS, random_tokens(1, TIME))
+    assert [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"] == [2]
+
+
+def test_skip_softmax_is_for_full_attention():
+    config = hybrid(LOCAL, ROUTED, FULL)
+    params, tokens = random_params(config), random_tokens(2, TIME)
+    tile = SkipTile(4, 8)
+    run = jax.jit(build(config).hidden, static_argnames="skip_stats")
+    dense = run(
+        params, tokens, skip_measure=SkipMeasure.create((0.1,), prefill=tile, decode=SkipTile(width=4, chains=2))
+    )
+    counts = dense.skip_counts
+    assert (counts.visited[:2] == 0).all() and (counts.visited[2] > 0).all()
+    assert (counts.decode_visited[:2] == 0).all() and (counts.decode_visited[2] > 0).all()
+    found = run(params, tokens, skip=SkipAttention.create(threshold=0.1, tile=tile), skip_stats=True)
+    assert (found.skip_stats.visited[:2] == 0).all() and (found.skip_stats.visited[2] > 0).all()
+    np.testing.assert_allclose(found.states[:, :4], dense.states[:, :4], rtol=0, atol=1e-5)
+
+
+def test_weights_of_the_convolution():
+    params = LM.init(jax.random.key(0), jnp.bfloat16)
+    weight = params["layers"]["attention"]["k_conv"]
+    assert weight.shape == (4, TAPS, 2, 16) and weight.dtype == jnp.bfloat16 and not weight.any()
+    assert LM.logical_axes["layers"]["attention"]["k_conv"] == ("layers", None, "kv_heads", None)
+    assert ("layers", "attention", "k_conv") not in LM.linears
+    assert (
+        "k_conv"
+        not in build(hybrid(LOCAL, LayerAttention(moba=MobaConfig()))).init(jax.random.key(0))["layers"]["attention"]
+    )
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="window of a layer must be None or at least 1; got 0"):
+        LayerAttention(window=0)
+    with pytest.raises(ValueError, match="key_conv of a layer must be None or at least 1; got 0"):
+        LayerAttention(key_conv=0)
+    with pytest.raises(ValueError, match="block_size of moba must be at least 1; got 0"):
+        MobaConfig(block_size=0)
+    with pytest.raises(ValueError, match="top_k of moba must be at least 1; got -1"):
+        MobaConfig(top_k=-1)
+    with pytest.raises(ValueError, match=r"a window or moba; got window=4 and MobaConfig\(block_size=128, top_k=8\)"):
+        LayerAttention(window=4, moba=MobaConfig())
+    with pytest.raises(ValueError, match=r"different taps of key convolutions, \[2, 3\]"):
+        hybrid(LayerAttention(key_conv=2), FULL)
+    with pytest.raises(ValueError, match=r"different block sizes of moba, \[4, 8\]"):
+        hybrid(ROUTED, LayerAttention(moba=MobaConfig(8)))
+    with pytest.raises(ValueError, match="layer_attention must name 3 layers; got 2"):
+        dataclasses.replace(CONFIG, layers=3, layer_attention=(LOCAL, ROUTED))
+    for layer, what in ((FULL, "a key convolution"), (dataclasses.replace(ROUTED, key_conv=None), "MobaConfig")):
+        config = hybrid(layer)
+        with pytest.raises(ValueError, match=rf"a layer with {what}.* needs the mask Causal\(\); got Full"):
+            build(config).hidden(random_params(config), random_tokens(1, 4), mask=Full())
