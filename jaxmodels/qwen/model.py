@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxmodels.cache import KV, Cache
+from jaxmodels.cache import KV, Cache, SinkRingCache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
 from jaxmodels.layers import apply_rope, embed, linear, linears, rms_norm, rope_tables
 from jaxmodels.qwen.config import LayerAttention, MobaConfig, QwenConfig
@@ -137,16 +137,19 @@ class Attend(NamedTuple):
         """Keys after the convolution of a layer over them and the keys before, none of them of another segment."""
         if self.mask != Causal():
             raise ValueError(f"a layer with a key convolution needs the mask Causal(); got {self.mask}")
+        state = None
         if self.cache is not None:
-            raise NotImplementedError("a key convolution needs the raw keys before, which the cache does not hold")
-        return key_conv(k, weight.reshape(len(weight), -1), self.segment_ids)[0]
+            assert not isinstance(self.cache, SinkRingCache)  # refused by its check
+            state = self.cache.latest_raw_keys(layer).astype(k.dtype)
+        return key_conv(k, weight.reshape(len(weight), -1), self.segment_ids, state)[0]
 
     def _routed(self, q: Array, k: Array, v: Array, *, layer: int | Array, moba: MobaConfig) -> Array:
         """Attention to selected blocks."""
         if self.mask != Causal():
             raise ValueError(f"a layer with {moba} needs the mask Causal(); got {self.mask}")
         if self.cache is not None:
-            raise NotImplementedError(f"a layer with {moba} needs the means of blocks, which the cache does not hold")
+            assert not isinstance(self.cache, SinkRingCache)  # refused by its check
+            return self.cache.attend_blocks(q, k, v, layer=layer, top_k=moba.top_k, own_lengths=self.lengths)
         segment_ids = self.segment_ids
         if self.lengths is not None:
             segment_ids = self._real_segments(q.shape[1])[0]
@@ -220,12 +223,13 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
+        raw_k = k if self.config.key_conv_taps is not None else None
         if attention.key_conv is not None:
             k = attend.convolve(k, self.k_conv[...], layer=layer)
         if attention.rotary:
             q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
         y, *about = attend(q, k, v, layer=layer, attention=attention)
-        return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v), tuple(about)
+        return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v, raw_k), tuple(about)
 
 
 class Mlp(nnx.Module):

@@ -1,12 +1,14 @@
 """Layers that select blocks and convolve their keys: against NumPy, with padding, packed, and in every loop."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmodels.cache import CacheRows, KVCache, KVCodes, SinkRingCache
 from jaxmodels.qwen import LayerAttention, MobaConfig, QwenConfig, build
 from jaxmodels.sparse_attention import SkipAttention, SkipMeasure
 from pallas_kernels.attention.skip import SkipTile
@@ -264,3 +266,203 @@ def test_refusals():
         config = hybrid(layer)
         with pytest.raises(ValueError, match=rf"a layer with {what}.* needs the mask Causal\(\); got Full"):
             build(config).hidden(random_params(config), random_tokens(1, 4), mask=Full())
+
+
+# ----------------------------------------------------------------------------------------------------
+# With a cache
+
+
+def empty_cache(config: QwenConfig, batch: int, capacity: int) -> KVCache:
+    """Whatever holds nothing yet is no number: it must never reach a result."""
+    cache = KVCache.init(config, batch=batch, capacity=capacity, dtype=jnp.float32)
+    return jax.tree.map(lambda x: x + jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, cache)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(lm, params, cache, tokens, count):
+    found = lm.hidden(params, tokens, cache=cache, lengths=count)
+    return cache.append(found.kv, count), found.states
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def piece_of_rows(lm, params, cache, tokens, count, rows):
+    found = lm.hidden(params, tokens, cache=CacheRows(cache, rows), lengths=count)
+    return cache.append(found.kv, count, rows), found.states
+
+
+def assert_rows_close(found, expected, lengths, start=0):
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(found[row, : length - start], expected[row, start:length], rtol=0, atol=1e-4)
+
+
+def in_pieces(cache, tokens, lengths, chunk, lm=LM, params=PARAMS):
+    """Feeds ragged rows in chunks of one shape; the states [B, T, D] of every valid token."""
+    padded = np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)))
+    outputs = []
+    for start in range(0, tokens.shape[1], chunk):
+        count = jnp.asarray(np.clip(lengths - start, 0, chunk), jnp.int32)
+        cache, states = step(lm, params, cache, jnp.asarray(padded[:, start : start + chunk]), count)
+        outputs.append(states)
+    return cache, np.concatenate(outputs, axis=1)
+
+
+LENGTHS = np.array([TIME, 1, 14], np.int32)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_cached_equals_full_forward(chunk):
+    """Token by token and in pieces of two kinds, over the ends of blocks, in rows of different lengths."""
+    tokens = random_tokens(3, TIME)
+    cache, states = in_pieces(empty_cache(CONFIG, 3, TIME + 1), tokens, LENGTHS, chunk)
+    assert_rows_close(states, hidden(PARAMS, tokens).states, LENGTHS)
+    np.testing.assert_array_equal(cache.lengths, LENGTHS)
+
+
+def test_a_prompt_then_tokens_then_a_piece():
+    """The state after each way to write is that of any other: whole prompt, one token, several."""
+    tokens, lengths = random_tokens(3, TIME), np.array([13, 4, 9], np.int32)
+    expected = hidden(PARAMS, tokens).states
+    prompt = hidden(PARAMS, tokens[:, :13], lengths=jnp.asarray(lengths), return_kv=True)
+    cache = empty_cache(CONFIG, 3, 40).fill(prompt.kv, jnp.asarray(lengths), jnp.arange(3))
+    appended = empty_cache(CONFIG, 3, 40).append(prompt.kv, jnp.asarray(lengths))
+    for name in ("centroids", "open_sum", "raw_k"):
+        np.testing.assert_allclose(getattr(cache, name), getattr(appended, name), atol=1e-6, err_msg=name)
+    for chunk in (1, 1, 5, 1, 4):
+        begin = jnp.asarray(lengths)[:, None] + jnp.arange(chunk)
+        own = jnp.take_along_axis(tokens, begin, axis=1)
+        count = jnp.full(3, chunk, jnp.int32)
+        cache, states = step(LM, PARAMS, cache, own, count)
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(
+                states[row], expected[row, length : length + chunk], rtol=0, atol=1e-4, err_msg=f"{row} {chunk}"
+            )
+        lengths = lengths + chunk
+
+
+@pytest.mark.parametrize("layers", [(ROUTED,), (LOCAL, FULL, ROUTED)], ids=["alone", "runs"])
+def test_other_orders_of_layers(layers):
+    config = hybrid(*layers)
+    params, tokens = random_params(config), random_tokens(3, TIME)
+    expected = jax.jit(build(config).hidden)(params, tokens).states
+    for weights, chunk in ((params, 1), (build(config).unstack(params), 5)):
+        _, states = in_pieces(empty_cache(config, 3, TIME + 3), tokens, LENGTHS, chunk, build(config), weights)
+        assert_rows_close(states, expected, LENGTHS)
+
+
+def test_rows_are_read_written_and_forgotten_by_themselves():
+    """A piece of two rows in another order; a row that begins anew, however it was forgotten."""
+    tokens = random_tokens(4, TIME)
+    expected = hidden(PARAMS, tokens).states
+    cache, _ = in_pieces(empty_cache(CONFIG, 3, TIME), tokens[:3], np.array([6, 7, 5], np.int32), 7)
+    rows, count = jnp.array([2, 0, 3]), jnp.array([5, 3, 5])
+    own = jnp.stack([tokens[2, 5:10], tokens[0, 6:11], tokens[3, :5]])
+    cache, states = piece_of_rows(LM, PARAMS, cache, own, count, rows)
+    np.testing.assert_allclose(states[0], expected[2, 5:10], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(states[1, :3], expected[0, 6:9], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(cache.lengths, [9, 7, 10])
+    for forgotten in (cache.restart(jnp.array([1])), cache.replace(lengths=cache.lengths.at[1].set(0))):
+        after, states = piece_of_rows(LM, PARAMS, forgotten, tokens[3:, :5], jnp.array([5]), jnp.array([1]))
+        np.testing.assert_allclose(states[0], expected[3, :5], rtol=0, atol=1e-4)
+        each = jnp.stack([tokens[0, 9], tokens[3, 5], tokens[2, 10]])[:, None]
+        _, states = step(LM, PARAMS, after, each, jnp.ones(3, jnp.int32))
+        for row, (source, position) in enumerate(((0, 9), (3, 5), (2, 10))):
+            np.testing.assert_allclose(states[row, 0], expected[source, position], rtol=0, atol=1e-4)
+
+
+def test_one_token_of_some_rows():
+    """Through `CacheRows` too it reads the means that the cache holds."""
+    tokens = random_tokens(3, TIME)
+    cache, _ = in_pieces(empty_cache(CONFIG, 3, TIME), tokens, np.array([13, 13, 10], np.int32), 7)
+    own = jnp.stack([tokens[2, 10:11], tokens[0, 13:14]])
+    _, states = piece_of_rows(LM, PARAMS, cache, own, jnp.ones(2, jnp.int32), jnp.array([2, 0]))
+    expected = hidden(PARAMS, tokens).states
+    np.testing.assert_allclose(states[:, 0], jnp.stack([expected[2, 10], expected[0, 13]]), rtol=0, atol=1e-4)
+
+
+def test_a_step_reads_means_and_selected_blocks():
+    """Of the keys themselves nothing but the selected blocks: what others hold does not matter, their means do."""
+    config = hybrid(dataclasses.replace(ROUTED, moba=MobaConfig(BLOCK, 1)))
+    params, tokens = random_params(config), random_tokens(1, TIME)
+    cache, _ = in_pieces(
+        empty_cache(config, 1, TIME + 3), tokens, np.array([TIME - 3], np.int32), 7, build(config), params
+    )
+    own, count = tokens[:, -3:-2], jnp.ones(1, jnp.int32)
+    spoilt = cache.replace(k=cache.k.at[:, :, :24].set(jnp.nan), v=cache.v.at[:, :, :24].set(jnp.nan))
+    assert int(cache.lengths[0]) // BLOCK * BLOCK == 24
+    one, other = (step(build(config), params, c, own, count)[1] for c in (cache, spoilt))
+    np.testing.assert_array_equal(one, other)
+    # With a second place the means decide.
+    lm = build(hybrid(ROUTED))
+    turned = cache.replace(centroids=-cache.centroids)
+    one, other = (step(lm, params, c, own, count)[1] for c in (cache, turned))
+    assert np.abs(one - other).max() > 1e-2
+
+
+@pytest.mark.parametrize("config", [hybrid(LOCAL, LayerAttention()), CONFIG], ids=["plain", "hybrid"])
+def test_a_cache_has_what_its_model_needs(config):
+    cache = KVCache.init(config, batch=2, capacity=10, dtype=jnp.bfloat16)
+    shapes = {name: getattr(cache, name) for name in ("centroids", "open_sum", "raw_k")}
+    if config is not CONFIG:
+        assert shapes == {"centroids": None, "open_sum": None, "raw_k": None} and len(jax.tree.leaves(cache)) == 3
+        return
+    found = {name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+    assert found == {
+        "centroids": ((4, 2, 3, 2, 16), jnp.bfloat16),
+        "open_sum": ((4, 2, 2, 16), jnp.float32),
+        "raw_k": ((4, 2, TAPS - 1, 2, 16), jnp.bfloat16),
+    }
+
+
+def test_a_convolution_alone_works_on_codes():
+    config = hybrid(FULL, LOCAL)
+    params, tokens = random_params(config), random_tokens(3, TIME)
+    cache = KVCache.init(config, batch=3, capacity=TIME + 3, dtype=jnp.float32, codes=KVCodes("int8"))
+    _, states = in_pieces(cache, tokens, LENGTHS, 4, build(config), params)
+    expected = jax.jit(build(config).hidden)(params, tokens).states
+    for row, length in enumerate(LENGTHS):
+        assert np.abs(states[row, :length] - expected[row, :length]).max() < 0.05 * np.abs(expected).max()
+
+
+def test_cache_refusals():
+    plain = hybrid(*[LayerAttention()] * 4)
+    sizes = {"batch": 1, "capacity": 8, "dtype": jnp.float32}
+    token = random_tokens(1, 1)
+    for what, layer in (("that select blocks", dataclasses.replace(ROUTED, key_conv=None)), ("with a key conv", FULL)):
+        config = hybrid(*[layer] * 4)
+        with pytest.raises(NotImplementedError, match=f"a ring forgets what layers {what}.* need; use a KVCache"):
+            SinkRingCache.init(config, **sizes)
+        with pytest.raises(NotImplementedError, match=f"a ring forgets what layers {what}"):
+            build(config).hidden(random_params(config), token, cache=SinkRingCache.init(plain, **sizes))
+    for codes in (KVCodes("int8"), KVCodes("fp8")):
+        with pytest.raises(
+            NotImplementedError, match=rf"moba\) read keys and values as they are; got codes '{codes[0]}'"
+        ):
+            KVCache.init(CONFIG, **sizes, codes=codes)
+    with pytest.raises(ValueError, match="holds the means of blocks of a size: None; the model has 4"):
+        LM.hidden(PARAMS, token, cache=KVCache.init(plain, **sizes))
+    with pytest.raises(ValueError, match="holds the means of blocks of a size: 4; the model has None"):
+        build(plain).hidden(random_params(plain), token, cache=KVCache.init(CONFIG, **sizes))
+    with pytest.raises(ValueError, match="the raw keys for a number of taps: 3; the model has 2"):
+        other = hybrid(*[dataclasses.replace(ROUTED, key_conv=2)] * 4)
+        build(other).hidden(random_params(other), token, cache=CacheRows(KVCache.init(CONFIG, **sizes), jnp.arange(1)))
+    with pytest.raises(ValueError, match=r"needs the mask Causal\(\); got Full"):
+        LM.hidden(PARAMS, token, cache=KVCache.init(CONFIG, **sizes), own_mask=Full())
+    with pytest.raises(ValueError, match="kv must hold raw keys"):
+        kv = LM.hidden(PARAMS, token, return_kv=True).kv
+        KVCache.init(CONFIG, **sizes).append(kv._replace(raw_k=None))
+
+
+def test_a_step_writes_in_place_and_copies_no_layer():
+    lm = build(hybrid(LOCAL, ROUTED))
+    params = lm.unstack(random_params(lm.config))
+    cache = KVCache.init(lm.config, batch=2, capacity=4096, dtype=jnp.float32)
+
+    def decode(params, cache, token):
+        found = lm.hidden(params, token, cache=cache)
+        return cache.append(found.kv), found.states
+
+    token = jnp.zeros((2, 1), jnp.int32)
+    memory = jax.jit(decode, donate_argnums=1).lower(params, cache, token).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert memory.temp_size_in_bytes < cache.k[0].nbytes
