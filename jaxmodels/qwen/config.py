@@ -62,6 +62,18 @@ def sliding_windows(*windows: int | None) -> tuple[LayerAttention, ...]:
     return tuple(LayerAttention(window) for window in windows)
 
 
+def hybrid_layers(
+    layers: int, *, window: int = 256, moba: MobaConfig | None = MobaConfig(), key_conv: int | None = 3
+) -> tuple[LayerAttention, ...]:
+    """The hybrids of FlashMoBA (arXiv 2511.11571): a sliding window and blocks in turn.
+
+    The 1st, 3rd, ... layer has the window and rotation; the others select blocks (None: see everything), without
+    rotation, and convolve their keys (None: do not).
+    """
+    pair = (LayerAttention(window=window), LayerAttention(moba=moba, key_conv=key_conv, rotary=False))
+    return tuple(pair[layer % 2] for layer in range(layers))
+
+
 @dataclasses.dataclass(frozen=True)
 class QwenConfig:
     """One decoder family; the differences between its members are fields.
@@ -202,6 +214,28 @@ class QwenConfig:
         return cls(
             vocab_size=151_936, dim=4_096, layers=36, heads=32, kv_heads=8, head_dim=128, mlp_dim=12_288,
             qk_norm=True, max_positions=40_960, eos_ids=(151_645,), bos_id=151_643,
+        )  # fmt: skip
+
+    @classmethod
+    def moba_340m(cls, moba: MobaConfig | None = MobaConfig(), key_conv: int | None = 3) -> "QwenConfig":
+        """The smaller hybrid of FlashMoBA, 341 million parameters; `moba` and `key_conv` as in `hybrid_layers`.
+
+        Source: arXiv 2511.11571, which names the sizes; no weights are published. Theirs to say and ours to choose:
+        the head is tied (their count fits that), the rotation has base 10,000, there are neither biases nor norms.
+        """
+        return cls(
+            vocab_size=32_000, dim=1_024, layers=24, heads=16, kv_heads=16, head_dim=64, mlp_dim=2_816, tied_head=True,
+            rope=RopeConfig(theta=10_000.0), layer_attention=hybrid_layers(24, moba=moba, key_conv=key_conv),
+            max_positions=8_192,
+        )  # fmt: skip
+
+    @classmethod
+    def moba_1b(cls, moba: MobaConfig | None = MobaConfig(), key_conv: int | None = 3) -> "QwenConfig":
+        """The larger hybrid of FlashMoBA, see `moba_340m`; 1.7 billion parameters, which the paper calls 1B."""
+        return cls(
+            vocab_size=32_000, dim=2_048, layers=24, heads=32, kv_heads=32, head_dim=64, mlp_dim=8_192, tied_head=True,
+            rope=RopeConfig(theta=10_000.0), layer_attention=hybrid_layers(24, moba=moba, key_conv=key_conv),
+            max_positions=8_192,
         )  # fmt: skip
 
     @classmethod

@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmodels import load_pretrained, save_pretrained
 from jaxmodels.cache import CacheRows, KVCache, KVCodes, SinkRingCache
-from jaxmodels.qwen import LayerAttention, MobaConfig, QwenConfig, build
+from jaxmodels.checkpoints.huggingface import Checkpoint, write_weights
+from jaxmodels.qwen import LayerAttention, MobaConfig, QwenConfig, build, hybrid_layers, route_layers
+from jaxmodels.qwen.load import Layout, config_from_hf, config_to_hf, table
 from jaxmodels.sparse_attention import SkipAttention, SkipMeasure
 from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.masks import Full
@@ -22,7 +26,7 @@ TIME = 29
 
 
 def hybrid(*layers: LayerAttention) -> QwenConfig:
-    layers = layers or (LOCAL, ROUTED) * 2
+    layers = layers or hybrid_layers(4, window=6, moba=MobaConfig(BLOCK, TOP_K), key_conv=TAPS)
     sizes = {"layers": len(layers), "dim": 32, "mlp_dim": 48, "head_dim": 16, "vocab_size": 61}
     return QwenConfig.tiny(layer_attention=layers, **sizes)
 
@@ -466,3 +470,152 @@ def test_a_step_writes_in_place_and_copies_no_layer():
     memory = jax.jit(decode, donate_argnums=1).lower(params, cache, token).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert memory.temp_size_in_bytes < cache.k[0].nbytes
+
+
+# ----------------------------------------------------------------------------------------------------
+# Presets, conversion, files
+
+
+@pytest.mark.parametrize(("preset", "millions"), [(QwenConfig.moba_340m, 341), (QwenConfig.moba_1b, 1676)])
+def test_presets(preset, millions):
+    config = preset()
+    layers = config.layer_attention
+    assert layers[::2] == (LayerAttention(window=256),) * 12
+    assert layers[1::2] == (LayerAttention(moba=MobaConfig(128, 8), key_conv=3, rotary=False),) * 12
+    shapes = jax.eval_shape(build(config).init, jax.random.key(0))
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6) == millions
+    assert preset(MobaConfig(512, 2), 5).layer_attention[1] == LayerAttention(None, MobaConfig(512, 2), 5, False)
+    assert preset(None, None).layer_attention[1] == LayerAttention(rotary=False)
+
+
+@pytest.mark.parametrize("key_conv", [None, TAPS])
+def test_a_converted_model_is_the_same_function_up_to_its_blocks(key_conv):
+    dense = QwenConfig.tiny(dim=32, mlp_dim=48, head_dim=16, vocab_size=61)
+    params, tokens = random_params(dense), random_tokens(2, TIME)
+    config, routed = route_layers(dense, params, (0, 2), moba=MobaConfig(BLOCK, 3), key_conv=key_conv)
+    chosen = LayerAttention(moba=MobaConfig(BLOCK, 3), key_conv=key_conv)
+    assert config == dataclasses.replace(dense, layer_attention=(chosen, LayerAttention(), chosen))
+    assert jax.tree.map(jnp.shape, routed) == jax.tree.map(jnp.shape, build(config).init(jax.random.key(0)))
+    before, after = (jax.jit(build(c).hidden)(p, tokens).states for c, p in ((dense, params), (config, routed)))
+    np.testing.assert_allclose(after[:, : 3 * BLOCK], before[:, : 3 * BLOCK], rtol=0, atol=1e-5)
+    assert np.abs(after[:, 3 * BLOCK :] - before[:, 3 * BLOCK :]).max() > 1e-2
+    more, _ = route_layers(config, routed, [1], moba=MobaConfig(BLOCK, 3), key_conv=key_conv)
+    assert more.layer_attention == (chosen,) * 3
+
+
+def test_conversions_that_are_refused():
+    moba = MobaConfig(BLOCK, TOP_K)
+    with pytest.raises(ValueError, match=r"layer 0 must have full attention and no key convolution; got .*window=6"):
+        route_layers(CONFIG, PARAMS, [0], moba=moba)
+    with pytest.raises(ValueError, match=r"layers must lie in \[0, 4\); got 4"):
+        route_layers(CONFIG, PARAMS, [4], moba=moba)
+    with pytest.raises(ValueError, match="key_conv must be the 3 taps that other layers have; got 2"):
+        route_layers(CONFIG, PARAMS, [], moba=moba, key_conv=2)
+    dense = hybrid(LayerAttention())
+    with pytest.raises(ValueError, match="must be stacked"):
+        route_layers(dense, build(dense).unstack(random_params(dense)), [0], moba=moba, key_conv=2)
+
+
+def cleared(config: QwenConfig, params):
+    """Without the taps of layers that have none, which no file stores."""
+    with_taps = jnp.array([layer.key_conv is not None for layer in config.layer_attention])
+    attention = dict(params["layers"]["attention"])
+    attention["k_conv"] = jnp.where(with_taps[:, None, None, None], attention["k_conv"], 0)
+    return params | {"layers": params["layers"] | {"attention": attention}}
+
+
+NAMES = {name for row in table(CONFIG, Layout()) for name in row.names(CONFIG.layers)}
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_saved_models_are_read_back_bit_by_bit(tmp_path, qk_norm):
+    config = dataclasses.replace(CONFIG, qk_norm=qk_norm)
+    lm, params = build(config), cleared(config, random_params(config))
+    save_pretrained(tmp_path / "model", lm, params)
+    names = Checkpoint(tmp_path / "model").names()
+    assert {name for name in names if "k_conv" in name} == {f"model.layers.{n}.self_attn.k_conv.weight" for n in (1, 3)}
+    found = load_pretrained(tmp_path / "model")
+    assert found.config == config
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert {name: stored[name] for name in ("model_type", "layer_types", "moba_block_size", "moba_top_k")} == {
+        "model_type": "qwen_moba", "layer_types": ["sliding_attention", "moba_attention"] * 2,
+        "moba_block_size": BLOCK, "moba_top_k": TOP_K,
+    }  # fmt: skip
+    assert stored["key_conv_taps"] == TAPS
+    assert stored["layer_key_conv"] == [False, True] * 2 and stored["layer_rotary"] == [True, False] * 2
+
+
+def test_convolutions_of_pytorch_are_turned(tmp_path):
+    """[channels, 1, taps], the last tap weighing the current token; a tensor of another shape is refused."""
+    params = cleared(CONFIG, PARAMS)
+    save_pretrained(tmp_path, LM, params)
+    source = Checkpoint(tmp_path)
+    tensors = {name: np.array(source.view(name)) for name in source.names()}
+    name = "model.layers.1.self_attn.k_conv.weight"
+    ours = tensors[name]
+    assert ours.shape == (TAPS, 32)
+    np.testing.assert_array_equal(ours[0], params["layers"]["attention"]["k_conv"][1, 0].reshape(-1))
+    theirs = np.stack([ours[TAPS - 1 - tap] for tap in range(TAPS)], axis=-1)[:, None]
+    write_weights(tmp_path, tensors | {name: theirs}, max_shard_bytes=10**9)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path).params, params)
+    write_weights(tmp_path, tensors | {name: ours.T.copy()}, max_shard_bytes=10**9)
+    with pytest.raises(ValueError, match=rf"tensor '{name}' has shape \(32, 3\); config.json implies \(3, 32\)"):
+        load_pretrained(tmp_path)
+    write_weights(tmp_path, tensors | {name.replace("1", "0"): ours}, max_shard_bytes=10**9)
+    with pytest.raises(ValueError, match=r"nothing uses: model\.layers\.0\.self_attn\.k_conv\.weight"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (LOCAL, ROUTED),
+        (ROUTED, FULL, LayerAttention(), LOCAL),
+        (LayerAttention(rotary=False), LayerAttention()),
+        (LayerAttention(window=6, key_conv=1),) * 2,
+    ],
+    ids=["hybrid", "all different", "rotation", "convolved window"],
+)
+def test_layers_are_written_and_read(layers):
+    config = hybrid(*layers)
+    written = config_to_hf(config, dtype="float32")
+    assert written["model_type"] == "qwen_moba"
+    names = {name for row in table(config, Layout()) for name in row.names(config.layers)}
+    assert config_from_hf(written, names) == config
+
+
+def test_any_qwen_can_be_written_so():
+    config = QwenConfig.tiny()
+    written = config_to_hf(config, dtype="float32", family="qwen_moba")
+    names = {name for row in table(config, Layout()) for name in row.names(config.layers)}
+    assert config_from_hf(written, names) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"moba_top_k": None}, "'moba_top_k' must be an integer; got None"),
+        ({"moba_block_size": "128"}, "'moba_block_size' must be an integer; got '128'"),
+        ({"moba_block_size": 0}, "block_size of moba must be at least 1; got 0"),
+        ({"key_conv_taps": None}, "'key_conv_taps' must be an integer; got None"),
+        ({"layer_key_conv": None}, "'key_conv_taps' is 3, but for no layer 'layer_key_conv' is true"),
+        ({"layer_types": ["sliding_attention"] * 4}, "'moba_block_size' is 4, but for no layer 'layer_types' has moba"),
+        ({"layer_key_conv": [True]}, r"'layer_key_conv' must say true or false of 4 layers; got \[True\]"),
+        ({"layer_rotary": [1, 0, 1, 0]}, r"'layer_rotary' must say true or false of 4 layers; got \[1, 0, 1, 0\]"),
+        ({"layer_types": ["moba"] * 4}, "'layer_types' has 'moba'; known: .*, moba_attention"),
+        ({"layer_types": None}, "field 'layer_types' is missing"),
+        ({"model_type": "qwen3"}, "unknown fields key_conv_taps=3, layer_key_conv=.*, moba_top_k=2"),
+    ],
+)
+def test_fields_that_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(config_to_hf(CONFIG, dtype="float32") | fields, NAMES)
+
+
+def test_what_no_file_can_hold():
+    with pytest.raises(ValueError, match="family 'qwen3' cannot express layers with moba"):
+        config_to_hf(CONFIG, dtype="float32", family="qwen3")
+    two = hybrid(ROUTED, dataclasses.replace(ROUTED, moba=MobaConfig(BLOCK, 3)))
+    with pytest.raises(ValueError, match=r"moba of several kinds .*top_k=2.*top_k=3.*; config.json holds one"):
+        config_to_hf(two, dtype="float32")
