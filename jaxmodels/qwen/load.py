@@ -98,7 +98,7 @@ def table(config: QwenConfig, layout: Layout) -> list[Row]:
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` fixes. None for `qkv_bias` and `qk_norm`: the tensors of the checkpoint tell."""
+    """What a `model_type` fixes. None for `qkv_bias` and `qk_norm`: the tensors of the checkpoint tell, or a field."""
 
     qkv_bias: bool | None
     qk_norm: bool | None
@@ -108,14 +108,14 @@ class Family:
     token_shift: bool = False
     prompt_attention: str = "block_causal"
     required: tuple[str, ...] = ()  # fields whose defaults differ from Qwen's
-    per_layer: bool = False  # whether it has the fields of PER_LAYER
+    hybrid: bool = False  # whether it has the fields of HYBRID
 
 
 FAMILIES = {
     "qwen2": Family(qkv_bias=True, qk_norm=False),  # Qwen2 and Qwen2.5
     "qwen3": Family(qkv_bias=False, qk_norm=True),
     # ours: Qwen with layers that select blocks, convolve their keys or rotate nothing
-    "qwen_moba": Family(None, None, required=("head_dim", "layer_types"), per_layer=True),
+    "qwen_moba": Family(None, None, required=("head_dim", "layer_types", "qkv_bias", "qk_norm"), hybrid=True),
     # Efficient-DLM; its released code reads prompts with full attention
     "edlm": Family(None, None, True, "block_size", 32, prompt_attention="bidirectional"),
     # Fast-dLLM v2: Qwen2.5 trained on blocks, still predicting the next token
@@ -158,7 +158,9 @@ READ = {
     "eos_token_id", "pad_token_id", "mask_token_id", "block_size", "bd_size", "token_shift", "prompt_attention",
     "dlm_type", "dlm_paradigm", "sparse_attention_config",
 }  # fmt: skip
-PER_LAYER = {"moba_block_size", "moba_top_k", "key_conv_taps", "layer_key_conv", "layer_rotary"}
+HYBRID = {
+    "qkv_bias", "qk_norm", "moba_block_size", "moba_top_k", "key_conv_taps", "layer_key_conv", "layer_rotary",
+}  # fmt: skip
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_dropout": (0, None),
@@ -259,7 +261,7 @@ def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Fam
             raise ValueError(f"field {field!r} is {config[field]!r}; implemented: {allowed[0]!r}")
     # Qwen2's own class has biases whatever this says; in Qwen3's it would add one to the output projection
     # too
-    if config.get("attention_bias") and FAMILIES[model_type].qkv_bias is False:
+    if config.get("attention_bias") and (FAMILIES[model_type].qkv_bias is False or FAMILIES[model_type].hybrid):
         raise ValueError(f"field 'attention_bias' is true; implemented for {model_type!r}: false")
     for field in FAMILIES[model_type].required:
         if config.get(field) is None:
@@ -269,7 +271,7 @@ def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Fam
         raise ValueError(f"field 'sliding_window' is {config['sliding_window']!r}; implemented: null")
     known = (
         READ
-        | (PER_LAYER if FAMILIES[model_type].per_layer else set())
+        | (HYBRID if FAMILIES[model_type].hybrid else set())
         | FIXED.keys()
         | IGNORED
         | {"attention_bias", "quantization_config", "compression_config"}
@@ -360,10 +362,10 @@ def _each_layer(config: Mapping[str, Any], field: str, layers: int, default: boo
     return values
 
 
-def attention_from_hf(config: Mapping[str, Any], layers: int, *, per_layer: bool) -> tuple[LayerAttention, ...]:
+def attention_from_hf(config: Mapping[str, Any], layers: int, *, hybrid: bool) -> tuple[LayerAttention, ...]:
     """What each layer attends to: from `layer_types`, or from `max_window_layers` in older files.
 
-    With `per_layer` the fields of PER_LAYER count too. A field that no layer makes use of is refused.
+    For a `hybrid` the fields of HYBRID count too. One that no layer makes use of is refused.
     """
     window = _integer(config, "sliding_window") if _boolean(config, "use_sliding_window") else None
     kinds = config.get("layer_types")
@@ -374,14 +376,14 @@ def attention_from_hf(config: Mapping[str, Any], layers: int, *, per_layer: bool
         kinds = ["full_attention" if window is None or n < first else "sliding_attention" for n in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ValueError(f"field 'layer_types' must name {layers} layers; got {kinds!r}")
-    known = ("full_attention", "sliding_attention", *(("moba_attention",) if per_layer else ()))
+    known = ("full_attention", "sliding_attention", *(("moba_attention",) if hybrid else ()))
     for kind in kinds:
         if kind not in known:
             raise ValueError(f"field 'layer_types' has {kind!r}; known: {', '.join(known)}")
     if window is None and "sliding_attention" in kinds:
         raise ValueError("field 'layer_types' has sliding_attention, but use_sliding_window is not true")
     described = [LayerAttention(window if kind == "sliding_attention" else None) for kind in kinds]
-    if not per_layer:
+    if not hybrid:
         return tuple(described)
     convolved = _each_layer(config, "layer_key_conv", layers, False)
     rotated = _each_layer(config, "layer_rotary", layers, True)
@@ -441,6 +443,8 @@ def config_from_hf(
     family = check_fields(config, ignore)
     sizes = {name: _integer(config, field) for field, name in SIZES.items()}
     layout = Layout.find(names)
+    if family.hybrid:
+        family = replace(family, qkv_bias=_boolean(config, "qkv_bias"), qk_norm=_boolean(config, "qk_norm"))
     first = f"{layout.prefix}layers.0.self_attn."
     if family.qk_norm is None and first + "q_proj.weight" not in names:
         raise ValueError(
@@ -507,7 +511,7 @@ def config_from_hf(
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         tied_head=_boolean(config, "tie_word_embeddings"),
-        layer_attention=attention_from_hf(config, sizes["layers"], per_layer=family.per_layer),
+        layer_attention=attention_from_hf(config, sizes["layers"], hybrid=family.hybrid),
         eos_ids=eos_ids,
         bos_id=_token_id(config, "bos_token_id"),
         pad_id=_token_id(config, "pad_token_id"),
@@ -586,6 +590,7 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
     if family == "qwen3":
         result["attention_bias"] = False
     if family == "qwen_moba":
+        result |= {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm}
         for moba in routed:
             result |= {"moba_block_size": moba.block_size, "moba_top_k": moba.top_k}
         if config.key_conv_taps is not None:
