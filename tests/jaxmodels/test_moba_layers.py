@@ -163,7 +163,8 @@ def test_packed_rows_equal_separate_ones():
     segments = np.concatenate([np.full(n, i) for i, n in enumerate(lengths)] + [np.full(TIME - sum(lengths), -1)])
     positions = np.concatenate([np.arange(n) for n in (*lengths, TIME - sum(lengths))])
     options = {"positions": positions[None].astype(np.int32), "segment_ids": segments[None].astype(np.int32)}
-    packed = hidden(PARAMS, tokens, **options).states[0]
+    poison = {**PARAMS, "embed": PARAMS["embed"].at[0].set(jnp.nan)}
+    packed = hidden(poison, jnp.where(segments < 0, 0, tokens), **options).states[0]
     start = 0
     for length in lengths:
         alone = hidden(PARAMS, tokens[:, start : start + length]).states[0]
@@ -342,6 +343,23 @@ def test_a_prompt_then_tokens_then_a_piece():
                 states[row], expected[row, length : length + chunk], rtol=0, atol=1e-4, err_msg=f"{row} {chunk}"
             )
         lengths = lengths + chunk
+
+
+def test_half_precision():
+    """With blocks enough for all, so that no rounding changes a selection; as near float32 as without a cache."""
+    config = hybrid(LOCAL, dataclasses.replace(ROUTED, moba=MobaConfig(BLOCK, 8)))
+    lm, tokens = build(config), random_tokens(3, TIME)
+    exact = random_params(config)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+    expected = jax.jit(lm.hidden)(exact, tokens).states
+    whole = jax.jit(lm.hidden)(params, tokens).states
+    cost = max(np.abs(whole[row, :length] - expected[row, :length]).max() for row, length in enumerate(LENGTHS))
+    for chunk in (1, 5):
+        cache = KVCache.init(config, batch=3, capacity=TIME + 3, dtype=jnp.bfloat16)
+        cache, states = in_pieces(cache, tokens, LENGTHS, chunk, lm, params)
+        assert states.dtype == cache.centroids.dtype == cache.raw_k.dtype == jnp.bfloat16
+        for row, length in enumerate(LENGTHS):
+            assert np.abs(states[row, :length].astype(np.float32) - expected[row, :length]).max() < 2 * cost
 
 
 @pytest.mark.parametrize("layers", [(ROUTED,), (LOCAL, FULL, ROUTED)], ids=["alone", "runs"])
