@@ -31,7 +31,7 @@ class KV(NamedTuple):
 
     k: Float[Array, "L B T K H"]
     v: Float[Array, "L B T K H"]
-    raw_k: Float[Array, "L B T K H"] | None = None  # before convolution; None: no layer has one
+    raw_k: Float[Array, "L B T K H"] | None = None  # before convolution, of all layers if any has one; else None
 
 
 @runtime_checkable
@@ -62,6 +62,7 @@ def _check(cache: "KVCache | SinkRingCache", config: Shape, batch: int) -> None:
 
 
 def _check_ring(config: Shape) -> None:
+    """Raises NotImplementedError for models whose layers need more of the past than a ring holds."""
     for what, value in (
         ("that select blocks", config.moba_block_size),
         ("with a key convolution", config.key_conv_taps),

@@ -596,10 +596,10 @@ def test_convolutions_of_pytorch_are_turned(tmp_path):
     ids=["hybrid", "all different", "rotation", "convolved window"],
 )
 def test_layers_are_written_and_read(layers):
-    config = hybrid(*layers)
-    written = config_to_hf(config, dtype="float32")
-    assert written["model_type"] == "qwen_moba"
-    assert config_from_hf(written, {"model.embed_tokens.weight", "lm_head.weight"}) == config, "without weights too"
+    for config in (hybrid(*layers), dataclasses.replace(hybrid(*layers), block_size=16, token_shift=True)):
+        written = config_to_hf(config, dtype="float32")
+        assert written["model_type"] == "qwen_moba"
+        assert config_from_hf(written, {"model.embed_tokens.weight", "lm_head.weight"}) == config, "without weights too"
 
 
 def test_any_qwen_can_be_written_so():
