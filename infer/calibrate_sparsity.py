@@ -155,8 +155,8 @@ def main(config: CalibrateSparsity) -> int:
         raise ValueError(
             f"max_length must be at most the model's {model.config.max_positions} positions; got {config.max_length}"
         )
-    if all(window is not None for window in model.config.layer_windows):
-        raise ValueError(f"{config.model}: every layer has a window, and layers with a window skip nothing")
+    if not any(layer.full for layer in model.config.layer_attention):
+        raise ValueError(f"{config.model}: no layer has full attention, and others skip nothing")
 
     lengths = [config.max_length >> i for i in reversed(range(config.length_bins))]
     sizes = [lengths[i % len(lengths)] for i in range(config.samples)]

@@ -351,7 +351,7 @@ def load_params(
     parts = plan(scheme, checkpoint, qwen_load.table(lm.config, layout), layers)
     check_names(checkpoint, parts.names, (*qwen_load.IGNORED_TENSORS, *ignored))
     if dtype is None:
-        dense = [row.name(n) for row in parts.dense for n in range(layers if row.stacked else 1)]
+        dense = [name for row in parts.dense for name in row.names(layers)]
         dtype = common_dtype(checkpoint, dense)
         if scheme is not None and dtype == np.float16:
             dtype = jnp.bfloat16  # scaled and rotated activations may lie beyond float16
@@ -410,8 +410,9 @@ def save_pretrained(
         only.
       dtype: float32, bfloat16 or float16 for all dense weights; None keeps each array's.
       max_shard_bytes: larger models are split into files of at most this size, with an index.
-      family: "qwen2", "qwen3" or "edlm"; None takes "edlm" (Efficient-DLM's layout, `encoder.` and
-        `diffusion_head`) for models with a block size, else the Qwen that fits. transformers reads the Qwens.
+      family: "qwen2", "qwen3", "qwen_moba" or "edlm"; None takes "qwen_moba" for models with layers that select
+        blocks, convolve their keys or rotate nothing, "edlm" (Efficient-DLM's layout, `encoder.` and `diffusion_head`)
+        for models with a block size, else the Qwen that fits. transformers reads qwen2 and qwen3.
       extra_config: further fields for config.json that do not change the model, such as
         `tok_mask_half_life_ratio`.
 

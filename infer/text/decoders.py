@@ -157,7 +157,8 @@ class ARDecoder:
       batch: slots, that is requests in flight.
       capacity: cache slots per request: prompt and new tokens. None: with a window.
       window: each token sees the first `num_sinks` tokens and the latest `window` ones, itself among them; the cache
-        holds no more than these, so that neither prompt nor output has a longest length.
+        holds no more than these, so that neither prompt nor output has a longest length. Not for models with layers
+        that select blocks or convolve keys.
       num_sinks: see `window`.
       chunk: decode steps per call. More hides the host behind a small model, and streams that many tokens at once.
       prefill_rows: prompts per prefill call, padded to the longest; 1 wastes nothing once the slots are full.
@@ -168,7 +169,8 @@ class ARDecoder:
       max_eos: most EOS ids that a request may have.
       skip: read prompts with skip-softmax attention, in one piece; its numbers are Python floats here.
       decode_skip: leave out tiles of the cache in decode steps; not with a window.
-      kv_codes: keep keys and values in eight bits; None: in the dtype of the weights.
+      kv_codes: keep keys and values in eight bits, not for models with layers that select blocks; None: in the dtype of
+        the weights.
       top_logprobs: most alternatives per token that a request may ask for; 0 leaves them out of the programs.
       on_compile: see `Programs.get`.
     """

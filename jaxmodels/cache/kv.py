@@ -3,17 +3,22 @@
 A forward pass reads a cache and returns the keys and values of its own tokens; `append` is the only write,
 a pure function of its own. Jitted with the cache donated it works in place, and no loop over layers ever
 carries a cache. Layer axis first, so that a kernel takes the whole stack and a layer index.
+
+Letters beside those of the models: C blocks, W taps of the key convolution.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import flax.struct
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.masks import Mask
+from pallas_kernels.moba import CentroidCache, append_centroids, init_centroids, moba_attention, moba_decode
 from pallas_kernels.quantized_matmul.rounding import SMALLEST, to_codes
 
 Codes = Literal["int8", "fp8"]
@@ -22,10 +27,11 @@ _DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
 class KV(NamedTuple):
-    """Keys (rotated) and values of T tokens in all layers."""
+    """Keys (convolved and rotated) and values of T tokens in all layers."""
 
     k: Float[Array, "L B T K H"]
     v: Float[Array, "L B T K H"]
+    raw_k: Float[Array, "L B T K H"] | None = None  # before convolution, of all layers if any has one; else None
 
 
 @runtime_checkable
@@ -38,6 +44,10 @@ class Shape(Protocol):
     def kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def moba_block_size(self) -> int | None: ...
+    @property
+    def key_conv_taps(self) -> int | None: ...
 
 
 def _check(cache: "KVCache | SinkRingCache", config: Shape, batch: int) -> None:
@@ -49,6 +59,16 @@ def _check(cache: "KVCache | SinkRingCache", config: Shape, batch: int) -> None:
         )
     if rows != batch:
         raise ValueError(f"the cache holds {rows} rows; got a batch of {batch}")
+
+
+def _check_ring(config: Shape) -> None:
+    """Raises NotImplementedError for models whose layers need more of the past than a ring holds."""
+    for what, value in (
+        ("that select blocks", config.moba_block_size),
+        ("with a key convolution", config.key_conv_taps),
+    ):
+        if value is not None:
+            raise NotImplementedError(f"a ring forgets what layers {what} need; use a KVCache")
 
 
 def _check_chunk(cache: "KVCache | SinkRingCache", kv: KV, limit: int, what: str, rows: Any = None) -> None:
@@ -108,6 +128,21 @@ def _buffers(config: Shape, batch: int, capacity: int, dtype: Any, codes: KVCode
     return buffers
 
 
+def _extras(config: Shape, batch: int, capacity: int, dtype: Any) -> dict[str, Any]:
+    """What an empty cache has beside keys and values: means of blocks, latest raw keys; nothing for most models."""
+    extras: dict[str, Any] = {}
+    heads, block_size = (config.kv_heads, config.head_dim), config.moba_block_size
+    if block_size is not None:
+        one = init_centroids(batch, capacity, *heads, block_size=block_size, dtype=dtype)
+        for name in ("centroids", "open_sum"):
+            leaf = getattr(one, name)
+            extras[name] = jnp.zeros((config.layers, *leaf.shape), leaf.dtype)
+        extras["block_size"] = block_size
+    if config.key_conv_taps is not None:
+        extras["raw_k"] = jnp.zeros((config.layers, batch, config.key_conv_taps - 1, *heads), dtype)
+    return extras
+
+
 def _encode(values: Array, like: Array, scale: Array | None) -> tuple[Array, Array | None]:
     """`values [L, B, T, K, H]` as a cache like `like` stores them, and new scales `[L, B, T, K]` if it keeps these."""
     if scale is None:
@@ -142,9 +177,51 @@ def _written(
     return changed
 
 
+def _extended(
+    cache: "KVCache", kv: KV, lengths: Int[Array, " P"], count: Int[Array, " P"], rows: Int[Array, " P"] | None
+) -> dict[str, Array]:
+    """Means of blocks and latest raw keys when `count` tokens of `kv` follow `lengths` tokens of `rows`.
+
+    Only what `lengths` says is read of the old ones: so shorter lengths are all that forgetting a row takes.
+    """
+
+    def of_rows(leaf: Array) -> Array:
+        return leaf if rows is None else leaf.at[:, rows].get(mode="clip")
+
+    changed: dict[str, Array] = {}
+    if (size := cache.block_size) is not None:
+        is_open = (lengths % size > 0)[:, None, None]
+
+        def append(centroids: Array, open_sum: Array, k: Array) -> CentroidCache:
+            before = CentroidCache(centroids, jnp.where(is_open, open_sum, 0), lengths)
+            return append_centroids(before, k.astype(centroids.dtype), block_size=size, new_lengths=count)
+
+        after = jax.vmap(append)(of_rows(cache.centroids), of_rows(cache.open_sum), kv.k)
+        changed |= {"centroids": after.centroids, "open_sum": after.open_sum}
+    if cache.raw_k is not None:
+        if kv.raw_k is None:
+            raise ValueError("kv must hold raw keys for the key convolution of this cache; got raw_k=None")
+        latest = _held(of_rows(cache.raw_k), lengths)
+        keys = jnp.concatenate([latest, kv.raw_k.astype(latest.dtype)], axis=2)
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=latest.shape[2], axis=1)
+        changed["raw_k"] = jax.vmap(take, in_axes=(1, 0), out_axes=1)(keys, count)
+    if rows is None:
+        return changed
+    return {name: getattr(cache, name).at[:, rows].set(leaf, mode="drop") for name, leaf in changed.items()}
+
+
+def _held(raw_k: Float[Array, "L B W_minus_1 K H"], lengths: Int[Array, " B"]) -> Array:
+    """Latest raw keys of rows with these lengths, oldest first, 0 before the first token."""
+    position = lengths[:, None] - raw_k.shape[2] + jnp.arange(raw_k.shape[2])
+    return jnp.where((position >= 0)[..., None, None], raw_k, 0)
+
+
 def _layer_of(cache: "KVCache | SinkRingCache", layer: int | Array, rows: Int[Array, " P"]) -> dict[str, Array]:
     """Some rows of one layer of the buffers, as a cache of one layer."""
     own = {"k": cache.k[layer, rows][None], "v": cache.v[layer, rows][None]}
+    for name in ("centroids", "open_sum", "raw_k"):
+        if (leaf := getattr(cache, name, None)) is not None:
+            own[name] = leaf[layer, rows][None]
     for name in ("k_scale", "v_scale"):
         if (scale := getattr(cache, name)) is not None:
             own[name] = scale[layer][None] if scale.ndim == 1 else scale[layer, rows][None]
@@ -184,6 +261,10 @@ class KVCache(flax.struct.PyTreeNode):
       lengths: tokens each row has been given. Appending past the capacity drops the tokens that do not fit
         while the length keeps counting, so `remaining()` < 0 shows it afterwards; drivers check it
         beforehand.
+      centroids, open_sum: for models that select blocks the mean keys `[L, B, C, K, H]` of complete blocks, and the
+        sum `[L, B, K, H]` over the block that is not; of all layers, as `CentroidCache` has them of one. Else None.
+      raw_k: for models with a key convolution the latest W - 1 keys before it, `[L, B, W - 1, K, H]`. Else None.
+      block_size: keys of a block, static.
     """
 
     k: Any  # float or codes [L, B, S, K, H]; no checked annotations: the class also holds shapes, shardings, donations
@@ -191,6 +272,10 @@ class KVCache(flax.struct.PyTreeNode):
     lengths: Any  # int32 [B]
     k_scale: Any = None
     v_scale: Any = None
+    centroids: Any = None
+    open_sum: Any = None
+    raw_k: Any = None
+    block_size: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def init(
@@ -202,12 +287,16 @@ class KVCache(flax.struct.PyTreeNode):
         dtype: Any,
         codes: KVCodes | None = None,
     ) -> "KVCache":
-        """An empty cache for `config.layers`, `config.kv_heads` and `config.head_dim`.
+        """An empty cache for the layers of `config`.
 
-        Keys and values are kept in `dtype`, or as `codes`.
+        Keys and values are kept in `dtype`, or as `codes`, which layers that select blocks cannot read.
         """
+        if codes is not None and config.moba_block_size is not None:
+            raise NotImplementedError(
+                f"layers that select blocks (moba) read keys and values as they are; got codes {codes.format!r}"
+            )
         buffers = _buffers(config, batch, capacity, dtype, codes)
-        return cls(**buffers, lengths=jnp.zeros((batch,), jnp.int32))
+        return cls(**buffers, **_extras(config, batch, capacity, dtype), lengths=jnp.zeros((batch,), jnp.int32))
 
     @property
     def capacity(self) -> int:
@@ -224,6 +313,13 @@ class KVCache(flax.struct.PyTreeNode):
     def check(self, config: Shape, batch: int) -> None:
         """Raises ValueError when the cache does not fit the model or the batch."""
         _check(self, config, batch)
+        taps = None if self.raw_k is None else self.raw_k.shape[2] + 1
+        for what, own, wanted in (
+            ("the means of blocks of a size", self.block_size, config.moba_block_size),
+            ("the raw keys for a number of taps", taps, config.key_conv_taps),
+        ):
+            if own != wanted:
+                raise ValueError(f"the cache holds {what}: {own}; the model has {wanted}")
 
     def append(self, kv: KV, count: Int[Array, " P"] | None = None, rows: Int[Array, " P"] | None = None) -> "KVCache":
         """The cache after `count[p]` more tokens in row `rows[p]` (the first of its T; None: all T).
@@ -233,10 +329,17 @@ class KVCache(flax.struct.PyTreeNode):
         _check_chunk(self, kv, self.capacity, "cache slots (the capacity)", rows)
         time = kv.k.shape[2]
         count, valid = _valid(time, count, kv.k.shape[1])
-        positions = _lengths(self.lengths, rows)[:, None] + jnp.arange(time, dtype=jnp.int32)
-        # Padding goes to distinct slots past the end, where it is dropped.
-        slots = jnp.where(valid, positions, self.capacity + positions)
-        return self.replace(**_written(self, kv, slots, rows), lengths=_grown(self.lengths, count, rows))
+        lengths = _lengths(self.lengths, rows)
+        return self.replace(
+            **_written(self, kv, self._slots(lengths, valid), rows),
+            **_extended(self, kv, lengths, count, rows),
+            lengths=_grown(self.lengths, count, rows),
+        )
+
+    def _slots(self, lengths: Int[Array, " B"], valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+        """Where the tokens after `lengths` go; padding to distinct slots past the end, where it is dropped."""
+        positions = lengths[:, None] + jnp.arange(valid.shape[1], dtype=jnp.int32)
+        return jnp.where(valid, positions, self.capacity + positions)
 
     def fill(self, kv: KV, count: Int[Array, " P"], rows: Int[Array, " P"]) -> "KVCache":
         """Rows `rows` hold only the first `count` of these tokens; an index beyond the batch writes nothing."""
@@ -251,8 +354,9 @@ class KVCache(flax.struct.PyTreeNode):
             changed[name] = buffer.at[:, rows, :time].set(codes.astype(buffer.dtype), mode="drop")
             if own is not None:
                 changed[f"{name}_scale"] = scale.at[:, rows, :, :time].set(jnp.swapaxes(own, 2, 3), mode="drop")
-        lengths = self.lengths.at[rows].set(count.astype(jnp.int32), mode="drop")
-        return self.replace(**changed, lengths=lengths)
+        count = count.astype(jnp.int32)
+        changed |= _extended(self, kv, jnp.zeros_like(count), count, rows)
+        return self.replace(**changed, lengths=self.lengths.at[rows].set(count, mode="drop"))
 
     def restart(self, rows: Int[Array, " P"]) -> "KVCache":
         """Rows `rows` are empty; indices beyond the batch are ignored."""
@@ -296,6 +400,40 @@ class KVCache(flax.struct.PyTreeNode):
             **(skip or {}),
         )
 
+    def attend_blocks(
+        self,
+        q: Float[Array, "B T N H"],
+        own_k: Float[Array, "B T K H"],
+        own_v: Float[Array, "B T K H"],
+        *,
+        layer: int | Array,
+        top_k: int,
+        own_lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Queries against the blocks that they select among this layer's cached keys and their own, causally.
+
+        One token reads all means, but keys and values of `top_k` blocks only: `moba_decode`. More tokens are
+        `moba_attention` over all slots: they copy the layer's keys and values, to have their own behind them, and
+        compute all means anew.
+        """
+        assert self.block_size is not None
+        options: dict[str, Any] = {"block_size": self.block_size, "top_k": top_k}
+        if q.shape[1] == 1:
+            means = CentroidCache(self.centroids[layer], self.open_sum[layer], self.lengths)
+            return moba_decode(q, self.k, self.v, own_k, own_v, means, layer=layer, **options)  # type: ignore[return-value]
+        count, valid = _valid(q.shape[1], own_lengths, len(q))
+        slots = self._slots(self.lengths, valid)
+        k, v = (
+            _put(cached[layer][None], own[None], slots, None)[0] for cached, own in ((self.k, own_k), (self.v, own_v))
+        )
+        held = jnp.arange(self.capacity) < (self.lengths + count)[:, None]
+        segments = (jnp.where(valid, 0, -1), jnp.where(held, 0, -1))
+        return moba_attention(q, k, v, segment_ids=segments, **options)
+
+    def latest_raw_keys(self, layer: int | Array) -> Float[Array, "B W_minus_1 K H"]:
+        """What the key convolution of a layer needs of the tokens before: `key_conv`'s state."""
+        return _held(self.raw_k[layer][None], self.lengths)[0]
+
 
 class SinkRingCache(flax.struct.PyTreeNode):
     """Keeps the first `num_sinks` tokens and, in a ring, the latest ones: endless streams in fixed memory.
@@ -334,6 +472,7 @@ class SinkRingCache(flax.struct.PyTreeNode):
         """An empty cache of `capacity` slots, `num_sinks` of them sinks, the rest the ring. Codes as in `KVCache`."""
         if not 0 <= num_sinks < capacity:
             raise ValueError(f"num_sinks must lie in [0, capacity={capacity}); got {num_sinks}")
+        _check_ring(config)
         return cls(
             **_buffers(config, batch, capacity, dtype, codes),
             positions=jnp.full((batch, capacity), -1, jnp.int32),
@@ -361,6 +500,7 @@ class SinkRingCache(flax.struct.PyTreeNode):
     def check(self, config: Shape, batch: int) -> None:
         """Raises ValueError when the cache does not fit the model or the batch."""
         _check(self, config, batch)
+        _check_ring(config)
 
     def append(
         self, kv: KV, count: Int[Array, " P"] | None = None, rows: Int[Array, " P"] | None = None
@@ -455,13 +595,21 @@ class CacheRows(flax.struct.PyTreeNode):
 
     def check(self, config: Shape, batch: int) -> None:
         """Raises ValueError when the cache does not fit the model, or the rows the batch."""
-        _check(self.cache, config, self.cache.k.shape[1])
+        self.cache.check(config, self.cache.k.shape[1])
         if batch != len(self.rows):
             raise ValueError(f"{len(self.rows)} rows of the cache were chosen; got a batch of {batch}")
 
     def attend(self, q: Float[Array, "P T N H"], own_k: Array, own_v: Array, *, layer: int | Array, **options: Any):
         """See `KVCache.attend`."""
         return self.cache.one_layer(layer, self.rows).attend(q, own_k, own_v, layer=0, **options)
+
+    def attend_blocks(self, q: Array, own_k: Array, own_v: Array, *, layer: int | Array, **options: Any) -> Array:
+        """See `KVCache.attend_blocks`."""
+        return self.cache.one_layer(layer, self.rows).attend_blocks(q, own_k, own_v, layer=0, **options)
+
+    def latest_raw_keys(self, layer: int | Array) -> Float[Array, "P W_minus_1 K H"]:
+        """See `KVCache.latest_raw_keys`."""
+        return self.cache.one_layer(layer, self.rows).latest_raw_keys(0)
 
 
 Cache = KVCache | SinkRingCache | CacheRows

@@ -26,6 +26,19 @@ ALIGNMENT = 64  # bytes; XLA's CPU client takes over such a NumPy buffer without
 
 
 @dataclass(frozen=True)
+class OtherLayout:
+    """A second layout that a tensor may be stored in; another number of dimensions tells it.
+
+    Attributes:
+      shape: its shape, from that of the first layout.
+      read: a view of such a tensor in the first layout.
+    """
+
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    read: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
 class Row:
     """`key` of the checkpoint -> `path` in the parameters.
 
@@ -33,11 +46,15 @@ class Row:
       key: tensor name; "{}" is the layer.
       path: keys of the nested parameter dict.
       dims: the checkpoint's dimensions in letters; "(N H) D" is a matrix whose rows are split into N and H.
+      layers: which layers the checkpoint stores, the parameter being 0 in the others; None: all.
+      other: another layout that is read too; None: there is none.
     """
 
     key: str
     path: tuple[str, ...]
     dims: str
+    layers: tuple[int, ...] | None = None
+    other: OtherLayout | None = None
 
     @property
     def stacked(self) -> bool:
@@ -46,6 +63,16 @@ class Row:
     def name(self, layer: int) -> str:
         """The tensor of one layer, or the only one."""
         return self.key.format(layer) if self.stacked else self.key
+
+    def stored_layers(self, layers: int) -> Sequence[int]:
+        """Of a model's `layers` those that have a tensor; one for a parameter that is not stacked."""
+        if not self.stacked:
+            return (0,)
+        return range(layers) if self.layers is None else self.layers
+
+    def names(self, layers: int) -> list[str]:
+        """All tensors of the row in a model of `layers`."""
+        return [self.name(layer) for layer in self.stored_layers(layers)]
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in the checkpoint of a parameter of `shape` (without the layer axis)."""
@@ -162,14 +189,13 @@ def load_arrays(
     for row in rows:  # all checks before the first byte of data
         shape = tuple(shapes[row.path])
         expected = row.stored_shape(shape[1:] if row.stacked else shape)
-        for layer in range(shape[0] if row.stacked else 1):
-            found_dtype, found, file = source.describe(row.name(layer))
+        possible = {expected} if row.other is None else {expected, row.other.shape(expected)}
+        for name in row.names(shape[0]):
+            found_dtype, found, file = source.describe(name)
             if found_dtype not in FLOATS:
-                raise ValueError(_wrong_dtype(file, row.name(layer), found_dtype))
-            if found != expected:
-                raise ValueError(
-                    f"{file}: tensor {row.name(layer)!r} has shape {found}; config.json implies {expected}"
-                )
+                raise ValueError(_wrong_dtype(file, name, found_dtype))
+            if found not in possible:
+                raise ValueError(f"{file}: tensor {name!r} has shape {found}; config.json implies {expected}")
     result = {}
     workers = threads or min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
@@ -196,7 +222,10 @@ class _Reader:
         first, last = limits[0]
         rest = tuple(slice(*limit) for limit in limits[1:])
         if self.row.stacked:
-            parts = [(target[n - first], self.row.name(n), rest) for n in range(first, last)]
+            stored = set(self.row.stored_layers(self.shape[0]))
+            parts = [(target[n - first], self.row.name(n), rest) for n in range(first, last) if n in stored]
+            for n in set(range(first, last)) - stored:
+                target[n - first] = 0
         else:
             step = max(1, -(-(last - first) // self.workers))
             parts = [
@@ -208,7 +237,11 @@ class _Reader:
         return target
 
     def _copy(self, target: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
-        part = self.source.view(name).reshape(self.shape[1:] if self.row.stacked else self.shape)[index]
+        shape = self.shape[1:] if self.row.stacked else self.shape
+        view = self.source.view(name)
+        if self.row.other is not None and view.shape != self.row.stored_shape(shape):
+            view = self.row.other.read(view)
+        part = view.reshape(shape)[index]
         target[...] = part
         self.source.count(part.nbytes)
 
@@ -267,5 +300,6 @@ def to_tensors(
             add(row, None)
     for layer in range(max(layers, default=0)):
         for row in stacked:
-            add(row, layer)
+            if layer in row.stored_layers(max(layers)):
+                add(row, layer)
     return tensors

@@ -104,13 +104,13 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
     A quantized linear may have a bias that the model has not, as some tools write it; it must be 0.
     """
     if scheme is None:
-        names = tuple(row.name(n) for row in rows for n in range(layers if row.stacked else 1))
+        names = tuple(name for row in rows for name in row.names(layers))
         return Plan(tuple(rows), (), names)
     modules, present = quantized_modules(scheme, source.names()), set(source.names())
     biases = {row.name(n) for row in rows if row.key.endswith(".bias") for n in range(layers)}
     dense, quantized, used = [], [], []
     for row in rows:
-        own = [row.name(n) for n in range(layers if row.stacked else 1)]
+        own = row.names(layers)
         linears = [name.removesuffix(".weight") for name in own]
         stored = [linear in modules for linear in linears]
         if any(stored) and not all(stored):

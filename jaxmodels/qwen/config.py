@@ -10,6 +10,71 @@ PromptAttention = Literal["bidirectional", "block_causal", "causal"]
 
 
 @dataclasses.dataclass(frozen=True)
+class MobaConfig:
+    """Block-routed attention: see `pallas_kernels.moba.moba_attention`.
+
+    Attributes:
+      block_size: keys of a block.
+      top_k: blocks that each query selects, its own among them.
+    """
+
+    block_size: int = 128
+    top_k: int = 8
+
+    def __post_init__(self):
+        for name in ("block_size", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of moba must be at least 1; got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerAttention:
+    """What one layer attends to, and what becomes of its keys; without arguments full attention with rotation.
+
+    Attributes:
+      window: queries see the latest `window` tokens only; None: no limit.
+      moba: queries see the blocks that they select only; None: no blocks. Not together with a window.
+      key_conv: taps of the short causal convolution over the keys, before rotation; None: there is none.
+      rotary: queries and keys are rotated by their positions.
+    """
+
+    window: int | None = None
+    moba: MobaConfig | None = None
+    key_conv: int | None = None
+    rotary: bool = True
+
+    def __post_init__(self):
+        for name in ("window", "key_conv"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"the {name} of a layer must be None or at least 1; got {value}")
+        if self.window is not None and self.moba is not None:
+            raise ValueError(f"a layer has a window or moba; got window={self.window} and {self.moba}")
+
+    @property
+    def full(self) -> bool:
+        """Whether queries see everything up to themselves."""
+        return self.window is None and self.moba is None
+
+
+def sliding_windows(*windows: int | None) -> tuple[LayerAttention, ...]:
+    """The `layer_attention` of layers that differ in their windows only, None being full attention."""
+    return tuple(LayerAttention(window) for window in windows)
+
+
+def hybrid_layers(
+    layers: int, *, window: int = 256, moba: MobaConfig | None = MobaConfig(), key_conv: int | None = 3
+) -> tuple[LayerAttention, ...]:
+    """The hybrids of FlashMoBA (arXiv 2511.11571): a sliding window and blocks in turn.
+
+    The 1st, 3rd, ... layer has the window and rotation; the others select blocks (None: see everything), without
+    rotation, and convolve their keys (None: do not).
+    """
+    pair = (LayerAttention(window=window), LayerAttention(moba=moba, key_conv=key_conv, rotary=False))
+    return tuple(pair[layer % 2] for layer in range(layers))
+
+
+@dataclasses.dataclass(frozen=True)
 class QwenConfig:
     """One decoder family; the differences between its members are fields.
 
@@ -26,8 +91,7 @@ class QwenConfig:
       qkv_bias: biases on the query, key and value projections.
       qk_norm: RMSNorm over each query and key head before the rotation.
       tied_head: the head is the embedding matrix.
-      layer_windows: per layer the sliding window in tokens, or None for full attention; () means None
-        everywhere.
+      layer_attention: what each layer attends to; () means everything up to itself, everywhere.
       max_positions: longest sequence the weights were made for.
       eos_ids: tokens that end a text.
       bos_id, pad_id, mask_id: special tokens, None where the model has none.
@@ -48,7 +112,7 @@ class QwenConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied_head: bool = False
-    layer_windows: tuple[int | None, ...] = ()
+    layer_attention: tuple[LayerAttention, ...] = ()
     max_positions: int = 32_768
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -77,13 +141,16 @@ class QwenConfig:
             raise ValueError(f"head_dim must be even for rotary embeddings; got {self.head_dim}")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive; got {self.norm_eps}")
-        if not self.layer_windows:
-            object.__setattr__(self, "layer_windows", (None,) * self.layers)
-        if len(self.layer_windows) != self.layers:
-            raise ValueError(f"layer_windows must name {self.layers} layers; got {len(self.layer_windows)}")
-        for window in self.layer_windows:
-            if window is not None and window < 1:
-                raise ValueError(f"a window in layer_windows must be None or at least 1; got {window}")
+        if not self.layer_attention:
+            object.__setattr__(self, "layer_attention", (LayerAttention(),) * self.layers)
+        if len(self.layer_attention) != self.layers:
+            raise ValueError(f"layer_attention must name {self.layers} layers; got {len(self.layer_attention)}")
+        for what, values in (
+            ("taps of key convolutions", {a.key_conv for a in self.layer_attention if a.key_conv is not None}),
+            ("block sizes of moba", {a.moba.block_size for a in self.layer_attention if a.moba is not None}),
+        ):
+            if len(values) > 1:
+                raise ValueError(f"layer_attention has different {what}, {sorted(values)}; all layers must share one")
         for name in ("bos_id", "pad_id", "mask_id"):
             self._check_token(name, getattr(self, name))
         for token in self.eos_ids:
@@ -98,6 +165,16 @@ class QwenConfig:
     def _check_token(self, name: str, token: int | None) -> None:
         if token is not None and not 0 <= token < self.vocab_size:
             raise ValueError(f"{name} must lie in [0, vocab_size={self.vocab_size}); got {token}")
+
+    @property
+    def key_conv_taps(self) -> int | None:
+        """Taps of the layers with a key convolution; None: no layer has one."""
+        return next((a.key_conv for a in self.layer_attention if a.key_conv is not None), None)
+
+    @property
+    def moba_block_size(self) -> int | None:
+        """Keys of a block in the layers that select blocks; None: no layer does."""
+        return next((a.moba.block_size for a in self.layer_attention if a.moba is not None), None)
 
     @classmethod
     def qwen2_5_0_5b(cls) -> "QwenConfig":
@@ -137,6 +214,28 @@ class QwenConfig:
         return cls(
             vocab_size=151_936, dim=4_096, layers=36, heads=32, kv_heads=8, head_dim=128, mlp_dim=12_288,
             qk_norm=True, max_positions=40_960, eos_ids=(151_645,), bos_id=151_643,
+        )  # fmt: skip
+
+    @classmethod
+    def moba_340m(cls, moba: MobaConfig | None = MobaConfig(), key_conv: int | None = 3) -> "QwenConfig":
+        """The smaller hybrid of FlashMoBA, 341 million parameters; `moba` and `key_conv` as in `hybrid_layers`.
+
+        Source: arXiv 2511.11571, which names the sizes; no weights are published. Theirs to say and ours to choose:
+        the head is tied (their count fits that), the rotation has base 10,000, there are neither biases nor norms.
+        """
+        return cls(
+            vocab_size=32_000, dim=1_024, layers=24, heads=16, kv_heads=16, head_dim=64, mlp_dim=2_816, tied_head=True,
+            rope=RopeConfig(theta=10_000.0), layer_attention=hybrid_layers(24, moba=moba, key_conv=key_conv),
+            max_positions=8_192,
+        )  # fmt: skip
+
+    @classmethod
+    def moba_1b(cls, moba: MobaConfig | None = MobaConfig(), key_conv: int | None = 3) -> "QwenConfig":
+        """The larger hybrid of FlashMoBA, see `moba_340m`; 1.7 billion parameters, which the paper calls 1B."""
+        return cls(
+            vocab_size=32_000, dim=2_048, layers=24, heads=32, kv_heads=32, head_dim=64, mlp_dim=8_192, tied_head=True,
+            rope=RopeConfig(theta=10_000.0), layer_attention=hybrid_layers(24, moba=moba, key_conv=key_conv),
+            max_positions=8_192,
         )  # fmt: skip
 
     @classmethod

@@ -7,15 +7,15 @@ required to have the one value that this implementation has (`FIXED`), or withou
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from jaxmodels.checkpoints.mapping import Row
+from jaxmodels.checkpoints.mapping import OtherLayout, Row
 from jaxmodels.layers.rope import RopeConfig
-from jaxmodels.qwen.config import PromptAttention, QwenConfig
+from jaxmodels.qwen.config import LayerAttention, MobaConfig, PromptAttention, QwenConfig
 
 # ----------------------------------------------------------------------------------------------------
-# Tensors. N query heads, K kv heads, H head dim, D model dim, F mlp dim, V vocabulary; "{}" is the layer.
+# Tensors. N query heads, K kv heads, H head dim, D model dim, F mlp dim, V vocabulary, W taps; "{}" is the layer.
 # Row(name in the checkpoint after its prefix, path in the parameters, dimensions in the checkpoint)
 
 BODY = (
@@ -40,6 +40,9 @@ QK_NORM = (
     Row("layers.{}.self_attn.q_norm.weight", ("layers", "attention", "q_norm"), "H"),
     Row("layers.{}.self_attn.k_norm.weight", ("layers", "attention", "k_norm"), "H"),
 )
+# PyTorch's depthwise Conv1d is [channels, 1, taps], and its last tap weighs the current token.
+CONV1D = OtherLayout(lambda shape: (shape[1], 1, shape[0]), lambda weight: weight[:, 0, ::-1].T)
+K_CONV = Row("layers.{}.self_attn.k_conv.weight", ("layers", "attention", "k_conv"), "W (K H)", other=CONV1D)
 PREFIXES = (
     "model.",
     "encoder.",
@@ -80,7 +83,10 @@ class Layout:
 def table(config: QwenConfig, layout: Layout) -> list[Row]:
     """All tensors of a checkpoint of `config`, complete both ways."""
     rows = [*BODY, *(QKV_BIAS if config.qkv_bias else ()), *(QK_NORM if config.qk_norm else ())]
-    rows = [Row(layout.prefix + row.key, row.path, row.dims) for row in rows]
+    if config.key_conv_taps is not None:
+        convolved = tuple(n for n, layer in enumerate(config.layer_attention) if layer.key_conv is not None)
+        rows.append(replace(K_CONV, layers=convolved))
+    rows = [replace(row, key=layout.prefix + row.key) for row in rows]
     if not config.tied_head:
         rows.append(Row(layout.head or HEADS[0], ("head",), "V D"))
     return rows
@@ -92,7 +98,7 @@ def table(config: QwenConfig, layout: Layout) -> list[Row]:
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` fixes. None for `qkv_bias` and `qk_norm`: the tensors of the checkpoint tell."""
+    """What a `model_type` fixes. None for `qkv_bias` and `qk_norm`: the tensors of the checkpoint tell, or a field."""
 
     qkv_bias: bool | None
     qk_norm: bool | None
@@ -102,11 +108,14 @@ class Family:
     token_shift: bool = False
     prompt_attention: str = "block_causal"
     required: tuple[str, ...] = ()  # fields whose defaults differ from Qwen's
+    hybrid: bool = False  # whether it has the fields of HYBRID
 
 
 FAMILIES = {
     "qwen2": Family(qkv_bias=True, qk_norm=False),  # Qwen2 and Qwen2.5
     "qwen3": Family(qkv_bias=False, qk_norm=True),
+    # ours: Qwen with layers that select blocks, convolve their keys or rotate nothing
+    "qwen_moba": Family(None, None, required=("head_dim", "layer_types", "qkv_bias", "qk_norm"), hybrid=True),
     # Efficient-DLM; its released code reads prompts with full attention
     "edlm": Family(None, None, True, "block_size", 32, prompt_attention="bidirectional"),
     # Fast-dLLM v2: Qwen2.5 trained on blocks, still predicting the next token
@@ -148,6 +157,9 @@ READ = {
     "rope_parameters", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "bos_token_id",
     "eos_token_id", "pad_token_id", "mask_token_id", "block_size", "bd_size", "token_shift", "prompt_attention",
     "dlm_type", "dlm_paradigm", "sparse_attention_config",
+}  # fmt: skip
+HYBRID = {
+    "qkv_bias", "qk_norm", "moba_block_size", "moba_top_k", "key_conv_taps", "layer_key_conv", "layer_rotary",
 }  # fmt: skip
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -249,7 +261,7 @@ def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Fam
             raise ValueError(f"field {field!r} is {config[field]!r}; implemented: {allowed[0]!r}")
     # Qwen2's own class has biases whatever this says; in Qwen3's it would add one to the output projection
     # too
-    if config.get("attention_bias") and FAMILIES[model_type].qkv_bias is False:
+    if config.get("attention_bias") and (FAMILIES[model_type].qkv_bias is False or FAMILIES[model_type].hybrid):
         raise ValueError(f"field 'attention_bias' is true; implemented for {model_type!r}: false")
     for field in FAMILIES[model_type].required:
         if config.get(field) is None:
@@ -257,7 +269,13 @@ def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Fam
     if model_type == "nemotron_labs_diffusion" and config.get("sliding_window") is not None:
         # its attention has no use_sliding_window: a number alone is in force
         raise ValueError(f"field 'sliding_window' is {config['sliding_window']!r}; implemented: null")
-    known = READ | FIXED.keys() | IGNORED | {"attention_bias", "quantization_config", "compression_config"}
+    known = (
+        READ
+        | (HYBRID if FAMILIES[model_type].hybrid else set())
+        | FIXED.keys()
+        | IGNORED
+        | {"attention_bias", "quantization_config", "compression_config"}
+    )
     unknown = sorted(f for f in config if f not in known | set(ignore) and not IGNORED_PATTERN.fullmatch(f))
     if unknown:
         raise ValueError(
@@ -335,8 +353,20 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, int | None]:
     return RopeConfig(theta=theta, kind=kind, **fields), limit
 
 
-def windows_from_hf(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer: from `layer_types`, or from `max_window_layers` in older files."""
+def _each_layer(config: Mapping[str, Any], field: str, layers: int, default: bool) -> list[bool]:
+    values = config.get(field)
+    if values is None:
+        return [default] * layers
+    if not isinstance(values, list) or len(values) != layers or not all(isinstance(value, bool) for value in values):
+        raise ValueError(f"field {field!r} must say true or false of {layers} layers; got {values!r}")
+    return values
+
+
+def attention_from_hf(config: Mapping[str, Any], layers: int, *, hybrid: bool) -> tuple[LayerAttention, ...]:
+    """What each layer attends to: from `layer_types`, or from `max_window_layers` in older files.
+
+    For a `hybrid` the fields of HYBRID count too. One that no layer makes use of is refused.
+    """
     window = _integer(config, "sliding_window") if _boolean(config, "use_sliding_window") else None
     kinds = config.get("layer_types")
     if kinds is None:
@@ -346,12 +376,38 @@ def windows_from_hf(config: Mapping[str, Any], layers: int) -> tuple[int | None,
         kinds = ["full_attention" if window is None or n < first else "sliding_attention" for n in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ValueError(f"field 'layer_types' must name {layers} layers; got {kinds!r}")
+    known = ("full_attention", "sliding_attention", *(("moba_attention",) if hybrid else ()))
     for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ValueError(f"field 'layer_types' has {kind!r}; known: full_attention, sliding_attention")
+        if kind not in known:
+            raise ValueError(f"field 'layer_types' has {kind!r}; known: {', '.join(known)}")
     if window is None and "sliding_attention" in kinds:
         raise ValueError("field 'layer_types' has sliding_attention, but use_sliding_window is not true")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    described = [LayerAttention(window if kind == "sliding_attention" else None) for kind in kinds]
+    if not hybrid:
+        return tuple(described)
+    convolved = _each_layer(config, "layer_key_conv", layers, False)
+    rotated = _each_layer(config, "layer_rotary", layers, True)
+    used = {
+        "moba_block_size": ("'layer_types' has moba_attention", "moba_attention" in kinds),
+        "moba_top_k": ("'layer_types' has moba_attention", "moba_attention" in kinds),
+        "key_conv_taps": ("'layer_key_conv' is true", any(convolved)),
+    }
+    numbers: dict[str, int] = {}
+    for field, (reason, needed) in used.items():
+        if needed:
+            numbers[field] = _integer(config, field)
+        elif config.get(field) is not None:
+            raise ValueError(f"field {field!r} is {config[field]!r}, but for no layer {reason}")
+    moba = MobaConfig(numbers["moba_block_size"], numbers["moba_top_k"]) if "moba_attention" in kinds else None
+    return tuple(
+        replace(
+            layer,
+            moba=moba if kind == "moba_attention" else None,
+            key_conv=numbers["key_conv_taps"] if with_conv else None,
+            rotary=rotary,
+        )
+        for layer, kind, with_conv, rotary in zip(described, kinds, convolved, rotated, strict=True)
+    )
 
 
 def _token_id(config: Mapping[str, Any], field: str) -> int | None:
@@ -387,6 +443,8 @@ def config_from_hf(
     family = check_fields(config, ignore)
     sizes = {name: _integer(config, field) for field, name in SIZES.items()}
     layout = Layout.find(names)
+    if family.hybrid:
+        family = replace(family, qkv_bias=_boolean(config, "qkv_bias"), qk_norm=_boolean(config, "qk_norm"))
     first = f"{layout.prefix}layers.0.self_attn."
     if family.qk_norm is None and first + "q_proj.weight" not in names:
         raise ValueError(
@@ -453,7 +511,7 @@ def config_from_hf(
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         tied_head=_boolean(config, "tie_word_embeddings"),
-        layer_windows=windows_from_hf(config, sizes["layers"]),
+        layer_attention=attention_from_hf(config, sizes["layers"], hybrid=family.hybrid),
         eos_ids=eos_ids,
         bos_id=_token_id(config, "bos_token_id"),
         pad_id=_token_id(config, "pad_token_id"),
@@ -467,31 +525,41 @@ def config_from_hf(
 def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -> dict[str, Any]:
     """config.json for `config`; what `config_from_hf` reads back as an equal configuration.
 
-    `family` is "qwen2" or "qwen3" (read by transformers, as the autoregressive model), or "edlm"
-    (block-diffusion models; needs custom code elsewhere). None takes "edlm" for a model with a block size,
-    else the fitting Qwen.
+    `family` is "qwen2" or "qwen3" (read by transformers, as the autoregressive model), "qwen_moba" (any layers; nobody
+    else reads it) or "edlm" (block-diffusion models; needs custom code elsewhere). None takes "qwen_moba" for layers
+    that no other can express, "edlm" for a model with a block size, else the fitting Qwen.
 
     Raises ValueError when `family` cannot express the configuration.
     """
     plain = {(True, False): "qwen2", (False, True): "qwen3"}.get((config.qkv_bias, config.qk_norm))
+    special = any(replace(layer, window=None) != LayerAttention() for layer in config.layer_attention)
     if family is None:
-        family = plain if config.block_size is None else "edlm"
-    if family not in ("edlm", plain) or family is None:
+        family = "qwen_moba" if special else plain if config.block_size is None else "edlm"
+    if special and family != "qwen_moba":
+        raise ValueError(
+            f"family {family!r} cannot express layers with moba, a key convolution or no rotation; "
+            "possible: 'qwen_moba'"
+        )
+    if family not in ("edlm", "qwen_moba", plain) or family is None:
         raise ValueError(
             f"family {family!r} cannot express qkv_bias={config.qkv_bias}, qk_norm={config.qk_norm}; "
-            f"possible: {[f for f in (plain, 'edlm') if f]}"
+            f"possible: {[f for f in (plain, 'qwen_moba', 'edlm') if f]}"
         )
     if family == "edlm" and None in (config.mask_id, config.block_size):
         raise ValueError(f"family 'edlm' needs mask_id and block_size; got {config.mask_id} and {config.block_size}")
-    windows = {w for w in config.layer_windows if w is not None}
+    windows = {layer.window for layer in config.layer_attention if layer.window is not None}
     if len(windows) > 1:
-        raise ValueError(f"layer_windows has windows of several sizes {sorted(windows)}; config.json holds one")
+        raise ValueError(f"layer_attention has windows of several sizes {sorted(windows)}; config.json holds one")
     window = windows.pop() if windows else None
+    routed = {layer.moba for layer in config.layer_attention if layer.moba is not None}
+    if len(routed) > 1:
+        raise ValueError(f"layer_attention has moba of several kinds {sorted(map(str, routed))}; config.json holds one")
     rope = _rope_to_hf(config)
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     result: dict[str, Any] = {
         "architectures": {
-            "qwen2": ["Qwen2ForCausalLM"], "qwen3": ["Qwen3ForCausalLM"], "edlm": ["EfficientDLM"]
+            "qwen2": ["Qwen2ForCausalLM"], "qwen3": ["Qwen3ForCausalLM"], "edlm": ["EfficientDLM"],
+            "qwen_moba": ["QwenMobaForCausalLM"],
         }[family],
         "model_type": family,
         **{field: getattr(config, name) for field, name in SIZES.items()},
@@ -508,7 +576,8 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
         "sliding_window": window,
         "max_window_layers": _first_window(config),
         "layer_types": [
-            "full_attention" if w is None else "sliding_attention" for w in config.layer_windows
+            "full_attention" if a.full else "sliding_attention" if a.moba is None else "moba_attention"
+            for a in config.layer_attention
         ],
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else [*config.eos_ids] or None,
@@ -520,6 +589,14 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
     }  # fmt: skip
     if family == "qwen3":
         result["attention_bias"] = False
+    if family == "qwen_moba":
+        result |= {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm}
+        for moba in routed:
+            result |= {"moba_block_size": moba.block_size, "moba_top_k": moba.top_k}
+        if config.key_conv_taps is not None:
+            result["key_conv_taps"] = config.key_conv_taps
+        result["layer_key_conv"] = [layer.key_conv is not None for layer in config.layer_attention]
+        result["layer_rotary"] = [layer.rotary for layer in config.layer_attention]
     if config.mask_id is not None:
         result["mask_token_id"] = config.mask_id
     if config.block_size is not None:
@@ -535,10 +612,7 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
 
 def _first_window(config: QwenConfig) -> int:
     """Layers before the first sliding one: what readers without `layer_types` go by."""
-    for layer, window in enumerate(config.layer_windows):
-        if window is not None:
-            return layer
-    return config.layers
+    return next((n for n, layer in enumerate(config.layer_attention) if layer.window is not None), config.layers)
 
 
 def _rope_to_hf(config: QwenConfig) -> dict[str, Any]:

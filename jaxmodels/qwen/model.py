@@ -1,13 +1,14 @@
 """Qwen2, Qwen2.5 and Qwen3 decoders as pure functions over a plain dict of parameters.
 
 Letters: B batch, T query tokens, S key slots, N query heads, K kv heads, H head dim, D model dim, F mlp dim,
-V vocabulary, L layers. Parameters (layers stacked, axis 0 = layer; output axes before contracted ones, as in
+V vocabulary, L layers, W taps. Parameters (layers stacked, axis 0 = layer; output axes before contracted ones, as in
 checkpoints):
 
     embed [V, D]   final_norm [D]   head [V, D] (absent when tied)
     layers:  attention_norm [L, D]   mlp_norm [L, D]
              attention: q [L, N, H, D]   k, v [L, K, H, D]   o [L, D, N, H]
                         q_bias [L, N, H]   k_bias, v_bias [L, K, H]   q_norm, k_norm [L, H]
+                        k_conv [L, W, K, H] (tap 0 is the current token; of layers without one 0 and never read)
              mlp: gate, up [L, F, D]   down [L, D, F]
 """
 
@@ -23,10 +24,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxmodels.cache import KV, Cache
+from jaxmodels.cache import KV, Cache, SinkRingCache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
 from jaxmodels.layers import apply_rope, embed, linear, linears, rms_norm, rope_tables
-from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.qwen.config import LayerAttention, MobaConfig, QwenConfig
 from jaxmodels.sharding import constrain
 from jaxmodels.sparse_attention import SkipAttention, SkipCounts, SkipMeasure
 from jaxmodels.sparse_attention.calibration import measure_decode_sparsity, measure_sparsity
@@ -34,6 +35,7 @@ from pallas_kernels.attention import flash_attention
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.skip import SkipStats
 from pallas_kernels.masks import Causal, Mask, SlidingWindow
+from pallas_kernels.moba import key_conv, moba_attention
 from pallas_kernels.quantized_matmul import QuantizedTensor
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
@@ -55,9 +57,9 @@ class Hidden(NamedTuple):
     states: Float[Array, "B T D"]  # after the final norm
     kv: KV | None  # keys and values of these tokens, [L, B, T, K, H]
     layers: Float[Array, "states B T D"] | None  # embeddings, then the output of each block (before the final norm)
-    # Per layer: [L, B, N], with a cache [L, B, K]; dense_guarded [L]; zeros for layers with a window.
+    # Per layer: [L, B, N], with a cache [L, B, K]; dense_guarded [L]; zeros for layers without full attention.
     skip_stats: SkipStats | None = None
-    skip_counts: SkipCounts | None = None  # per layer; zeros for layers with a window
+    skip_counts: SkipCounts | None = None  # per layer; zeros for layers without full attention
 
 
 class SkipRequest(NamedTuple):
@@ -81,15 +83,21 @@ class Attend(NamedTuple):
     request: SkipRequest = SkipRequest()
 
     def __call__(
-        self, q: Array, k: Array, v: Array, *, layer: int | Array, window: int | None
+        self, q: Array, k: Array, v: Array, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[Array, SkipStats | None, SkipCounts | None]:
         """Attention output `[B, T, N, H]` of rotated queries and keys, and what was asked for about skipped tiles.
 
-        `window` is that of this layer. A layer with one skips nothing.
+        `attention` is that of this layer. Only full attention skips tiles.
         """
         skip, stats, measure = self.request
-        if window is not None:
+        window = attention.window
+        if not attention.full:
             skip = None
+        if attention.moba is not None:
+            y = self._routed(q, k, v, layer=layer, moba=attention.moba)
+            counts = None if measure is None else _nothing_counted(len(q), measure)
+            found = _nothing_skipped(q if self.cache is None else k) if stats else None
+            return y, found, counts
         if self.cache is not None:
             options = {} if skip is None else skip.for_layer(layer) | ({"return_stats": True} if stats else {})
             y = self.cache.attend(
@@ -114,7 +122,9 @@ class Attend(NamedTuple):
         options = {"mask": mask, "segment_ids": self.segment_ids, "kv_lengths": self.lengths}
         if (skip is not None or measure is not None) and self.lengths is not None:
             options["segment_ids"] = self._real_segments(q.shape[1])
-        counts = None if measure is None else self._measure(q, k, measure, window, options)
+        counts = None
+        if measure is not None:
+            counts = self._measure(q, k, measure, options) if attention.full else _nothing_counted(len(q), measure)
         if skip is None:
             found = _nothing_skipped(q) if stats else None
             return flash_attention(q, k, v, **options), found, counts  # type: ignore[return-value]
@@ -123,20 +133,36 @@ class Attend(NamedTuple):
             return flash_attention(q, k, v, **options), None, counts  # type: ignore[return-value]
         return *flash_attention(q, k, v, **options, return_stats=True), counts
 
+    def convolve(self, k: Float[Array, "B T K H"], weight: Float[Array, "W K H"], *, layer: int | Array) -> Array:
+        """Keys after the convolution of a layer over them and the keys before, none of them of another segment."""
+        if self.mask != Causal():
+            raise ValueError(f"a layer with a key convolution needs the mask Causal(); got {self.mask}")
+        state = None
+        if self.cache is not None:
+            assert not isinstance(self.cache, SinkRingCache)  # refused by its check
+            state = self.cache.latest_raw_keys(layer).astype(k.dtype)
+        return key_conv(k, weight.reshape(len(weight), -1), self.segment_ids, state)[0]
+
+    def _routed(self, q: Array, k: Array, v: Array, *, layer: int | Array, moba: MobaConfig) -> Array:
+        """Attention to selected blocks."""
+        if self.mask != Causal():
+            raise ValueError(f"a layer with {moba} needs the mask Causal(); got {self.mask}")
+        if self.cache is not None:
+            assert not isinstance(self.cache, SinkRingCache)  # refused by its check
+            return self.cache.attend_blocks(q, k, v, layer=layer, top_k=moba.top_k, own_lengths=self.lengths)
+        segment_ids = self.segment_ids
+        if self.lengths is not None:
+            segment_ids = self._real_segments(q.shape[1])[0]
+        return moba_attention(q, k, v, block_size=moba.block_size, top_k=moba.top_k, segment_ids=segment_ids)
+
     def _real_segments(self, time: int) -> tuple[Array, Array]:
         """Segments of queries and keys in which padding sees nothing: it must neither vote on tiles nor be counted."""
         assert self.lengths is not None
         keys = jnp.zeros((len(self.lengths), time), jnp.int32) if self.segment_ids is None else self.segment_ids
         return jnp.where(jnp.arange(time) < self.lengths[:, None], keys, -1), keys
 
-    def _measure(
-        self, q: Array, k: Array, measure: SkipMeasure, window: int | None, options: dict[str, Any]
-    ) -> SkipCounts:
+    def _measure(self, q: Array, k: Array, measure: SkipMeasure, options: dict[str, Any]) -> SkipCounts:
         batch, time = q.shape[:2]
-        if window is not None:
-            visited = jnp.zeros((batch,), jnp.int32)
-            skipped = jnp.zeros((batch, measure.thresholds.shape[0]), jnp.int32)
-            return SkipCounts(visited, skipped, *((None, None) if measure.decode is None else (visited, skipped)))
         segments = options["segment_ids"]
         q_segments, k_segments = segments if isinstance(segments, tuple) else (segments, segments)
         limits = Limits(q_segments=q_segments, k_segments=k_segments, kv_lengths=self.lengths)
@@ -158,8 +184,15 @@ def _nothing_skipped(heads: Float[Array, "B T N H"]) -> SkipStats:
     return SkipStats(nothing, nothing, jnp.int32(0))
 
 
+def _nothing_counted(batch: int, measure: SkipMeasure) -> SkipCounts:
+    """The counts of a layer that is not measured."""
+    visited = jnp.zeros((batch,), jnp.int32)
+    skipped = jnp.zeros((batch, measure.thresholds.shape[0]), jnp.int32)
+    return SkipCounts(visited, skipped, *((None, None) if measure.decode is None else (visited, skipped)))
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention with optional biases and per-head norms before the rotation."""
+    """Grouped-query attention with optional biases, and per-head norms and a key convolution before the rotation."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         D, N, K, H = config.dim, config.heads, config.kv_heads, config.head_dim
@@ -174,10 +207,14 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = constant(1.0, (H,), (None,), dtype)
             self.k_norm = constant(1.0, (H,), (None,), dtype)
+        if config.key_conv_taps is not None:
+            # From 0 on: keys are then what they were without, SiLU has a slope of 1/2, and nothing has to tell apart
+            # the layers without a convolution.
+            self.k_conv = constant(0.0, (config.key_conv_taps, K, H), (None, "kv_heads", None), dtype)
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, window: int | None
+        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[Float[Array, "B T D"], KV, tuple]:
         weights = (self.q[...], self.k[...], self.v[...])
         q, k, v = linears(x, weights, ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"))
@@ -186,9 +223,13 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
-        q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
-        y, *about = attend(q, k, v, layer=layer, window=window)
-        return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v), tuple(about)
+        raw_k = k if self.config.key_conv_taps is not None else None
+        if attention.key_conv is not None:
+            k = attend.convolve(k, self.k_conv[...], layer=layer)
+        if attention.rotary:
+            q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
+        y, *about = attend(q, k, v, layer=layer, attention=attention)
+        return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v, raw_k), tuple(about)
 
 
 class Mlp(nnx.Module):
@@ -222,11 +263,11 @@ class Block(nnx.Module):
         self.norm_eps = config.norm_eps
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, window: int | None
+        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[Float[Array, "B T D"], KV, tuple]:
         with jax.named_scope("attention"):
             y, kv, about = self.attention(
-                rms_norm(x, self.attention_norm[...], self.norm_eps), attend, layer=layer, window=window
+                rms_norm(x, self.attention_norm[...], self.norm_eps), attend, layer=layer, attention=attention
             )
             x = x + y
         with jax.named_scope("mlp"):
@@ -250,21 +291,21 @@ def _structure(part: Callable[..., nnx.Module], config: QwenConfig) -> Structure
 
 
 class Run(NamedTuple):
-    """`repeats` passes over a pattern of layers; one window (or None) per layer of the pattern."""
+    """`repeats` passes over a pattern of layers, described one by one."""
 
     start: int
     repeats: int
-    windows: tuple[int | None, ...]
+    pattern: tuple[LayerAttention, ...]
 
 
-def layer_runs(windows: tuple[int | None, ...]) -> list[Run]:
+def layer_runs(attention: tuple[LayerAttention, ...]) -> list[Run]:
     """Layers as scans: the stack as repeats of its shortest pattern, else runs of equal layers."""
-    layers = len(windows)
+    layers = len(attention)
     for period in range(1, layers // 2 + 1):
-        if layers % period == 0 and windows == windows[:period] * (layers // period):
-            return [Run(0, layers // period, windows[:period])]
-    edges = [0, *(i for i in range(1, layers) if windows[i] != windows[i - 1]), layers]
-    return [Run(start, stop - start, (windows[start],)) for start, stop in itertools.pairwise(edges)]
+        if layers % period == 0 and attention == attention[:period] * (layers // period):
+            return [Run(0, layers // period, attention[:period])]
+    edges = [0, *(i for i in range(1, layers) if attention[i] != attention[i - 1]), layers]
+    return [Run(start, stop - start, (attention[start],)) for start, stop in itertools.pairwise(edges)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +318,7 @@ class CausalLM:
     config: QwenConfig
 
     def init(self, key: Array, dtype: Any = jnp.float32) -> Params:
-        """Random parameters: weights from N(0, 0.02²), norms 1, biases 0. Jit it to place shards directly."""
+        """Random parameters: weights from N(0, 0.02²), norms 1, biases and taps 0. Jit it to place shards directly."""
         ends_key, layers_key = jax.random.split(key)
         make = lambda part: lambda rngs, dtype: part(self.config, rngs=rngs, dtype=dtype)  # noqa: E731
         params = init_params(make(Ends), ends_key, jnp.dtype(dtype))
@@ -358,14 +399,14 @@ class CausalLM:
     ) -> Float[Array, "B T D"]:
         """One decoder block by itself: `hidden` is the embedding, all of these in turn, and the final norm.
 
-        `params` are of this layer alone, `layer` says which window it has; the rest is as in `hidden`.
+        `params` are of this layer alone, `layer` says what it attends to; the rest is as in `hidden`.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(states.shape[1], dtype=jnp.int32), states.shape[:2])
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions, None)
         attend = Attend(cos, sin, mask, positions, segment_ids, None, None)
         block = _structure(Block, self.config).module(params)
-        return block(states, attend, layer=layer, window=self.config.layer_windows[layer])[0]
+        return block(states, attend, layer=layer, attention=self.config.layer_attention[layer])[0]
 
     def hidden(
         self,
@@ -396,7 +437,8 @@ class CausalLM:
           params: parameters, stacked or from `unstack`.
           tokens: token ids.
           positions: rotary positions; default 0..T-1, with a cache `cache.next_positions(T)`.
-          mask: mask over the tokens; without a cache only.
+          mask: mask over the tokens; without a cache only. Layers with a window, blocks or a key convolution need
+            `Causal()`.
           segment_ids: tokens see only their own segment; without a cache only.
           lengths: valid tokens per row, the rest being padding that nobody sees.
           cache: keys and values of earlier tokens.
@@ -405,7 +447,7 @@ class CausalLM:
           return_kv: return keys and values also without a cache (for a prefill).
           layer_states: return the embeddings and every block's output.
           skip: leave out tiles of attention without weight (skip-softmax), forward and backward alike; with a cache
-            tiles of the cache. Layers with a window stay dense.
+            tiles of the cache. Layers with a window or blocks skip nothing.
           skip_stats: return the exact counts of visited and skipped tiles; needs `skip`.
           skip_measure: count what each of many thresholds would skip in this pass; without a cache only.
           remat: name of an entry of REMAT_POLICIES; None means "none".
@@ -468,8 +510,8 @@ class CausalLM:
     ) -> tuple[Float[Array, "B T D"], KV | None, Float[Array, "L B T D"] | None, tuple]:
         block = _structure(Block, self.config)
 
-        def run_block(params: Params, x: Array, layer: int | Array, window: int | None) -> tuple[Array, tuple]:
-            x, kv, about = block.module(params)(x, attend, layer=layer, window=window)
+        def run_block(params: Params, x: Array, layer: int | Array, attention: LayerAttention) -> tuple[Array, tuple]:
+            x, kv, about = block.module(params)(x, attend, layer=layer, attention=attention)
             return x, (kv if keep_kv else None, x if keep_states else None, about)
 
         scanned = isinstance(layers, dict) and not unroll
@@ -480,15 +522,15 @@ class CausalLM:
 
         outputs = []
         if isinstance(layers, dict) and not unroll:
-            for run in layer_runs(self.config.layer_windows):
+            for run in layer_runs(self.config.layer_attention):
                 x, output = _scan(run, run_block, layers, x, slice_first=attend.cache is None)
                 outputs.append(output)
             return x, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
         if unroll is False:
             raise ValueError("unroll=False scans stacked layers; got parameters from unstack()")
-        for layer, window in enumerate(self.config.layer_windows):
+        for layer, attention in enumerate(self.config.layer_attention):
             params = _layer(layers, layer) if isinstance(layers, dict) else layers[layer]
-            x, output = run_block(params, x, layer, window)
+            x, output = run_block(params, x, layer, attention)
             outputs.append(output)
         return x, *jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
@@ -513,7 +555,7 @@ def _scan(
     needs: each layer's gradient is then written once. Otherwise each layer is picked from the whole stack by
     its index, so that a model of several runs copies no part of its weights in a decode step.
     """
-    period = len(run.windows)
+    period = len(run.pattern)
     steps = jnp.arange(run.repeats, dtype=jnp.int32)
 
     def part(leaf: Array) -> Array:
@@ -523,14 +565,14 @@ def _scan(
     def body(x: Array, inputs: tuple[Array, Params | None]) -> tuple[Array, tuple]:
         step, params = inputs
         outputs = []
-        for offset, window in enumerate(run.windows):
+        for offset, attention in enumerate(run.pattern):
             layer = run.start + step * period + offset
             if params is None:
                 own = _layer(layers, layer)
             else:
                 # What the scan consumes is no residual of its backward pass; an index into it would be, a second copy.
                 own = params if period == 1 else _layer(params, offset)
-            x, output = run_block(own, x, layer, window)
+            x, output = run_block(own, x, layer, attention)
             outputs.append(output)
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 

@@ -11,7 +11,7 @@ import pytest
 import infer.__main__ as cli
 from infer.calibrate_sparsity import cut_samples, read_documents
 from jaxmodels import command_line
-from jaxmodels.checkpoints.huggingface import read_json
+from jaxmodels.checkpoints.huggingface import read_json, write_json
 from jaxmodels.sparse_attention import SkipSoftmaxConfig
 
 ASSETS = Path(cli.__file__).parent / "assets"
@@ -85,6 +85,16 @@ def test_writes_nothing_when_told_or_when_it_fails(model, capsys, tmp_path):
     code, out, err = run(capsys, *command, "--target-sparsity", "0.95")
     assert code == 1 and "target_sparsity 0.95 was not reached in prefill: the largest threshold, 0.7, skipped" in err
     assert "share of skipped tiles" in out and (model / "config.json").read_bytes() == content
+
+
+def test_a_model_without_full_attention_is_refused(tiny_directory, capsys, tmp_path):
+    shutil.copytree(tiny_directory, tmp_path / "windows")
+    path = tmp_path / "windows" / "config.json"
+    windows = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
+    write_json(path, read_json(path) | windows)
+    command = ["calibrate-sparsity", "--model", path.parent, "--data", TEXT, "--target-sparsity", "0.2", *SMALL]
+    code, _, err = run(capsys, *command)
+    assert code == 1 and "no layer has full attention, and others skip nothing" in err
 
 
 BAD_FLAGS = {

@@ -9,13 +9,13 @@ import pytest
 
 from jaxmodels.cache import KV, CacheRows, KVCache, KVCodes, Scales, SinkRingCache
 from jaxmodels.layers import RopeConfig
-from jaxmodels.qwen import QwenConfig, build
+from jaxmodels.qwen import QwenConfig, build, sliding_windows
 from pallas_kernels.masks import Causal, Full, SlidingWindow
 
 CONFIGS = {
     "qwen3": QwenConfig.tiny(layers=2, dim=32, mlp_dim=32, head_dim=16),
     "qwen2": QwenConfig.tiny(layers=2, dim=32, mlp_dim=32, head_dim=8, qk_norm=False, qkv_bias=True, tied_head=True),
-    "windows": QwenConfig.tiny(layers=3, dim=32, mlp_dim=32, head_dim=16, layer_windows=(None, 5, 5)),
+    "windows": QwenConfig.tiny(layers=3, dim=32, mlp_dim=32, head_dim=16, layer_attention=sliding_windows(None, 5, 5)),
 }
 
 
@@ -93,7 +93,9 @@ def test_sink_ring_equals_full_forward_with_window_and_sinks(chunk, num_sinks, r
 
 
 def test_a_smaller_window_of_the_model_is_kept_without_sinks():
-    lm, params = random_model(QwenConfig.tiny(layers=2, dim=32, mlp_dim=32, head_dim=16, layer_windows=(4, 4)))
+    lm, params = random_model(
+        QwenConfig.tiny(layers=2, dim=32, mlp_dim=32, head_dim=16, layer_attention=sliding_windows(4, 4))
+    )
     tokens = jax.random.randint(jax.random.key(2), (1, 15), 0, lm.config.vocab_size)
     cache = SinkRingCache.init(lm.config, batch=1, capacity=10, dtype=jnp.float32, num_sinks=2)
     _, logits = run_cached(lm, params, cache, tokens, jnp.asarray([15]), 5)

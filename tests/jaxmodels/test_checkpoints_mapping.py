@@ -7,7 +7,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.checkpoints.huggingface import Checkpoint, write_weights
-from jaxmodels.checkpoints.mapping import Row, check_names, common_dtype, flatten, load_arrays, to_tensors, unflatten
+from jaxmodels.checkpoints.mapping import (
+    OtherLayout,
+    Row,
+    check_names,
+    common_dtype,
+    flatten,
+    load_arrays,
+    to_tensors,
+    unflatten,
+)
 
 STACKED = Row("layers.{}.q", ("layers", "q"), "(N H) D")
 PLAIN = Row("embed", ("embed",), "V D")
@@ -49,6 +58,25 @@ def test_arrays_go_back_to_the_same_tensors(tmp_path):
     uneven = unflatten(arrays) | {"other": np.zeros((2, 8))}
     with pytest.raises(ValueError, match=r"disagree on the number of layers: \[2, 3\]"):
         to_tensors([STACKED, PLAIN, Row("layers.{}.x", ("other",), "D")], uneven, None, fetch)
+
+
+def test_layers_without_a_tensor_are_zero_and_another_layout_is_read(tmp_path):
+    turned = OtherLayout(lambda shape: (*shape[::-1], 1), lambda x: x[..., 0].T)
+    row = Row("layers.{}.q", ("layers", "q"), "(N H) D", layers=(0, 2), other=turned)
+    _, tensors = stored(tmp_path, **{"layers.1.q": None})
+    own = tensors["layers.2.q"]
+    write_weights(tmp_path, tensors | {"layers.2.q": own.T[..., None].copy()}, max_shard_bytes=200)
+    assert row.names(3) == ["layers.0.q", "layers.2.q"] and PLAIN.names(3) == ["embed"]
+    arrays = load_arrays(Checkpoint(tmp_path), [row, PLAIN], SHAPES, dtype=np.dtype(np.float32))
+    expected = np.stack([tensors["layers.0.q"], np.zeros((8, 5)), own]).reshape(3, 2, 4, 5)
+    np.testing.assert_array_equal(arrays["layers", "q"], expected)
+    fetch = lambda array, layer: np.asarray(array if layer is None else array[layer])  # noqa: E731
+    lazy = to_tensors([row, PLAIN], unflatten(arrays), None, fetch)
+    assert lazy.keys() == tensors.keys()
+    np.testing.assert_array_equal(lazy["layers.2.q"].read(), own)
+    write_weights(tmp_path, tensors | {"layers.2.q": own.T[None].copy()}, max_shard_bytes=200)
+    with pytest.raises(ValueError, match=r"'layers.2.q' has shape \(1, 5, 8\); config.json implies \(8, 5\)"):
+        load_arrays(Checkpoint(tmp_path), [row, PLAIN], SHAPES, dtype=np.dtype(np.float32))
 
 
 def test_a_sharding_decides_what_is_read(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.layers.rope import RopeConfig, rope_tables
-from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.qwen.config import QwenConfig, sliding_windows
 from jaxmodels.qwen.load import FAMILIES, Layout, config_from_hf, config_to_hf, rope_from_hf, table
 
 QWEN2_NAMES = {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"}
@@ -159,12 +159,17 @@ def test_rope_that_is_refused(rope, message):
 
 
 def test_windows_from_layer_types_and_from_older_fields():
-    assert read(use_sliding_window=False, sliding_window=8, max_window_layers=2).layer_windows == (None,) * 4
-    assert read(use_sliding_window=True, sliding_window=8, max_window_layers=3).layer_windows == (None, None, None, 8)
-    assert read(use_sliding_window=True, sliding_window=8).layer_windows == (None,) * 4  # 28 layers come first
+    def windows(**fields):
+        layers = read(**fields).layer_attention
+        assert layers == sliding_windows(*(layer.window for layer in layers))
+        return tuple(layer.window for layer in layers)
+
+    assert windows(use_sliding_window=False, sliding_window=8, max_window_layers=2) == (None,) * 4
+    assert windows(use_sliding_window=True, sliding_window=8, max_window_layers=3) == (None, None, None, 8)
+    assert windows(use_sliding_window=True, sliding_window=8) == (None,) * 4  # 28 layers come first
     kinds = ["sliding_attention", "full_attention"] * 2
-    config = read(use_sliding_window=True, sliding_window=8, max_window_layers=0, layer_types=kinds)
-    assert config.layer_windows == (8, None, 8, None)
+    fields = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "layer_types": kinds}
+    assert windows(**fields) == (8, None, 8, None)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +345,7 @@ def test_layouts():
         {},
         {"tied_head": True, "eos_ids": (1, 5), "bos_id": 4},
         {"qk_norm": False, "qkv_bias": True, "mask_id": None, "eos_ids": ()},
-        {"layer_windows": (None, 8, None), "rope": RopeConfig(theta=5e5, kind="linear", factor=2.0)},
+        {"layer_attention": sliding_windows(None, 8, None), "rope": RopeConfig(theta=5e5, kind="linear", factor=2.0)},
         {"rope": RopeConfig(kind="dynamic", factor=2.0, original_max_positions=256)},
         {"rope": RopeConfig(kind="yarn", factor=2.0, original_max_positions=64, mscale=0.5, truncate=False)},
         {"block_size": 16},
@@ -365,7 +370,7 @@ def test_written_configurations_are_read_back(changes, family):
 
 def test_configurations_without_an_expression_are_refused():
     with pytest.raises(ValueError, match=r"windows of several sizes \[4, 8\]"):
-        config_to_hf(QwenConfig.tiny(layer_windows=(4, 8, None)), dtype="float32")
+        config_to_hf(QwenConfig.tiny(layer_attention=sliding_windows(4, 8, None)), dtype="float32")
     with pytest.raises(ValueError, match="dynamic RoPE with original_max_positions 64"):
         config_to_hf(
             QwenConfig.tiny(rope=RopeConfig(kind="dynamic", factor=2.0, original_max_positions=64)), dtype="float32"
@@ -380,13 +385,13 @@ def test_every_field_of_the_configuration_is_written_and_read():
     changes = {
         "vocab_size": 98, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 4, "head_dim": 16, "mlp_dim": 64,
         "rope": RopeConfig(theta=9.0), "norm_eps": 1e-5, "qkv_bias": True, "qk_norm": False, "tied_head": True,
-        "layer_windows": (4, 4, None), "max_positions": 99, "eos_ids": (9,), "bos_id": 9, "pad_id": 9, "mask_id": 9,
-        "block_size": 8, "token_shift": True, "prompt_attention": "causal",
+        "layer_attention": sliding_windows(4, 4, None), "max_positions": 99, "eos_ids": (9,), "bos_id": 9, "pad_id": 9,
+        "mask_id": 9, "block_size": 8, "token_shift": True, "prompt_attention": "causal",
     }  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(QwenConfig)}
     for name, value in changes.items():
-        windows = {"layer_windows": ()} if name != "layer_windows" else {}
-        config = dataclasses.replace(base, **windows, **{name: value})
+        layers = {"layer_attention": ()} if name != "layer_attention" else {}
+        config = dataclasses.replace(base, **layers, **{name: value})
         written = config_to_hf(config, dtype="float32")
         names = {row.name(0) for row in table(config, Layout.standard("edlm", config))}
         assert getattr(config_from_hf(written, names), name) == value, name

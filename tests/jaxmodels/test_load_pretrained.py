@@ -560,7 +560,7 @@ def test_loading_quantized_weights_holds_little_more_than_the_checkpoint(tmp_pat
 @pytest.mark.slow
 def test_loading_holds_little_more_than_the_checkpoint_1_gb(tmp_path):
     """Last run: 2026-11-23, 1141 MB, peak 1.001 times that, 2.9 s on two shared cores."""
-    lm = build(dataclasses.replace(QwenConfig.qwen2_5_0_5b(), tied_head=False, layers=20, layer_windows=()))
+    lm = build(dataclasses.replace(QwenConfig.qwen2_5_0_5b(), tied_head=False, layers=20, layer_attention=()))
     stored, peak = measure_memory(tmp_path, lm, 200_000_000)
     assert stored > 1_000_000_000 and peak <= 1.2 * stored
 

@@ -12,7 +12,7 @@ import pytest
 
 from jaxmodels.cache import KVCache
 from jaxmodels.layers import RopeConfig, linear, rope_tables
-from jaxmodels.qwen import CausalLM, QwenConfig, build
+from jaxmodels.qwen import CausalLM, LayerAttention, QwenConfig, build, sliding_windows
 from jaxmodels.qwen.model import Run, gated_silu, layer_runs
 from pallas_kernels.masks import Causal, Full
 
@@ -24,7 +24,7 @@ YARN = RopeConfig(theta=1e4, kind="yarn", factor=4.0, original_max_positions=512
 MODEL_FIELDS = {
     "vocab_size": 62, "dim": 48, "layers": 3, "heads": 6, "kv_heads": 4, "head_dim": 16, "mlp_dim": 64,
     "rope": RopeConfig(theta=500.0), "norm_eps": 1e-2, "qkv_bias": True, "qk_norm": False, "tied_head": True,
-    "layer_windows": (None, 3),
+    "layer_attention": sliding_windows(None, 3),
 }  # fmt: skip
 # The others describe the tokenizer, the trained length and how a diffusion model decodes: loops read them.
 OTHER_FIELDS = {
@@ -52,7 +52,7 @@ def test_every_model_field_has_an_effect(name):
     """On the shapes of the parameters, or else on the logits."""
     value = MODEL_FIELDS[name]
     assert value != getattr(BASE, name)
-    changed = dataclasses.replace(BASE, **({"layer_windows": ()} if name == "layers" else {}), **{name: value})
+    changed = dataclasses.replace(BASE, **({"layer_attention": ()} if name == "layers" else {}), **{name: value})
     if shapes_of(changed) == shapes_of(BASE):
         assert np.abs(logits_of(changed) - logits_of(BASE)).max() > 1e-4
 
@@ -121,8 +121,7 @@ def test_rope_refusals(changes, message):
         ({"heads": 5}, "multiple of kv_heads; got 5 and 2"),
         ({"head_dim": 7}, "head_dim must be even.* got 7"),
         ({"norm_eps": 0.0}, "norm_eps must be positive"),
-        ({"layer_windows": (None,)}, "must name 2 layers; got 1"),
-        ({"layer_windows": (None, 0)}, "at least 1; got 0"),
+        ({"layer_attention": sliding_windows(None)}, "must name 2 layers; got 1"),
         ({"mask_id": 61}, r"mask_id must lie in \[0, vocab_size=61\); got 61"),
         ({"eos_ids": (3, -1)}, "eos_ids must lie in .* got -1"),
         ({"block_size": 0}, "block_size must be None or at least 1; got 0"),
@@ -131,6 +130,11 @@ def test_rope_refusals(changes, message):
 def test_config_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(BASE, **changes)
+
+
+def test_layer_refusals():
+    with pytest.raises(ValueError, match="window of a layer must be None or at least 1; got 0"):
+        LayerAttention(window=0)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +150,7 @@ def test_unknown_names_are_refused(config, field, value):
 
 
 def test_call_refusals():
-    lm = build(dataclasses.replace(BASE, layer_windows=(None, 3)))
+    lm = build(dataclasses.replace(BASE, layer_attention=sliding_windows(None, 3)))
     params = lm.init(jax.random.key(0))
     tokens = jnp.zeros((1, 4), jnp.int32)
     cache = KVCache.init(lm.config, batch=1, capacity=8, dtype=jnp.float32)
@@ -180,14 +184,15 @@ def test_call_refusals():
     ],
 )
 def test_layer_runs(windows, runs):
-    assert layer_runs(windows) == runs
+    described = [Run(run.start, run.repeats, sliding_windows(*run.pattern)) for run in runs]
+    assert layer_runs(sliding_windows(*windows)) == described
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(("windows", "cached"), [((None, 3, None, 3), False), ((None, 3, 3, 3), True)])
 def test_scanned_equals_unrolled(windows, cached):
     """Stacked and scanned, stacked and unrolled, unstacked; with layer states and keys; without and with a cache."""
-    lm = build(dataclasses.replace(BASE, layers=4, layer_windows=windows))
+    lm = build(dataclasses.replace(BASE, layers=4, layer_attention=sliding_windows(*windows)))
     params = lm.init(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
     options = {"return_kv": True, "layer_states": True}

@@ -12,7 +12,7 @@ import pytest
 from jaxmodels import load_pretrained, save_pretrained
 from jaxmodels.cache import KVCache, SinkRingCache
 from jaxmodels.qwen import build
-from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.qwen.config import QwenConfig, sliding_windows
 from jaxmodels.sparse_attention import (
     Phase,
     ScaleFit,
@@ -249,7 +249,7 @@ def test_measures_what_decode_steps_would_skip():
 # Forward passes
 
 TILE = SkipTile(4, 8)
-CONFIG = QwenConfig.tiny(layers=3, layer_windows=(None, 16, None))
+CONFIG = QwenConfig.tiny(layers=3, layer_attention=sliding_windows(None, 16, None))
 LM = build(CONFIG)
 
 

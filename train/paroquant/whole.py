@@ -60,7 +60,7 @@ class BlockReport:
 
 def run_of_block(lm: CausalLM, layer: int, dtype: Any) -> Callable[[Params, Any, Params], Array]:
     """The block as `apply(weights, inputs, rest)`; the same object for all blocks that are the same function."""
-    return _run(lm, layer if len(set(lm.config.layer_windows)) > 1 else 0, dtype)
+    return _run(lm, layer if len(set(lm.config.layer_attention)) > 1 else 0, dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -148,7 +148,7 @@ def quantize_model(
 
     def passed(layer: int, own: Params, inputs: Batch, *, in_place: bool = False) -> np.ndarray:
         """What a block makes of all rows, batch by batch; if asked for where the inputs were."""
-        same = layer if len(set(lm.config.layer_windows)) > 1 else 0
+        same = layer if len(set(lm.config.layer_attention)) > 1 else 0
         out = inputs["states"] if in_place else np.empty_like(inputs["states"])
         own = jax.device_put(own, everywhere)
         for i in range(0, len(out), config.batch_size):
