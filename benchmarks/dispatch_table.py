@@ -3,11 +3,11 @@
     python -m benchmarks.dispatch_table            # writes it
     python -m benchmarks.dispatch_table --check    # fails if it is not what the results give
 
-Run it after new results of `benchmarks.attention_gpu`, `decode_attention_gpu`, `quantized_matmul` or `rotation` were
-committed. Newer results replace older ones: a kind of call that fails its latest check is not covered, whatever earlier
-checks said. Timings count only where XLA took part, in the same process. For gradients cuDNN is charged a second
-forward pass: what it keeps for the backward has no name, so a rematerialisation policy that keeps "attention" cannot
-keep it.
+Run it after new results of `benchmarks.attention_gpu`, `decode_attention_gpu`, `quantized_matmul`, `rotation` or
+`moba` were committed. Newer results replace older ones: a kind of call that fails its latest check is not covered,
+whatever earlier checks said. Timings count only where XLA took part, in the same process. For gradients cuDNN is
+charged a second forward pass: what it keeps for the backward has no name, so a rematerialisation policy that keeps
+"attention" cannot keep it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.report import RESULTS
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import OWN_KEYS, Kind, ProductKind, RotationKind
+from pallas_kernels.dispatch import OWN_KEYS, Kind, MobaKind, ProductKind, RotationKind
 
 GRADIENTS = " + gradients"
 IMPLEMENTATIONS = {
@@ -27,12 +27,14 @@ IMPLEMENTATIONS = {
     "decode_attention": ("mosaic", "xla"),
     "quantized_matmul": ("mosaic", "xla"),
     "pairwise_rotation": ("mosaic", "xla"),
+    "moba_attention": ("mosaic", "xla"),
 }
 RECORDS = {
     "flash_attention": "attention_gpu",
     "decode_attention": "decode_attention_gpu",
     "quantized_matmul": "quantized_matmul",
     "pairwise_rotation": "rotation",
+    "moba_attention": "moba",
 }
 
 FLASH = re.compile(
@@ -53,6 +55,10 @@ PRODUCT = re.compile(
 ROTATION = re.compile(
     r"M=(?P<rows>\d+) I=(?P<channels>\d+) x(?P<rotations>\d+) (?P<steps>\d+) steps in groups of (?P<size>\d+) "
     r"(?P<dtype>\w+)"
+)
+MOBA = re.compile(
+    r"B=(?P<B>\d+) T=(?P<T>\d+) N=(?P<N>\d+) K=\d+ H=(?P<H>\d+) (?P<dtype>\w+) block=(?P<block>\d+) k=\d+"
+    r"(?P<segments> \d+ segments)?"
 )
 SKIP_TILE = "64x128"  # of every timed and checked call of flash_attention so far
 
@@ -112,11 +118,20 @@ def rotation_call(shape: str) -> tuple[RotationKind, dict[str, int], str]:
     return kind, {name: int(found[name]) for name in ("rows", "channels", "rotations")}, "mosaic"
 
 
+def moba_call(shape: str) -> tuple[MobaKind, dict[str, int], str]:
+    """The same for `moba_attention`."""
+    if (found := MOBA.fullmatch(shape)) is None:
+        raise ValueError(f"not a shape of benchmarks.moba: {shape!r}")
+    kind = MobaKind(found["dtype"], int(found["H"]), int(found["block"]), bool(found["segments"]))
+    return kind, {"batch": int(found["B"]), "length": int(found["T"]), "heads": int(found["N"])}, "mosaic"
+
+
 PARSERS = {
     "flash_attention": flash_call,
     "decode_attention": decode_call,
     "quantized_matmul": product_call,
     "pairwise_rotation": rotation_call,
+    "moba_attention": moba_call,
 }
 
 

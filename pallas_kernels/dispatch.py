@@ -9,7 +9,8 @@ implementation took (`timed`). From it:
    times of its like (`Kind.alike`); without any, or for sizes below or outside what was timed, XLA is taken.
 3. A device of compute capability 9.0 borrows from others of that capability what was not checked or timed on itself,
    since they run the same machine code. What failed on itself stays failed. All others take XLA.
-4. XLA cannot partition a kernel. With several devices in sight a GPU implementation is considered inside `shard_map`,
+4. `moba_attention` is taken where it was checked: its XLA path, made for little memory, was never timed on a GPU.
+5. XLA cannot partition a kernel. With several devices in sight a GPU implementation is considered inside `shard_map`,
    when explicit axes tell how the operands lie (`partition`), and when it tells XLA itself (`partitioning.cut`).
 
 So an automatic choice may be slower than the best one, never wrong. A choice by name does not come here.
@@ -122,7 +123,24 @@ class RotationKind(NamedTuple):
         return tuple(dict.fromkeys((self, self._replace(group_size=128, dtype="bfloat16"))))
 
 
-AnyKind = Kind | ProductKind | RotationKind
+class MobaKind(NamedTuple):
+    """The same for block-routed attention."""
+
+    dtype: str
+    head_dim: int
+    block_size: int
+    packed: bool
+
+    @property
+    def name(self) -> str:
+        """Larger blocks are attended in pieces of 128 keys."""
+        return f"{self.dtype} {self.head_dim} blocks of {min(self.block_size, 128)}" + " packed" * self.packed
+
+    def alike(self) -> tuple["MobaKind", ...]:
+        return (self,)
+
+
+AnyKind = Kind | ProductKind | RotationKind | MobaKind
 
 
 @functools.cache
@@ -154,19 +172,9 @@ def preferred(
       device: what runs it; None is the default device.
       measured: the table; None is the project's.
     """
-    device = default_device() if device is None else device
-    rows = (table() if measured is None else measured)[op]
-    if device.platform != "gpu":
-        return ("xla",), f"the default device is {device.platform}, not an NVIDIA GPU"
-    known = [rows[device.device_kind]] if device.device_kind in rows else []
-    if str(getattr(device, "compute_capability", "")) == "9.0":
-        known += [row for name, row in rows.items() if name != device.device_kind]
-    if not known:
-        return ("xla",), f"nothing is measured on {device.device_kind}"
-    names = dict.fromkeys(name for row in known for name in row["checked"])
-    checked = [name for name in names if covers(known, name, kind, gradients)]
+    checked, known, reason = proven(op, kind, gradients=gradients, device=device, measured=measured)
     if not checked:
-        return ("xla",), f"no committed GPU check covers {kind.name} {'with gradients' if gradients else 'forward'}"
+        return ("xla",), reason
     for row in known:
         times, reason = nearest(op, row["timed"], kind, sizes, gradients)
         if times is not None:
@@ -175,6 +183,33 @@ def preferred(
             slow = [name for name in checked if name not in order]
             return tuple(order), f"slower than XLA in the nearest timed call: {', '.join(slow)}" if slow else ""
     return ("xla",), reason
+
+
+def proven(
+    op: str,
+    kind: AnyKind,
+    *,
+    gradients: bool,
+    device: Any = None,
+    measured: Mapping[str, Any] | None = None,
+) -> tuple[list[str], list[Mapping[str, Any]], str]:
+    """GPU implementations that checks cover, the rows of the table that speak for the device, and why none, in words.
+
+    The arguments are those of `preferred`.
+    """
+    device = default_device() if device is None else device
+    rows = (table() if measured is None else measured)[op]
+    if device.platform != "gpu":
+        return [], [], f"the default device is {device.platform}, not an NVIDIA GPU"
+    known = [rows[device.device_kind]] if device.device_kind in rows else []
+    if str(getattr(device, "compute_capability", "")) == "9.0":
+        known += [row for name, row in rows.items() if name != device.device_kind]
+    if not known:
+        return [], [], f"nothing is measured on {device.device_kind}"
+    names = dict.fromkeys(name for row in known for name in row["checked"])
+    checked = [name for name in names if covers(known, name, kind, gradients)]
+    how = "with gradients" if gradients else "forward"
+    return checked, known, "" if checked else f"no committed GPU check covers {kind.name} {how}"
 
 
 def covers(rows: Sequence[Mapping[str, Any]], name: str, kind: AnyKind, gradients: bool) -> bool:

@@ -1,12 +1,14 @@
 """`moba_attention` and `moba_select`: argument checks and the choice of implementation."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import flash_attention
 from pallas_kernels.attention.checks import check_heads, check_scale, int_array
 from pallas_kernels.masks import Causal, Full
@@ -58,8 +60,8 @@ def moba_attention(
       scale: of the scores of attention, not of routing; None is H ** -0.5. Static.
       return_lse: also return the natural log-sum-exp of the scaled selected scores, float32 `[B, N, T]`.
       return_selection: also return the selection, as of `moba_select`.
-      implementation: "mosaic", "xla" or "reference"; None is "xla", but for calls whose selection is everything, which
-        may take `flash_attention`.
+      implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`), but for calls whose
+        selection is everything, which may take `flash_attention`.
 
     Returns:
       The output `[B, T, N, Hv]`; if anything else was asked for, a tuple of output, log-sum-exp and selection, those
@@ -73,13 +75,15 @@ def moba_attention(
     segments = _check(q, k, block_size, top_k, causal, segment_ids)
     scale = check_scale(scale, q.shape[-1])
     name = _choose("moba_attention", implementation, q, k, segments, top_k=top_k, causal=causal)
-    if name == "mosaic":
-        reason = mosaic_sm90.unsupported(q, k, v, block_size=block_size, top_k=top_k, causal=causal)
-        if reason is not None:
-            raise NotImplementedError(f'moba_attention "mosaic": {reason}')
-    options: dict[str, Any] = {"block_size": block_size, "top_k": top_k, "causal": causal, "scale": scale}
+    routing: dict[str, Any] = {"block_size": block_size, "top_k": top_k, "causal": causal}
+    gradients = True
+    if implementation is None:
+        choice = automatic(q, k, v, packed=segments is not None, **routing)
+        name, gradients = choice.forward, choice.gradient == "mosaic"
+    elif name == "mosaic" and (reason := mosaic_sm90.unsupported(q, k, v, **routing)) is not None:
+        raise NotImplementedError(f'moba_attention "mosaic": {reason}')
     if name == "reference":
-        out, lse, indices = reference.run(q, k, v, *_dense_segments(q, k, segments), **options)
+        out, lse, indices = reference.run(q, k, v, *_dense_segments(q, k, segments), **routing, scale=scale)
     elif implementation is None and not return_selection and _selects_everything(k, block_size, top_k, segments):
         out, lse = flash_attention(
             q,
@@ -91,9 +95,9 @@ def moba_attention(
             return_lse=True,
         )
     else:
-        run = mosaic_sm90.run if name == "mosaic" else xla.run
-        own = {"own_implementation": None} if implementation is None else {}
-        out, lse, indices = run(q, k, v, segments, **options, **own)
+        own = None if implementation is None and name == "xla" else name
+        run = functools.partial(mosaic_sm90.run, gradients=gradients) if name == "mosaic" else xla.run
+        out, lse, indices = run(q, k, v, segments, **routing, scale=scale, own_implementation=own)
     results = [out]
     if return_lse:
         results.append(lse)
@@ -133,6 +137,28 @@ def moba_select(
     if (reason := mosaic_sm90.select_unsupported(q, k, top_k=top_k, causal=causal)) is not None:
         raise NotImplementedError(f'moba_select "mosaic": {reason}')
     return xla.select(q, k, segments, **options, choose=mosaic_sm90.choose)
+
+
+class Choice(NamedTuple):
+    """Implementations of the two passes, and why not others, in words."""
+
+    forward: str
+    gradient: str
+    reasons: dict[str, str]
+
+
+def automatic(q: Any, k: Any, v: Any, *, block_size: int, top_k: int, causal: bool, packed: bool) -> Choice:
+    """What a call without a name takes: the kernels where a GPU has checked calls of their kind."""
+    kind = dispatch.MobaKind(str(q.dtype), q.shape[3], block_size, packed)
+    why_not = mosaic_sm90.unsupported(q, k, v, block_size=block_size, top_k=top_k, causal=causal)
+    chosen, reasons = {}, {}
+    for use in ("forward", "gradient"):
+        if why_not is not None:
+            chosen[use], reasons[use] = "xla", f"mosaic: {why_not}"
+            continue
+        names, _, reasons[use] = dispatch.proven("moba_attention", kind, gradients=use == "gradient")
+        chosen[use] = "mosaic" if "mosaic" in names else "xla"
+    return Choice(**chosen, reasons=reasons)
 
 
 def _check(

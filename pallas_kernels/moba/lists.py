@@ -81,7 +81,7 @@ class Pieces(NamedTuple):
     first: Int[Array, "pieces"]  # first tile
     size: Int[Array, "pieces"]  # tiles; 0 beyond the last piece
     begin: Int[Array, "blocks"]  # first piece of each block
-    count: Int[Array, "blocks"]  # pieces of each block, at least one
+    per_block: Int[Array, "blocks"]  # at least one
 
 
 def most_pieces(num_tiles: int, num_blocks: int, longest: int) -> int:
@@ -92,14 +92,14 @@ def pieces(lists: BlockLists, tile_rows: int, num_tiles: int, longest: int) -> P
     """The tiles of `cut` in pieces of at most `longest`."""
     lengths = lists.offsets[1:] - lists.offsets[:-1]
     tiles = jnp.maximum(1, -(-lengths // tile_rows))
-    count = -(-tiles // longest)
-    ends = jnp.cumsum(count, dtype=jnp.int32)
-    begin, begin_tile = ends - count, jnp.cumsum(tiles, dtype=jnp.int32) - tiles
+    per_block = -(-tiles // longest)
+    ends = jnp.cumsum(per_block, dtype=jnp.int32)
+    begin, begin_tile = ends - per_block, jnp.cumsum(tiles, dtype=jnp.int32) - tiles
     piece = jnp.arange(most_pieces(num_tiles, lengths.shape[0], longest), dtype=jnp.int32)
     block = jnp.minimum(_search(ends, piece, side="right"), lengths.shape[0] - 1).astype(jnp.int32)
     done = (piece - begin[block]) * longest
     size = jnp.clip(tiles[block] - done, 0, longest)
-    return Pieces(block, begin_tile[block] + done, size, begin, count)
+    return Pieces(block, begin_tile[block] + done, size, begin, per_block)
 
 
 # Written out the search is one operation. As a loop it is twenty of three each, whose starts a GPU has to wait for.

@@ -81,8 +81,8 @@ def run(
         else:
             parts.append(_own_blocks_of_segments(own, q, k, v, layout, segments, block_size))
     if others.shape[3]:
-        options = {"block_size": block_size, "scale": scale, "tiling": tiling}
-        parts.append(routed.attend(q, k, v, layout, others, **options, forward=forward, backward=backward))
+        attend = functools.partial(routed.attend, tiling=tiling, forward=forward, backward=backward)
+        parts.append(attend(q, k, v, layout, others, block_size=block_size, scale=scale))
     out, lse = parts[0] if len(parts) == 1 else merge(*parts)
     return out, lse, indices
 

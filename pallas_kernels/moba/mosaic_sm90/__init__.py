@@ -32,15 +32,13 @@ def unsupported(
     q: Any, k: Any, v: Any, *, block_size: int, top_k: int, causal: bool, interpret: Any = None
 ) -> str | None:
     """Why the kernels cannot run this call, in words; None when they can."""
-    if (reason := select_unsupported(q, k, top_k=top_k, causal=causal, interpret=interpret)) is not None:
-        return reason
     if v.shape[3] != q.shape[3]:
         return f"needs values of the head dim of keys; got {v.shape[3]} and {q.shape[3]}"
     if block_size != 64 and block_size % MAX_BLOCK:
         return f"needs block_size 64 or a multiple of {MAX_BLOCK}; got {block_size}"
     if k.shape[1] < min(block_size, MAX_BLOCK):
         return f"needs at least one block of keys; got {k.shape[1]}"
-    return None
+    return select_unsupported(q, k, top_k=top_k, causal=causal, interpret=interpret)
 
 
 def select_unsupported(q: Any, k: Any, *, top_k: int, causal: bool, interpret: Any = None) -> str | None:
@@ -71,9 +69,10 @@ def run(
     causal: bool,
     scale: float,
     own_implementation: str | None = "mosaic",
+    gradients: bool = True,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"], Int[Array, "B T N top_k"]]:
-    """Output, log-sum-exp and selection; see `moba_attention`.
+    """Output, log-sum-exp and selection; see `moba_attention`. Without `gradients` these are left to the XLA path.
 
     Raises:
       NotImplementedError: shapes or dtypes that the kernels do not take.
@@ -81,7 +80,9 @@ def run(
     options: dict[str, Any] = {"block_size": block_size, "top_k": top_k, "causal": causal}
     if (reason := unsupported(q, k, v, **options, interpret=interpret or object())) is not None:
         raise NotImplementedError(f"moba_attention on Hopper {reason}")
-    parts: dict[str, Any] = {"choose": choose, "forward": forward_head, "backward": backward_head}
+    parts: dict[str, Any] = {"choose": choose, "forward": forward_head}
+    if gradients:
+        parts["backward"] = backward_head
     if interpret is not None:
         parts = {name: functools.partial(part, interpret=interpret) for name, part in parts.items()}
     return xla.run(q, k, v, segments, **options, scale=scale, own_implementation=own_implementation, **parts)
@@ -198,11 +199,11 @@ def backward_head(
 
     def add(nth, sums):
         here = jnp.minimum(pieces.begin + nth, parts[0].shape[0] - 1)
-        has = (nth < pieces.count)[:, None, None]
+        has = (nth < pieces.per_block)[:, None, None]
         return tuple(total + jnp.where(has, part[here], 0) for total, part in zip(sums, parts, strict=True))
 
-    zeros = jnp.zeros((pieces.count.shape[0], *parts[0].shape[1:]), jnp.float32)
-    dk, dv = jax.lax.fori_loop(0, pieces.count.max(), add, (zeros, zeros))
+    zeros = jnp.zeros((pieces.per_block.shape[0], *parts[0].shape[1:]), jnp.float32)
+    dk, dv = jax.lax.fori_loop(0, pieces.per_block.max(), add, (zeros, zeros))
     place = tiles.place.reshape(head.blocks.shape)
     dq_rows = jnp.zeros(head.q.shape, jnp.float32)
     for rank in range(head.blocks.shape[1]):  # written out it is one operation
@@ -220,7 +221,8 @@ def compile_cases() -> Iterator[Any]:
     queries, dtype = 4096, jnp.bfloat16
     for head_dim in (64, 128):
         for ranks in (1, 7, MAX_RANKS):
-            layout = Layout(*(array((1, size), jnp.int32) for size in (64, 64, queries, queries, queries)))
+            parts: Any = (array((1, size), jnp.int32) for size in (64, 64, queries, queries, queries))
+            layout = Layout(*parts)
 
             def route(q, means, layout, ranks=ranks):
                 return select.run(q, means, layout, ranks=ranks)
@@ -232,10 +234,11 @@ def compile_cases() -> Iterator[Any]:
             )
         for block_size in (64, 128):
             options = {"block_size": block_size, "scale": 0.1}
-            tiles, num_pieces = array((64,), jnp.int32), array((32,), jnp.int32)
+            tiles = array((64,), jnp.int32)
+            of_pieces: Any = [array((32,), jnp.int32)] * 5
             rows, keys = (array((count, head_dim), dtype) for count in (64 * attend.TILE, queries))
             gradient = (rows, rows, array((2, rows.shape[0]), jnp.float32), keys, keys)
-            pieces = lists.Pieces(*[num_pieces] * 5)
+            pieces = lists.Pieces(*of_pieces)
             for name, function, avals in (
                 ("attend", attend.run, (rows, keys, keys, tiles, array((), jnp.int32))),
                 ("dq", backward.query_gradients, (*gradient, tiles, array((), jnp.int32))),
