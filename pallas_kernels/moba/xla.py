@@ -82,7 +82,8 @@ def run(
             parts.append(_own_blocks_of_segments(own, q, k, v, layout, segments, block_size))
     if others.shape[3]:
         attend = functools.partial(routed.attend, tiling=tiling, forward=forward, backward=backward)
-        parts.append(attend(q, k, v, layout, others, block_size=block_size, scale=scale))
+        aligned = segments is None
+        parts.append(attend(q, k, v, layout, others, block_size=block_size, scale=scale, aligned=aligned))
     out, lse = parts[0] if len(parts) == 1 else merge(*parts)
     return out, lse, indices
 

@@ -661,7 +661,7 @@ BAD_CALLS = {
     "float segments": (dict(segment_ids=zeros(2, 8)), ValueError, "segment_ids must be integers; got float32"),
     "scale": (dict(scale=0.0), ValueError, "scale must be a positive finite"),
     "name": (dict(implementation="fast"), ValueError, "implementation must be None or one of .*'fast'"),
-    "mosaic": (dict(implementation="mosaic"), NotImplementedError, '"mosaic": needs bfloat16 or float16; got float32'),
+    "mosaic": (dict(implementation="mosaic"), NotImplementedError, '"mosaic": needs block_size 64 or a mul.* got 4'),
     "not causal": (
         dict(causal=False, segment_ids=zeros(2, 8, dtype=jnp.int32)),
         NotImplementedError,

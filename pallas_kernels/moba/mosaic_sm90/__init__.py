@@ -107,7 +107,7 @@ class _Tiles(NamedTuple):
 
     head: routed.Head
     block_size: int
-    keys: Int[Array, "C_keys"]  # of all candidates, one after the other
+    keys: Int[Array, "C_keys"] | None  # of all candidates, one after the other; None: they lie so
     lists: lists.BlockLists
     tiles: lists.Tiles
     row: Int[Array, "slots"]
@@ -134,7 +134,7 @@ class _Tiles(NamedTuple):
             head=head,
             block_size=block_size,
             # Blocks of packed rows begin anywhere, those of a swizzled copy at multiples of 8.
-            keys=(start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1),
+            keys=None if static.aligned else (start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1),
             lists=of_blocks,
             tiles=tiles,
             row=of_blocks.entries.at[slot].get(mode="clip") // head.blocks.shape[1],
@@ -147,6 +147,8 @@ class _Tiles(NamedTuple):
         return jnp.where(is_pair, x[self.row], jnp.asarray(otherwise, x.dtype))
 
     def of_keys(self, x: Array) -> Array:
+        if self.keys is None:
+            return x[: (self.lists.offsets.shape[0] - 1) * self.block_size]
         return x.at[self.keys].get(mode="clip")
 
 
@@ -198,18 +200,22 @@ def backward_head(
     parts = backward.key_gradients(*rows, *keys, pieces, **options)
 
     def add(nth, sums):
-        here = jnp.minimum(pieces.begin + nth, parts[0].shape[0] - 1)
+        piece = jnp.minimum(pieces.begin + nth, parts[0].shape[0] - 1)
         has = (nth < pieces.per_block)[:, None, None]
-        return tuple(total + jnp.where(has, part[here], 0) for total, part in zip(sums, parts, strict=True))
+        return tuple(total + jnp.where(has, part[piece], 0) for total, part in zip(sums, parts, strict=True))
 
-    zeros = jnp.zeros((pieces.per_block.shape[0], *parts[0].shape[1:]), jnp.float32)
-    dk, dv = jax.lax.fori_loop(0, pieces.per_block.max(), add, (zeros, zeros))
+    # Most lists are one piece, so the first is no addition.
+    dk, dv = (part[pieces.begin].astype(jnp.float32) for part in parts)
+    dk, dv = jax.lax.fori_loop(1, pieces.per_block.max(), add, (dk, dv))
     place = tiles.place.reshape(head.blocks.shape)
     dq_rows = jnp.zeros(head.q.shape, jnp.float32)
     for rank in range(head.blocks.shape[1]):  # written out it is one operation
         dq_rows += jnp.where(head.blocks[:, rank][:, None] >= 0, dq[place[:, rank]], 0)
     split = start.shape[0], static.block_size
-    dk, dv = (routed.to_keys(x.reshape(*split, -1), start, length, like) for x, like in ((dk, head.k), (dv, head.v)))
+    dk, dv = (
+        routed.to_keys(x.reshape(*split, -1), start, length, like, aligned=static.aligned)
+        for x, like in ((dk, head.k), (dv, head.v))
+    )
     return dq_rows.astype(head.q.dtype).reshape(arrays["q"].shape), dk, dv
 
 

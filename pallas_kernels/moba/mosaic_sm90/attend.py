@@ -37,7 +37,7 @@ def run(
 
     Args:
       q: queries in tiles of 128.
-      k: keys, those of one block after the other.
+      k: keys, those of one block after the other; what is beyond the last block is not read.
       v: values.
       block: of each tile.
       total: tiles in use; they come first.
