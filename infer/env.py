@@ -119,15 +119,21 @@ def kernels() -> dict[str, str]:
     import jax
     import jax.numpy as jnp
 
+    from pallas_kernels import rotation
     from pallas_kernels.attention import api as attention
     from pallas_kernels.attention.limits import Limits
     from pallas_kernels.decode_attention import api as decode
     from pallas_kernels.decode_attention.operands import Operands
     from pallas_kernels.masks import Causal
+    from pallas_kernels.moba import api as moba
+    from pallas_kernels.moba import mosaic_sm90 as moba_kernels
     from pallas_kernels.quantized_matmul import api as products
     from pallas_kernels.quantized_matmul.rounding import round_weight
+    from pallas_kernels.rotation import api as rotation_api
+    from pallas_kernels.rotation import mosaic_sm90 as rotation_kernel
 
-    found: dict[str, dict[str, str | None]] = {"flash_attention": {}, "decode_attention": {}, "quantized_matmul": {}}
+    found: dict[str, dict[str, str | None]] = {"flash_attention": {}, "decode_attention": {}}
+    found |= {"moba_attention": {}, "quantized_matmul": {}, "pairwise_rotation": {}}
     chosen: dict[str, dict[str, list[str]]] = {op: {} for op in found}
     reasons: dict[str, str] = {}
 
@@ -161,6 +167,17 @@ def kernels() -> dict[str, str]:
     cache, own = array(1, 1, 8192, 8, 128), array(1, 1, 8, 128)
     jax.eval_shape(ask_decode, array(1, 1, 32, 128), cache, cache, own, array(1, dtype=jnp.int32))
 
+    def ask_moba(q, k, v):
+        options: dict[str, Any] = {"block_size": 128, "top_k": 8, "causal": True}
+        why_not = moba_kernels.unsupported(q, k, v, **options)
+        found["moba_attention"] = {"mosaic": why_not, "xla": None, "reference": None}
+        choice = moba.automatic(q, k, v, **options, packed=False)
+        chosen["moba_attention"].setdefault(choice.forward, []).append("without gradients")
+        chosen["moba_attention"].setdefault(choice.gradient, []).append("with gradients")
+        reasons["moba_attention"] = "; ".join(dict.fromkeys(reason for reason in choice.reasons.values() if reason))
+
+    jax.eval_shape(ask_moba, *[array(1, 4096, 16, 128)] * 3)
+
     def ask_product(x, weight):
         quantized = round_weight(weight, "int4")
         found["quantized_matmul"] = {
@@ -172,6 +189,15 @@ def kernels() -> dict[str, str]:
         chosen["quantized_matmul"][name] = ["without gradients", "with gradients"]
 
     jax.eval_shape(ask_product, array(1, 4096), array(4096, 4096))
+
+    def ask_rotation(x, theta, pairs):
+        turns, options = (rotation.Turn(theta, pairs),), {"group_size": 128}
+        why_not = rotation_kernel.unsupported(x, turns, **options)
+        found["pairwise_rotation"] = {"mosaic": why_not, "xla": None, "reference": None}
+        name, reasons["pairwise_rotation"] = rotation_api.automatic(x, turns, **options)
+        chosen["pairwise_rotation"][name] = ["without gradients", "with gradients"]
+
+    jax.eval_shape(ask_rotation, array(1, 4096), array(8, 2048), array(8, 4096, dtype=jnp.int16))
 
     report = {}
     for op, implementations in found.items():
