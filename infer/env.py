@@ -191,7 +191,8 @@ def kernels() -> dict[str, str]:
     jax.eval_shape(ask_product, array(1, 4096), array(4096, 4096))
 
     def ask_rotation(x, theta, pairs):
-        turns, options = (rotation.Turn(theta, pairs),), {"group_size": 128}
+        turns: Any = (rotation.Turn(theta, pairs),)
+        options: dict[str, Any] = {"group_size": 128}
         why_not = rotation_kernel.unsupported(x, turns, **options)
         found["pairwise_rotation"] = {"mosaic": why_not, "xla": None, "reference": None}
         name, reasons["pairwise_rotation"] = rotation_api.automatic(x, turns, **options)
