@@ -18,6 +18,7 @@ LINE = CommandLine(
             "Retrieval",
             "does a small model that skips tiles of attention still find what it is asked for",
         ),
+        Command("blocks", "train.recipes.blocks", "Blocks", "do small blocks of block-routed attention find more"),
         Command(
             "quantize", "train.recipes.quantize", "Quantize", "round a model's weights to int4, int8, fp8 or nvfp4"
         ),

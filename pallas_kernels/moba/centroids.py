@@ -108,10 +108,11 @@ def append_centroids(
         keys = jnp.where(((index >= 0) & (index < count))[:, None, None], keys, 0)
         sums = keys.reshape(num_blocks, block_size, *keys.shape[1:]).sum(axis=1).at[0].add(open_sum)
         completed = (length % block_size + count) // block_size
-        block = jnp.arange(centroids.shape[0], dtype=jnp.int32) - length // block_size
-        means = (sums / block_size).astype(centroids.dtype).at[block].get(mode="clip")
-        is_new = ((block >= 0) & (block < completed))[:, None, None]
+        means = (sums / block_size).astype(centroids.dtype)
+        place = jnp.arange(num_blocks, dtype=jnp.int32)
+        place = jnp.where(place < completed, length // block_size + place, centroids.shape[0])  # the others: dropped
+        centroids = centroids.at[place].set(means, mode="drop")
         rest = jnp.concatenate([sums, jnp.zeros_like(sums[:1])])[completed]
-        return CentroidCache(jnp.where(is_new, means, centroids), rest, length + count)
+        return CentroidCache(centroids, rest, length + count)
 
     return jax.vmap(one_row)(*cache, k, counts)

@@ -138,12 +138,9 @@ def main(config: Retrieval) -> int:
     """Runs the recipe; 0 when the results are written, 1 when it was interrupted."""
 
     from jaxmodels.demo.recall import Recall
-    from jaxmodels.layers.rope import RopeConfig
     from jaxmodels.qwen import build
-    from jaxmodels.qwen.config import QwenConfig
     from jaxmodels.sparse_attention import SkipAttention
     from pallas_kernels.attention.skip import SkipTile
-    from train.loop import fit, weights_of
     from train.mesh import make_mesh
 
     started = time.perf_counter()
@@ -152,36 +149,15 @@ def main(config: Retrieval) -> int:
     task = tasks[-1]
     if task.num_pairs != config.pairs:
         raise ValueError(f"pairs must be at most {task.num_pairs} in rows of {task.length} tokens; got {config.pairs}")
-    heads = config.dim // 64
-    # A head must single out the token before, sharply: norms of queries and keys bound its scores, and with the usual
-    # base of 1e6 few frequencies tell neighbours apart. With either the value behind a key was found late or never.
-    lm = build(
-        QwenConfig(
-            vocab_size=task.vocab_size, dim=config.dim, layers=config.layers, heads=heads, kv_heads=max(1, heads // 2),
-            head_dim=64, mlp_dim=2 * config.dim, qk_norm=False, rope=RopeConfig(theta=10_000.0), tied_head=True,
-            max_positions=task.length,
-        )
-    )  # fmt: skip
+    lm = build(recall_config(task, config.dim, config.layers))
     mesh = make_mesh(MeshConfig())
     tile = SkipTile(config.rows, config.width)
     aware = SkipAttention.create(threshold=config.threshold, tile=tile)
 
     def train(name: str, task: Recall, steps: int, batch: int, rate: float, params: Any, skip: Any = None) -> Any:
-        """The weights after a run of its own, None when it was interrupted."""
-        log_every = max(1, steps // 10)
-        run = RunConfig(
-            config.directory / name, steps, batch, seed=config.seed, log_every=log_every, checkpoint_every=steps
-        )
-        optim = OptimConfig(rate, warmup_steps=min(100, steps // 5), weight_decay=0.01)
-        create = None if params is None else (lambda: params)
-        identity = {"recipe": "retrieval", "task": to_json(task), "model": to_json(lm.config), "stage": name}
-        if skip is not None:
-            identity["skip"] = to_json(dataclasses.asdict(skip))
-        result = fit(
-            run, optim, mesh, weights_of(lm, mesh, create, seed=config.seed), make_recall_loss(lm, task, skip),
-            RecallRows(task, batch, config.seed), identity=identity, config=config,
-        )  # fmt: skip
-        return None if result.interrupted else result.state.params
+        run = Stage(config.directory / name, steps, batch, rate, config.seed)
+        identity = {"recipe": "retrieval", "stage": name}
+        return train_stage(run, lm, task, params, identity=identity, config=config, mesh=mesh, skip=skip)
 
     params: Any = None
     for stage, steps, batch in zip(tasks, config.steps, config.batch_sizes, strict=True):
@@ -205,6 +181,63 @@ def main(config: Retrieval) -> int:
         print("\n".join(table(results)), flush=True)
     print(path)
     return 0
+
+
+def recall_config(task: "Recall", dim: int, layers: int, **changes: Any) -> Any:
+    """The small decoder that learns the task, heads of 64; `changes` are further fields of `QwenConfig`."""
+    from jaxmodels.layers.rope import RopeConfig
+    from jaxmodels.qwen.config import QwenConfig
+
+    heads = dim // 64
+    # A head must single out the token before, sharply: norms of queries and keys bound its scores, and with the usual
+    # base of 1e6 few frequencies tell neighbours apart. With either the value behind a key was found late or never.
+    fields: dict[str, Any] = {
+        "vocab_size": task.vocab_size, "dim": dim, "layers": layers, "heads": heads, "kv_heads": max(1, heads // 2),
+        "head_dim": 64, "mlp_dim": 2 * dim, "qk_norm": False, "rope": RopeConfig(theta=10_000.0), "tied_head": True,
+        "max_positions": task.length,
+    }  # fmt: skip
+    return QwenConfig(**(fields | changes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One run of a recipe of several."""
+
+    directory: Path
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+def train_stage(
+    stage: Stage,
+    lm: Any,
+    task: "Recall",
+    params: Any,
+    *,
+    identity: dict[str, Any],
+    config: Any,
+    mesh: Any,
+    skip: "SkipAttention | None" = None,
+) -> Any:
+    """The weights after one run, from `params` or random ones; None when it was interrupted."""
+    from train.loop import fit, weights_of
+
+    run = RunConfig(
+        stage.directory, stage.steps, stage.batch_size, seed=stage.seed,
+        log_every=max(1, stage.steps // 10), checkpoint_every=stage.steps,
+    )  # fmt: skip
+    optim = OptimConfig(stage.learning_rate, warmup_steps=min(100, stage.steps // 5), weight_decay=0.01)
+    create = None if params is None else (lambda: params)
+    identity = identity | {"task": to_json(task), "model": to_json(lm.config)}
+    if skip is not None:
+        identity["skip"] = to_json(dataclasses.asdict(skip))
+    result = fit(
+        run, optim, mesh, weights_of(lm, mesh, create, seed=stage.seed), make_recall_loss(lm, task, skip),
+        RecallRows(task, stage.batch_size, stage.seed), identity=identity, config=config,
+    )  # fmt: skip
+    return None if result.interrupted else result.state.params
 
 
 def make_answers(lm: Any, task: "Recall") -> Any:

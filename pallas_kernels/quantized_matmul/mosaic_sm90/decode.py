@@ -228,8 +228,12 @@ def multiply(
                 plgpu.barrier_wait(smem["free"].at[lax.rem(unit - first, i32(stages))])
 
     buffers = config.buffers(form)
+
+    def quantized_decode(refs, result, *scratch):
+        kernel(refs, result, dict(zip(buffers, scratch, strict=True)))
+
     return compat.kernel(
-        lambda refs, result, *scratch: kernel(refs, result, dict(zip(buffers, scratch, strict=True))),
+        quantized_decode,
         out_type=jax.ShapeDtypeStruct((int(cut.counts.max()), *parts.result_shape(form)), jnp.float32),
         grid=(cut.clusters,),
         grid_names=("nth",),

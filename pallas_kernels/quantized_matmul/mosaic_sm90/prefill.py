@@ -125,8 +125,12 @@ def run(
                 plgpu.barrier_wait(smem["free"].at[lax.rem(step, i32(stages))])
 
     buffers = config.buffers(form)
+
+    def quantized_prefill(refs, result, *scratch):
+        kernel(refs, result, dict(zip(buffers, scratch, strict=True)))
+
     out = compat.kernel(
-        lambda refs, result, *scratch: kernel(refs, result, dict(zip(buffers, scratch, strict=True))),
+        quantized_prefill,
         out_type=jax.ShapeDtypeStruct(parts.result_shape(form), form.dtype),
         # The last axis varies fastest: CTAs that run at the same time read the same activations.
         grid=(-(-form.rows // block_m), -(-form.outputs // (BLOCK_O * cluster))),
