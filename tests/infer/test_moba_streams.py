@@ -51,7 +51,11 @@ def some_requests():
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch": 1}, {"batch": 3, "chunk": 4}, {"batch": 2, "chunk": 3, "prefill_rows": 2, "prefill_chunk": 16}],
+    [
+        pytest.param({"batch": 1}, marks=pytest.mark.slow),
+        pytest.param({"batch": 3, "chunk": 4}, marks=pytest.mark.slow),
+        {"batch": 2, "chunk": 3, "prefill_rows": 2, "prefill_chunk": 16},
+    ],
     ids=["alone", "batch", "pieces"],
 )
 def test_streams_equal_the_full_forward(hybrid, options):

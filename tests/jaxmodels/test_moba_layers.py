@@ -187,7 +187,12 @@ def test_padding_is_seen_by_nobody():
             np.testing.assert_allclose(states[row, :length], whole[row, :length], rtol=0, atol=1e-5)
 
 
-def test_gradients_do_not_depend_on_the_loop():
+@pytest.mark.parametrize(
+    "options",
+    [{"remat": "attention"}, pytest.param({"unroll": True, "remat": "full"}, marks=pytest.mark.slow)],
+    ids=["remat", "unrolled"],
+)
+def test_gradients_do_not_depend_on_the_loop(options):
     tokens = random_tokens(2, TIME)
     target = jax.random.normal(jax.random.key(5), (2, TIME, CONFIG.dim))
 
@@ -198,9 +203,8 @@ def test_gradients_do_not_depend_on_the_loop():
     expected = gradients()
     for path, leaf in jax.tree.leaves_with_path(expected):
         assert np.isfinite(leaf).all(), path
-    for options in ({"remat": "attention"}, {"unroll": True, "remat": "full"}):
-        found = gradients(**options)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, expected)
+    found = gradients(**options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, expected)
     taps = np.abs(expected["layers"]["attention"]["k_conv"]).max(axis=(1, 2, 3))
     assert (taps[1::2] > 1e-6).all() and (taps[::2] == 0).all(), "taps of layers without a convolution are never read"
 

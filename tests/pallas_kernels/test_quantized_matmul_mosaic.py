@@ -169,8 +169,8 @@ def test_the_public_function_runs_the_kernel_on_a_stack(interpreter, monkeypatch
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
     x = jax.random.normal(jax.random.key(9), (2, 3, 128), jnp.bfloat16)
 
-    def interpreted(*arrays, group_size):
-        return run(*arrays, group_size=group_size, interpret=compat.interpret_params(detect_races=True))
+    def interpreted(*arrays, **options):
+        return run(*arrays, **options, interpret=compat.interpret_params(detect_races=True))
 
     run = mosaic_sm90.run
     monkeypatch.setattr(mosaic_sm90, "run", interpreted)
