@@ -42,8 +42,15 @@ def block_centroids(
         lengths = int_array("kv_lengths", kv_lengths, (batch,))
     start = jnp.arange(-(-num_keys // block_size), dtype=jnp.int32) * block_size
     length = jnp.clip(lengths[:, None] - start, 0, block_size)
+    return centroids_of_all(k, jnp.broadcast_to(start, length.shape), length, block_size)
+
+
+def centroids_of_all(
+    k: Float[Array, "B S K H"], start: Int[Array, "B C"], length: Int[Array, "B C"], block_size: int
+) -> Float[Array, "B C K H"]:
+    """`centroids_at` for every row and head."""
     per_head = jax.vmap(centroids_at, in_axes=(1, None, None, None), out_axes=1)
-    return jax.vmap(per_head, in_axes=(0, None, 0, None))(k, start, length, block_size)
+    return jax.vmap(per_head, in_axes=(0, 0, 0, None))(k, start, length, block_size)
 
 
 def centroids_at(

@@ -67,12 +67,6 @@ def choose_all(
     return join_groups(*map_heads(one_head, layout, arrays))
 
 
-def means_of_all(k: Float[Array, "B S K H"], layout: Layout, block_size: int) -> Float[Array, "B C K H"]:
-    """The centroids of all candidates."""
-    of_heads = jax.vmap(centroids_at, in_axes=(1, None, None, None), out_axes=1)
-    return jax.vmap(of_heads, in_axes=(0, 0, 0, None))(k, layout.block_start, layout.block_length, block_size)
-
-
 def choose(
     q: Float[Array, "R H"], means: Float[Array, "C H"], first: Int[Array, "R"], eligible: Int[Array, "R"], ranks: int
 ) -> Int[Array, "R ranks"]:

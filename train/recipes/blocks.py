@@ -186,17 +186,13 @@ def differences(accuracies: dict[str, dict[str, float]]) -> dict[str, dict[str, 
     return found
 
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; the normal one beyond.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
 def interval(values: list[float]) -> float:
-    """Half of the 95 % interval of the mean; NaN for a single value."""
+    """Half of the 95 % t interval of the mean; NaN for a single value."""
+    from scipy.stats import t  # comes with JAX
+
     if len(values) < 2:
         return math.nan
-    freedom = len(values) - 1
-    quantile = T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def table(results: dict[str, Any]) -> list[str]:

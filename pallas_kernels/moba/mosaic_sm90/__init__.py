@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.attention.mosaic_sm90.parts import LOG2E
-from pallas_kernels.moba import lists, routed, routing, xla
+from pallas_kernels.moba import lists, routed, xla
+from pallas_kernels.moba.centroids import centroids_of_all
 from pallas_kernels.moba.layout import Layout
 from pallas_kernels.moba.mosaic_sm90 import attend, backward, select
 from pallas_kernels.moba.routed import Static
@@ -98,7 +99,7 @@ def choose(
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Int[Array, "B T N ranks"]:
     """As `routing.choose_all`."""
-    means = routing.means_of_all(k, layout, block_size)
+    means = centroids_of_all(k, layout.block_start, layout.block_length, block_size)
     return select.run(q, means, layout, ranks=ranks, interpret=interpret)
 
 
