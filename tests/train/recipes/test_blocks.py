@@ -54,7 +54,7 @@ def test_differences_are_paired_by_seed():
     assert math.isnan(blocks.interval([0.3]))
     assert blocks.interval([0.0, 1.0] * 20) == pytest.approx(2.0227 * 0.50637 / math.sqrt(40), rel=1e-4)
     lines = blocks.table({"accuracy": accuracies, "differences": found, "questions": 40, "chance": 0.1})
-    assert "64x2 0.5000 ± 0.7453   0.2000 0.5000 0.8000" in lines[2]
+    assert "64x2 0.5000 ± 0.7452   0.2000 0.5000 0.8000" in lines[2]
     assert lines[-1].split() == ["16x8", "-", "32x4", "+0.2000", "±", "1.2706"]
 
 
