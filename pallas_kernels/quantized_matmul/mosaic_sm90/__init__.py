@@ -8,7 +8,7 @@ The stack of layers is read where it lies: the layer index is a number in global
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +19,28 @@ from jaxtyping import Array, Float, Int, Int8, UInt8
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, fitted, form_of
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, fitted, form_of
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
-__all__ = ["Config", "Form", "PrefillConfig", "candidates", "compile_cases", "heuristic_config", "run", "unsupported"]
+__all__ = [
+    "MAX_ROWS_TOGETHER",
+    "Config",
+    "Form",
+    "Operands",
+    "PrefillConfig",
+    "candidates",
+    "compile_cases",
+    "heuristic_config",
+    "run",
+    "run_together",
+    "unsupported",
+]
 
 SCALES = ("float16", "float32")
 RESULTS = ("float32", "bfloat16")
 SMALL_GROUPS = (32, 64)
 OUTPUTS = 16
+MAX_ROWS_TOGETHER = 64  # of products in one launch; with more, each fills the machine by itself
 
 
 def heuristic_config(form: Form) -> Config | PrefillConfig:
@@ -36,7 +49,7 @@ def heuristic_config(form: Form) -> Config | PrefillConfig:
     tiles = -(-form.rows // config.block_m) * -(-form.outputs // prefill.BLOCK_O)
     if form.rows > 512 or (form.rows > 64 and tiles >= 128):
         return fitted(config, form)
-    return decode.heuristic_config(form)
+    return decode.heuristic_config((form,))
 
 
 def unsupported(
@@ -111,20 +124,47 @@ def run(
       NotImplementedError: shapes or dtypes that the kernels do not take.
       ValueError: `config` needs more shared memory than a CTA has.
     """
-    if (reason := _unsupported_arrays(x, codes, scales, zeros, group_size, dtype)) is not None:
-        raise NotImplementedError(f"quantized_matmul on Hopper {reason}")
-    form = form_of(x, codes, scales, zeros, dtype)
-    if form.rows == 0:
-        return jnp.zeros((0, form.outputs), dtype)
+    operands = (Operands(x, codes, scales, zeros, layer),)
+    (result,) = run_together(operands, group_size=group_size, config=config, interpret=interpret, dtype=dtype)
+    return result
+
+
+def run_together(
+    operands: Sequence[Operands],
+    *,
+    group_size: int,
+    config: Config | PrefillConfig | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+    dtype: Any = jnp.float32,
+) -> tuple[Float[Array, "M O"], ...]:
+    """`run` of several products with as many rows and inputs and weights of one kind; of up to 64 rows in one launch.
+
+    Raises:
+      NotImplementedError, ValueError: as `run`; and if the products differ in more than outputs and layers.
+    """
+    for x, codes, scales, zeros, _ in operands:
+        if (reason := _unsupported_arrays(x, codes, scales, zeros, group_size, dtype)) is not None:
+            raise NotImplementedError(f"quantized_matmul on Hopper {reason}")
+    forms = tuple(form_of(*of_weight[:-1], dtype) for of_weight in operands)
+    first = forms[0]
+    if any(form._replace(outputs=first.outputs, layers=first.layers) != first for form in forms):
+        raise ValueError(f"products of one launch must differ in outputs and layers alone; got {forms}")
+    if first.rows == 0:
+        return tuple(jnp.zeros((0, form.outputs), dtype) for form in forms)
+    if len(forms) > 1 and (first.rows > MAX_ROWS_TOGETHER or isinstance(config, PrefillConfig)):
+        options: dict[str, Any] = {"group_size": group_size, "config": config, "interpret": interpret, "dtype": dtype}
+        return tuple(run(*of_weight, **options) for of_weight in operands)
     if config is None:
-        config = heuristic_config(form)
-    if (needed := config.smem_bytes(form)) > compat.SHARED_MEMORY_BYTES:
+        config = heuristic_config(first) if len(forms) == 1 else decode.heuristic_config(forms)
+    if (needed := config.smem_bytes(first)) > compat.SHARED_MEMORY_BYTES:
         raise ValueError(
-            f"{config} needs {needed} bytes of shared memory for {form.rows} rows; "
+            f"{config} needs {needed} bytes of shared memory for {first.rows} rows; "
             f"a CTA has {compat.SHARED_MEMORY_BYTES}"
         )
-    kernel: Any = prefill.run if isinstance(config, PrefillConfig) else decode.run
-    return kernel(x, codes, scales, zeros, jnp.asarray(layer, jnp.int32), form=form, config=config, interpret=interpret)
+    operands = tuple(of_weight._replace(layer=jnp.asarray(of_weight.layer, jnp.int32)) for of_weight in operands)
+    if isinstance(config, PrefillConfig):
+        return (prefill.run(*operands[0], form=first, config=config, interpret=interpret),)
+    return decode.run(operands, forms=forms, config=config, interpret=interpret)
 
 
 def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
@@ -181,4 +221,20 @@ def compile_cases() -> Iterator[Any]:
                 *([array(grid, jnp.int8)] if has_zeros else []),
             ),
             shipped=config is None,
+        )
+    for rows, outputs in ((1, (4096, 1024, 1024)), (16, (12288, 12288)), (64, (4096, 1024, 1024))):
+
+        def together(x, layer, *weights):
+            parts: Any = (weights[i : i + 3] for i in range(0, len(weights), 3))
+            operands = [Operands(x, *of_weight, layer) for of_weight in parts]
+            return run_together(operands, group_size=128, dtype=jnp.bfloat16)
+
+        of_weights = []
+        for count in outputs:
+            of_weights.append(array((layers, count, 2048), jnp.uint8))
+            of_weights += [array((layers, 32, count), dtype) for dtype in (jnp.float16, jnp.int8)]
+        yield CompileCase(
+            name=f"w4a16 M={rows} {'+'.join(map(str, outputs))}x4096 groups of 128 float16 zeros to bfloat16",
+            function=together,
+            avals=(array((rows, 4096), jnp.bfloat16), array((), jnp.int32), *of_weights),
         )

@@ -63,6 +63,16 @@ class Form(NamedTuple):
         return -(-self.inputs // block_k)
 
 
+class Operands(NamedTuple):
+    """The arrays of one product; see `run`."""
+
+    x: Any
+    codes: Any
+    scales: Any
+    zeros: Any
+    layer: Any
+
+
 def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float32) -> Form:
     return Form(
         rows=x.shape[0],
@@ -77,8 +87,11 @@ def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float3
 
 
 def permuted(x: Array, form: Form) -> Array:
-    """Activations in the order in which threads hold the weights; rows in eights, inputs in whole products."""
-    rows, inputs = whole(form.rows, 8), whole(form.inputs, form.width)
+    """Activations in the order in which threads hold the weights; inputs in whole products, 8 rows or more in eights.
+
+    The TMA fills fewer rows itself.
+    """
+    rows, inputs = form.rows if form.rows < 8 else whole(form.rows, 8), whole(form.inputs, form.width)
     if x.shape != (rows, inputs):
         x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
     words = form.width // 32  # of one thread, for one row
