@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Int8, UInt8
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, fitted, form_of
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, fitted, form_of, input_order
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "candidates",
     "compile_cases",
     "heuristic_config",
+    "order_of",
     "run",
     "run_together",
     "unsupported",
@@ -136,8 +137,11 @@ def run_together(
     config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
+    is_ordered: bool = False,
 ) -> tuple[Float[Array, "M O"], ...]:
     """`run` of several products with as many rows and inputs and weights of one kind; of up to 64 rows in one launch.
+
+    `is_ordered` says that inputs are in the order of `order_of` already.
 
     Raises:
       NotImplementedError, ValueError: as `run`; and if the products differ in more than outputs and layers.
@@ -145,7 +149,7 @@ def run_together(
     for x, codes, scales, zeros, _ in operands:
         if (reason := _unsupported_arrays(x, codes, scales, zeros, group_size, dtype)) is not None:
             raise NotImplementedError(f"quantized_matmul on Hopper {reason}")
-    forms = tuple(form_of(*of_weight[:-1], dtype) for of_weight in operands)
+    forms = tuple(form_of(*of_weight[:-1], dtype, is_ordered) for of_weight in operands)
     first = forms[0]
     if any(form._replace(outputs=first.outputs, layers=first.layers) != first for form in forms):
         raise ValueError(f"products of one launch must differ in outputs and layers alone; got {forms}")
@@ -153,7 +157,7 @@ def run_together(
         return tuple(jnp.zeros((0, form.outputs), dtype) for form in forms)
     if len(forms) > 1 and (first.rows > MAX_ROWS_TOGETHER or isinstance(config, PrefillConfig)):
         options: dict[str, Any] = {"group_size": group_size, "config": config, "interpret": interpret, "dtype": dtype}
-        return tuple(run(*of_weight, **options) for of_weight in operands)
+        return tuple(run_together((of_weight,), **options, is_ordered=is_ordered)[0] for of_weight in operands)
     if config is None:
         config = heuristic_config(first) if len(forms) == 1 else decode.heuristic_config(forms)
     if (needed := config.smem_bytes(first)) > compat.SHARED_MEMORY_BYTES:
@@ -165,6 +169,14 @@ def run_together(
     if isinstance(config, PrefillConfig):
         return (prefill.run(*operands[0], form=first, config=config, interpret=interpret),)
     return decode.run(operands, forms=forms, config=config, interpret=interpret)
+
+
+def order_of(group_size: int) -> tuple[int, ...] | None:
+    """The order in which the kernels want the inputs of a group, for who makes them anyway; None if they have none."""
+    width = min(group_size, MAX_WIDTH)
+    if group_size % width or width not in (*SMALL_GROUPS, MAX_WIDTH):
+        return None
+    return tuple(first + i for first in range(0, group_size, width) for i in input_order(width))
 
 
 def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
@@ -225,8 +237,8 @@ def compile_cases() -> Iterator[Any]:
     for rows, outputs in ((1, (4096, 1024, 1024)), (16, (12288, 12288)), (64, (4096, 1024, 1024))):
 
         def together(x, layer, *weights):
-            parts: Any = (weights[i : i + 3] for i in range(0, len(weights), 3))
-            operands = [Operands(x, *of_weight, layer) for of_weight in parts]
+            threes = zip(weights[0::3], weights[1::3], weights[2::3], strict=True)
+            operands = [Operands(x, codes, scales, zeros, layer) for codes, scales, zeros in threes]
             return run_together(operands, group_size=128, dtype=jnp.bfloat16)
 
         of_weights = []

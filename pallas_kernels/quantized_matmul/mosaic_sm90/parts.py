@@ -48,6 +48,7 @@ class Form(NamedTuple):
     scale_dtype: Any
     has_zeros: bool
     dtype: Any  # of the result
+    is_ordered: bool = False  # activations are in the order of `permuted`
 
     @property
     def group_size(self) -> int:
@@ -73,7 +74,7 @@ class Operands(NamedTuple):
     layer: Any
 
 
-def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float32) -> Form:
+def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float32, is_ordered: bool = False) -> Form:
     return Form(
         rows=x.shape[0],
         inputs=x.shape[1],
@@ -83,6 +84,7 @@ def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float3
         scale_dtype=jnp.dtype(scales.dtype),
         has_zeros=zeros is not None,
         dtype=jnp.dtype(dtype),
+        is_ordered=is_ordered,
     )
 
 
@@ -94,10 +96,24 @@ def permuted(x: Array, form: Form) -> Array:
     rows, inputs = form.rows if form.rows < 8 else whole(form.rows, 8), whole(form.inputs, form.width)
     if x.shape != (rows, inputs):
         x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
-    words = form.width // 32  # of one thread, for one row
-    # Threads of a row, words, high or low half of a word, code in it.
-    x = x.reshape(rows, -1, 4, words, 2, 4)
-    return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(rows, inputs)
+    if form.is_ordered:
+        return x
+    # Threads of a row, their words, high or low half of a word, code in it.
+    x = x.reshape(rows, -1, *_threads_words_codes(form.width))
+    return jnp.transpose(x, (0, 1, *(2 + axis for axis in _ORDER))).reshape(rows, inputs)
+
+
+def input_order(width: int) -> tuple[int, ...]:
+    """The input at each place of a product of `width` inputs, as `permuted` has them."""
+    inputs = np.arange(width).reshape(_threads_words_codes(width))
+    return tuple(inputs.transpose(_ORDER).ravel().tolist())
+
+
+def _threads_words_codes(width: int) -> tuple[int, int, int, int]:
+    return 4, width // 32, 2, 4
+
+
+_ORDER = (1, 3, 0, 2)  # words, codes, threads, halves
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
