@@ -167,8 +167,41 @@ def check_shapes() -> Iterator[Shape]:
             yield Shape(rows=rows, outputs=1024, group_size=group_size, zeros=zeros, scales=scales, dtype=dtype)
 
 
+TOGETHER = ((4096, 1024, 1024), (12288, 12288), (1008, 64))  # outputs of weights that one launch multiplies with
+
+
+def check_together(rows: int, outputs: tuple[int, ...]) -> dict[str, Any]:
+    """Several products in one launch, each of activations and a layer of its own, against NumPy."""
+    shapes = [Shape(rows=rows, outputs=count) for count in outputs]
+    arguments = [shape.arguments(seed) for seed, shape in enumerate(shapes)]
+
+    @jax.jit
+    def call(layer, arguments):
+        operands = [
+            mosaic_sm90.Operands(**{name: given[name] for name in ("x", "codes", "scales", "zeros")}, layer=layer)
+            for given in arguments
+        ]
+        return mosaic_sm90.run_together(operands, group_size=shapes[0].group_size)
+
+    results = call(jnp.int32(1), arguments)
+    again = call(jnp.int32(1), arguments)
+    rights = [expected(shape, given, 1) for shape, given in zip(shapes, arguments, strict=True)]
+    errors = [
+        float(np.linalg.norm(np.asarray(result) - right) / np.linalg.norm(right))
+        for result, right in zip(results, rights, strict=True)
+    ]
+    row: dict[str, Any] = {"launch": f"M={rows} {'+'.join(map(str, outputs))}x4096 in one launch", "errors": errors}
+    row["bitwise_repeatable"] = all(bool((a == b).all()) for a, b in zip(results, again, strict=True))
+    row["passes"] = row["bitwise_repeatable"] and all(error < LIMIT for error in errors)
+    return row
+
+
 def check(arguments: argparse.Namespace) -> int:
     record = report.Record("quantized_matmul-check")
+    for rows, outputs in itertools.product((1, 8, 16, 40, 64), TOGETHER):
+        if any(part in "together" for part in arguments.filter):
+            record.add(check_together(rows, outputs))
+            print(record.rows[-1], flush=True)
     for shape in check_shapes():
         if not any(part in shape.name for part in arguments.filter):
             continue
