@@ -122,7 +122,7 @@ def make_recall_loss(lm: Any, task: "Recall", skip: "SkipAttention | None" = Non
         tokens = batch["tokens"]
         hidden = lm.hidden(params, tokens, skip=skip, skip_stats=skip is not None)
         logits = lm.head(params, hidden.states[:, task.questions])
-        answers = tokens[:, task.questions.start + 1 :: 2]
+        answers = tokens[:, task.questions + 1]
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), answers[..., None], axis=-1)
         correct = (jnp.argmax(logits, axis=-1) == answers).astype(jnp.float32)
         metrics: dict[str, Any] = {"accuracy": jnp.sum(correct)}
@@ -145,7 +145,7 @@ def main(config: Retrieval) -> int:
 
     started = time.perf_counter()
     sizes = config.keys, config.values, config.noise
-    tasks = [Recall(length, min(config.pairs, (length - 1) // 4), *sizes) for length in config.lengths]
+    tasks = [Recall(length, min(config.pairs, Recall.most_pairs(length)), *sizes) for length in config.lengths]
     task = tasks[-1]
     if task.num_pairs != config.pairs:
         raise ValueError(f"pairs must be at most {task.num_pairs} in rows of {task.length} tokens; got {config.pairs}")
@@ -249,7 +249,7 @@ def make_answers(lm: Any, task: "Recall") -> Any:
     def answers(params, tokens, skip, mask):
         hidden = lm.hidden(params, tokens, mask=mask, skip=skip, skip_stats=skip is not None)
         said = jnp.argmax(lm.head(params, hidden.states[:, task.questions]), axis=-1)
-        correct = (said == tokens[:, task.questions.start + 1 :: 2]).mean(axis=1)
+        correct = (said == tokens[:, task.questions + 1]).mean(axis=1)
         stats = hidden.skip_stats
         return correct, (jnp.zeros(2) if stats is None else jnp.stack([stats.skipped.sum(), stats.visited.sum()]))
 
