@@ -133,9 +133,8 @@ def parse(arm: str) -> tuple[int | None, int | None, int | None]:
 def main(config: Blocks) -> int:
     """Runs the recipe; 0 when the results are written, 1 when it was interrupted."""
     if config.merge:
-        results = merged([json.loads(path.read_text()) for path in config.merge])
         assert config.results is not None  # checked above
-        write(config.results, results)
+        write(config.results, merged([json.loads(path.read_text()) for path in config.merge]))
         return 0
 
     from jaxmodels.demo.recall import Recall
@@ -159,14 +158,14 @@ def main(config: Blocks) -> int:
     }  # fmt: skip
     path = config.results or config.directory / "results.json"
     for seed in config.seeds:
-        beginnings: dict[int | None, Any] = {}
+        beginnings: dict[int | None, tuple[Any, Any] | None] = {}
         for arm in arms:
             taps = parse(arm)[2] if config.taps == "grown" else None
             if taps not in beginnings:
                 beginnings[taps] = grow(config, tasks, seed, taps, mesh)
-            if beginnings[taps] is None:
+            if (beginning := beginnings[taps]) is None:
                 return 1
-            lm, params = with_last_layer(*beginnings[taps], arm)
+            lm, params = with_last_layer(*beginning, arm)
             rate = config.learning_rate / 3 if config.arm_learning_rate is None else config.arm_learning_rate
             run = Stage(config.directory / f"seed-{seed}" / arm, config.arm_steps, config.arm_batch_size, rate, seed)
             identity = {"recipe": "blocks", "stage": arm, "taps": config.taps}
