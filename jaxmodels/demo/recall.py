@@ -63,10 +63,23 @@ class Recall:
         pairs = np.arange(self.context, self.length).reshape(self.num_pairs, -1)
         return pairs[:, :-1].reshape(-1)
 
-    def rows(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` rows, int32 `[count, length]`."""
-        shares = np.cumsum(1.0 / np.arange(1, self.num_noise + 1))
-        noise = np.searchsorted(shares / shares[-1], rng.random((count, self.length)), side="right")
+    def rows(self, rng: np.random.Generator, count: int, text: np.ndarray | None = None) -> np.ndarray:
+        """`count` rows, int32 `[count, length]`.
+
+        Args:
+          rng: what is drawn from.
+          count: rows.
+          text: integers below `num_noise`, one after the other: a piece of it from a random place stands in each row
+            instead of noise.
+        """
+        if text is None:
+            shares = np.cumsum(1.0 / np.arange(1, self.num_noise + 1))
+            noise = np.searchsorted(shares / shares[-1], rng.random((count, self.length)), side="right")
+        else:
+            if len(text) < self.length:
+                raise ValueError(f"text must have at least the {self.length} tokens of a row; got {len(text)}")
+            starts = rng.integers(0, len(text) - self.length + 1, count)
+            noise = text[starts[:, None] + np.arange(self.length)]
         tokens = (1 + self.num_keys + self.num_values + np.minimum(noise, self.num_noise - 1)).astype(np.int32)
         tokens[:, 0] = START
         keys = 1 + np.argsort(rng.random((count, self.num_keys)), axis=1)[:, : self.num_pairs]

@@ -14,6 +14,7 @@ Below `directory`, each skipped when it is complete:
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -86,6 +87,9 @@ class Blocks:
     """Tokens of a value, all of which are asked for: what belongs to a key is then several neighbours."""
     noise: int = 255
     """Different tokens of noise."""
+    text: Path | None = None
+    """Directory of files whose bytes stand between the pairs instead of noise, and are learned as much as the answers
+    are. The last tenth of them is for the test."""
     dim: int = 128
     learning_rate: float = 1e-3
     test_rows: int = 256
@@ -141,7 +145,8 @@ def main(config: Blocks) -> int:
     from train.mesh import make_mesh
 
     started = time.perf_counter()
-    sizes = config.keys, config.values, config.noise, config.value_length
+    text = None if config.text is None else read_text(config.text)
+    sizes = config.keys, config.values, config.noise if text is None else 256, config.value_length
     tasks = [
         Recall(length, min(config.pairs, Recall.most_pairs(length, config.value_length)), *sizes)
         for length in (*config.lengths, config.length)
@@ -149,7 +154,13 @@ def main(config: Blocks) -> int:
     task = tasks[-1]
     if task.num_pairs != config.pairs:
         raise ValueError(f"pairs must be at most {task.num_pairs} in rows of {task.length} tokens; got {config.pairs}")
-    mesh = make_mesh(MeshConfig())
+    held_out = None
+    shared: dict[str, Any] = {"config": config, "mesh": make_mesh(MeshConfig()), "identity": {"recipe": "blocks"}}
+    if text is not None:
+        if len(text) < 10 * task.length:
+            raise ValueError(f"{config.text} must hold at least {10 * task.length} bytes of UTF-8; got {len(text)}")
+        shared["identity"]["text"] = hashlib.sha256(text.tobytes()).hexdigest()
+        shared["text"], held_out = text[: -(len(text) // 10)], text[-(len(text) // 10) :]
     arms = (DENSE, *config.arms)
     results: dict[str, Any] = {
         "command": command_line(), "machine": machine(), "config": to_json(config),
@@ -162,17 +173,17 @@ def main(config: Blocks) -> int:
         for arm in arms:
             taps = parse(arm)[2] if config.taps == "grown" else None
             if taps not in beginnings:
-                beginnings[taps] = grow(config, tasks, seed, taps, mesh)
+                beginnings[taps] = grow(config, tasks, seed, taps, shared)
             if (beginning := beginnings[taps]) is None:
                 return 1
             lm, params = with_last_layer(*beginning, arm)
             rate = config.learning_rate / 3 if config.arm_learning_rate is None else config.arm_learning_rate
             run = Stage(config.directory / f"seed-{seed}" / arm, config.arm_steps, config.arm_batch_size, rate, seed)
-            identity = {"recipe": "blocks", "stage": arm, "taps": config.taps}
-            tuned = train_stage(run, lm, task, params, identity=identity, config=config, mesh=mesh)
+            identity = shared["identity"] | {"stage": arm, "taps": config.taps}
+            tuned = train_stage(run, lm, task, params, **(shared | {"identity": identity}))
             if tuned is None:
                 return 1
-            before, after = accuracies(lm, (params, tuned), task, config)
+            before, after = accuracies(lm, (params, tuned), task, config, held_out)
             results["untrained"][arm][str(seed)], results["accuracy"][arm][str(seed)] = before, after
             results["seconds"] = time.perf_counter() - started
             write(path, results, quiet=True)
@@ -180,7 +191,9 @@ def main(config: Blocks) -> int:
     return 0
 
 
-def grow(config: Blocks, tasks: Sequence[Any], seed: int, taps: int | None, mesh: Any) -> tuple[Any, Any] | None:
+def grow(
+    config: Blocks, tasks: Sequence[Any], seed: int, taps: int | None, shared: dict[str, Any]
+) -> tuple[Any, Any] | None:
     """The beginning that arms share, with a convolution of `taps` in its last layer: model and weights.
 
     None when it was interrupted.
@@ -203,8 +216,8 @@ def grow(config: Blocks, tasks: Sequence[Any], seed: int, taps: int | None, mesh
     for task, steps, batch in zip(tasks, config.steps, config.batch_sizes, strict=False):
         name = f"grow-{task.length}" + ("" if taps is None else f"+{taps}")
         run = Stage(config.directory / f"seed-{seed}" / name, steps, batch, config.learning_rate, seed)
-        identity = {"recipe": "blocks", "stage": "grow"}
-        params = train_stage(run, lm, task, params, identity=identity, config=config, mesh=mesh)
+        identity = shared["identity"] | {"stage": "grow"}
+        params = train_stage(run, lm, task, params, **(shared | {"identity": identity}))
         if params is None:
             return None
     return lm, params
@@ -225,7 +238,22 @@ def with_last_layer(lm: Any, params: Any, arm: str) -> tuple[Any, Any]:
     return build(config), params
 
 
-def accuracies(lm: Any, weights: Sequence[Any], task: Any, config: Blocks) -> Iterator[float]:
+def read_text(directory: Path) -> Any:
+    """The bytes of all files below a directory that are UTF-8, in the order of their names."""
+    import numpy as np
+
+    parts = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        part = path.read_bytes()
+        try:
+            part.decode()
+        except UnicodeDecodeError:
+            continue
+        parts.append(part)
+    return np.frombuffer(b"\n".join(parts), np.uint8)
+
+
+def accuracies(lm: Any, weights: Sequence[Any], task: Any, config: Blocks, text: Any = None) -> Iterator[float]:
     """Share of right answers of each of the weights to the held-out rows, which are the same for all arms and seeds."""
     import jax
     import numpy as np
@@ -237,7 +265,9 @@ def accuracies(lm: Any, weights: Sequence[Any], task: Any, config: Blocks) -> It
     for params in weights:
         params = jax.tree.map(lambda x: x.astype(compute_dtype(None)), params)
         rng = np.random.default_rng(2**31)
-        batches = [task.rows(rng, config.arm_batch_size) for _ in range(config.test_rows // config.arm_batch_size)]
+        batches = [
+            task.rows(rng, config.arm_batch_size, text) for _ in range(config.test_rows // config.arm_batch_size)
+        ]
         correct = [np.asarray(answers(params, tokens, None, Causal())[0]) for tokens in batches]
         yield float(np.concatenate(correct).mean())
 

@@ -39,6 +39,17 @@ def test_draws_repeat_and_noise_is_uneven():
     assert counts[first] / counts[first + 9] == pytest.approx(10, rel=0.3)  # Zipf
 
 
+def test_text_stands_between_the_pairs():
+    task = Recall(64, 3, num_noise=1000)
+    text = np.arange(200, 900)
+    for row in task.rows(np.random.default_rng(0), 5, text):
+        is_text = row > task.num_keys + task.num_values
+        noise = row - 1 - task.num_keys - task.num_values - np.arange(64)  # one piece, cut out where pairs stand
+        assert is_text.sum() == 63 - 4 * 3 and len(set(noise[is_text])) == 1 and noise[is_text][0] >= 200
+    with pytest.raises(ValueError, match="text must have at least the 64 tokens of a row; got 63"):
+        task.rows(np.random.default_rng(0), 1, text[:63])
+
+
 def test_impossible_tasks_are_explained():
     with pytest.raises(ValueError, match="num_pairs must be at most num_keys=8; got 9"):
         Recall(400, 9, num_keys=8)

@@ -43,7 +43,12 @@ def test_a_convolution_from_the_beginning(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     command = ["blocks", "--directory", str(tmp_path), *SMALL, "--arms", "16x4", "16x4+3", "--taps", "grown"]
     command += ["--no-rotary", "--value-length", "2", "--seeds", "0", "--arm-learning-rate", "1e-4"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("One after the other. " * 100)
+    command += ["--text", str(tmp_path / "texts")]
     assert cli.main(command) == 0
+    metrics = (tmp_path / "seed-0" / "dense" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[0])["train/text_nll"] > 1
     runs = {path.name for path in (tmp_path / "seed-0").iterdir()}
     assert runs == {"grow-17", "grow-17+3", "dense", "16x4", "16x4+3"}
     results = json.loads((tmp_path / "results.json").read_text())
@@ -125,6 +130,16 @@ def test_seeds_are_merged(tmp_path, capsys):
 def test_what_it_refuses(capsys, flags, message):
     assert cli.main(["blocks", *flags]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_reads_text_in_the_order_of_names(tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.txt").write_text("ü")
+    (tmp_path / "a.py").write_text("x = 1")
+    (tmp_path / "z.bin").write_bytes(b"\xff\xfe")
+    assert blocks.read_text(tmp_path).tobytes() == "x = 1\nü".encode()
+    assert cli.main(["blocks", "--directory", str(tmp_path / "run"), "--text", str(tmp_path)]) == 1
+    assert "must hold at least 5120 bytes of UTF-8; got 8" in capsys.readouterr().err
 
 
 def test_more_pairs_than_a_row_holds(tmp_path, capsys):
