@@ -79,7 +79,7 @@ class Recall:
             if len(text) < self.length:
                 raise ValueError(f"text must have at least the {self.length} tokens of a row; got {len(text)}")
             starts = rng.integers(0, len(text) - self.length + 1, count)
-            noise = text[starts[:, None] + np.arange(self.length)]
+            noise = text[starts[:, None] + np.arange(self.length)].astype(np.int64)
         tokens = (1 + self.num_keys + self.num_values + np.minimum(noise, self.num_noise - 1)).astype(np.int32)
         tokens[:, 0] = START
         keys = 1 + np.argsort(rng.random((count, self.num_keys)), axis=1)[:, : self.num_pairs]

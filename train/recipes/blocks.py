@@ -31,6 +31,8 @@ from train.recipes.retrieval import Stage, make_answers, recall_config, train_st
 
 ARM = re.compile(r"(?:dense|(?P<block_size>[1-9]\d*)x(?P<top_k>[1-9]\d*))(?:\+(?P<taps>[1-9]\d*))?")
 DENSE = "dense"
+OF_ARMS = ("untrained", "training", "accuracy")
+"""What is recorded of every arm and seed: accuracy before it trains on, of its batches meanwhile, and afterwards."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Blocks:
     are. The last tenth of them is for the test."""
     dim: int = 128
     learning_rate: float = 1e-3
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of training and test; None: bfloat16 on a GPU, float32 on a CPU."""
     test_rows: int = 256
     """Held-out rows that all arms are tested on."""
 
@@ -156,6 +160,7 @@ def main(config: Blocks) -> int:
         raise ValueError(f"pairs must be at most {task.num_pairs} in rows of {task.length} tokens; got {config.pairs}")
     held_out = None
     shared: dict[str, Any] = {"config": config, "mesh": make_mesh(MeshConfig()), "identity": {"recipe": "blocks"}}
+    shared["compute_dtype"] = config.compute_dtype
     if text is not None:
         if len(text) < 10 * task.length:
             raise ValueError(f"{config.text} must hold at least {10 * task.length} bytes of UTF-8; got {len(text)}")
@@ -165,7 +170,7 @@ def main(config: Blocks) -> int:
     results: dict[str, Any] = {
         "command": command_line(), "machine": machine(), "config": to_json(config),
         "chance": 1 / task.num_values, "questions": config.test_rows * len(task.questions),
-        "accuracy": {arm: {} for arm in arms}, "untrained": {arm: {} for arm in arms},
+        **{name: {arm: {} for arm in arms} for name in OF_ARMS},
     }  # fmt: skip
     path = config.results or config.directory / "results.json"
     for seed in config.seeds:
@@ -185,6 +190,7 @@ def main(config: Blocks) -> int:
                 return 1
             before, after = accuracies(lm, (params, tuned), task, config, held_out)
             results["untrained"][arm][str(seed)], results["accuracy"][arm][str(seed)] = before, after
+            results["training"][arm][str(seed)] = training(run.directory)
             results["seconds"] = time.perf_counter() - started
             write(path, results, quiet=True)
     write(path, results)
@@ -263,7 +269,7 @@ def accuracies(lm: Any, weights: Sequence[Any], task: Any, config: Blocks, text:
 
     answers = make_answers(lm, task)
     for params in weights:
-        params = jax.tree.map(lambda x: x.astype(compute_dtype(None)), params)
+        params = jax.tree.map(lambda x: x.astype(compute_dtype(config.compute_dtype)), params)
         rng = np.random.default_rng(2**31)
         batches = [
             task.rows(rng, config.arm_batch_size, text) for _ in range(config.test_rows // config.arm_batch_size)
@@ -272,19 +278,25 @@ def accuracies(lm: Any, weights: Sequence[Any], task: Any, config: Blocks, text:
         yield float(np.concatenate(correct).mean())
 
 
+def training(directory: Path) -> list[tuple[int, float]]:
+    """Updates, and the share of right answers in the batches since the record before."""
+    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["train/accuracy"]) for record in records if "train/accuracy" in record]
+
+
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One study of several that differ in their seeds only. Raises ValueError where they differ in more."""
     own = ("directory", "results", "seeds", "merge")
     whole = dict(parts[0]) | {"command": [part["command"] for part in parts], "machine": [p["machine"] for p in parts]}
     whole["seconds"] = [part["seconds"] for part in parts]
     whole["config"] = parts[0]["config"] | {"seeds": [seed for part in parts for seed in part["config"]["seeds"]]}
-    for name in ("accuracy", "untrained"):
+    for name in OF_ARMS:
         whole[name] = {arm: dict(of_seeds) for arm, of_seeds in parts[0][name].items()}
     for part in parts[1:]:
         for field, value in part["config"].items():
             if field not in own and value != whole["config"].get(field):
                 raise ValueError(f"cannot merge: {field} is {whole['config'].get(field)} and {value}")
-        for name in ("accuracy", "untrained"):
+        for name in OF_ARMS:
             for arm, of_seeds in part[name].items():
                 if twice := whole[name][arm].keys() & of_seeds.keys():
                     raise ValueError(f"cannot merge: seed {min(twice)} of {arm} is there twice")

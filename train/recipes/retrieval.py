@@ -19,7 +19,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from train.config import MeshConfig, OptimConfig, RunConfig, to_json
 from train.machine import command_line, machine
@@ -234,6 +234,7 @@ def train_stage(
     mesh: Any,
     skip: "SkipAttention | None" = None,
     text: Any = None,
+    compute_dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Any:
     """The weights after one run, from `params` or random ones; None when it was interrupted.
 
@@ -242,7 +243,7 @@ def train_stage(
     from train.loop import fit, weights_of
 
     run = RunConfig(
-        stage.directory, stage.steps, stage.batch_size, seed=stage.seed,
+        stage.directory, stage.steps, stage.batch_size, compute_dtype=compute_dtype, seed=stage.seed,
         log_every=max(1, stage.steps // 10), checkpoint_every=stage.steps,
     )  # fmt: skip
     optim = OptimConfig(stage.learning_rate, warmup_steps=min(100, stage.steps // 5), weight_decay=0.01)

@@ -41,7 +41,7 @@ def test_draws_repeat_and_noise_is_uneven():
 
 def test_text_stands_between_the_pairs():
     task = Recall(64, 3, num_noise=1000)
-    text = np.arange(200, 900)
+    text = np.arange(200, 900, dtype=np.uint16)
     for row in task.rows(np.random.default_rng(0), 5, text):
         is_text = row > task.num_keys + task.num_values
         noise = row - 1 - task.num_keys - task.num_values - np.arange(64)  # one piece, cut out where pairs stand

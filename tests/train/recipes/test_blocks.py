@@ -24,9 +24,10 @@ def test_trains_every_arm_and_reports(tmp_path, monkeypatch, capsys):
     assert cli.main(["blocks", "--merge", *files, "--results", str(whole)]) == 0
     results = json.loads(whole.read_text())
     assert results["chance"] == 1 / 128 and results["questions"] == 40
-    for name in ("accuracy", "untrained"):
+    for name in blocks.OF_ARMS:
         assert [*results[name]] == ["dense", "32x2", "16x4+3", "dense+3"]
         assert all([*of_seeds] == ["0", "7"] for of_seeds in results[name].values())
+    assert [step for step, accuracy in results["training"]["32x2"]["7"]] == [1, 2]
     # Taps of 0 leave the dense model what it is until it trains on.
     assert results["untrained"]["dense"] == results["untrained"]["dense+3"]
     assert [*results["differences"]] == ["dense+3 - dense"] and results["differences"]["dense+3 - dense"]["n"] == 2
@@ -97,10 +98,11 @@ def test_seeds_are_merged(tmp_path, capsys):
         accuracy = {"dense": {str(seed): 1.0}, "16x8": {str(seed): 0.25 * seed}}
         config = {"seeds": [seed], "directory": "a", "results": None, "merge": [], "arm_steps": 3}
         numbers = {"questions": 40, "chance": 0.1, "command": "c", "machine": {}, "seconds": 1.0}
-        return numbers | {"config": config | changes, "accuracy": accuracy, "untrained": accuracy}
+        return numbers | {"config": config | changes, **dict.fromkeys(blocks.OF_ARMS, accuracy)}
 
     whole = blocks.merged([part(1), part(3, directory="b")])
     assert whole["accuracy"]["16x8"] == whole["untrained"]["16x8"] == {"1": 0.25, "3": 0.75}
+    assert whole["training"] == whole["accuracy"]
     assert whole["config"]["seeds"] == [1, 3] and whole["seconds"] == [1.0, 1.0] and whole["command"] == ["c", "c"]
     with pytest.raises(ValueError, match="cannot merge: arm_steps is 3 and 4"):
         blocks.merged([part(1), part(3, arm_steps=4)])
