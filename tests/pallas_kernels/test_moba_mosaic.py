@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import dispatch_table
 from benchmarks import moba as benchmark
 from pallas_kernels import compat, dispatch
 from pallas_kernels.moba import api, layout, lists, moba_attention, moba_select, mosaic_sm90, routing, xla
-from pallas_kernels.moba.mosaic_sm90 import select
+from pallas_kernels.moba.mosaic_sm90 import rows, select
 
 INTERPRET = compat.interpret_params(detect_races=True)
 HOPPER = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
@@ -97,6 +98,44 @@ def test_the_routing_kernel_has_the_tie_rule_and_ignores_nan():
     scores = np.asarray(q, np.float64)[0, 59, 0] @ np.nan_to_num(np.asarray(means[0, :, 0], np.float64)).T
     assert np.unique(scores[:177]).size < 177, "there are ties"
     assert (np.asarray(found)[0, np.asarray(eligible[0]) == 0] == -1).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_lie_in_shared_memory_as_the_tensor_core_reads_them(head_dim):
+    """Tiles of 8 rows by 128 bytes; bits 4 to 6 of an address are those of the plain one xor its bits 7 to 9."""
+    num_rows, chunks = 64, head_dim * 2 // rows.CHUNK
+    tiled = np.arange(num_rows * chunks).reshape(num_rows // 8, 8, chunks // 8, 8).transpose(0, 2, 1, 3).reshape(-1)
+    plain = np.arange(tiled.size) * rows.CHUNK
+    row, chunk = np.divmod(tiled, chunks)
+    np.testing.assert_array_equal(rows.place(row, chunk, chunks), plain ^ (plain >> 7 & 7) << 4)
+    # What a thread adds to its first address is the same for each of its rows.
+    step = rows.THREADS // chunks
+    row, chunk = np.divmod(np.arange(rows.THREADS), chunks)
+    for first in range(0, num_rows, step):
+        expected = rows.place(row + first, chunk, chunks)
+        np.testing.assert_array_equal(rows.place(row, chunk, chunks) + rows.place(first, 0, chunks), expected)
+
+
+def test_rows_are_read_where_they_lie():
+    """The last and the first, some twice; a negative index gives zeros, though the first row is NaN."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(100, 64)), jnp.float16).at[0].set(jnp.nan)
+    index = jnp.asarray(np.r_[99, 1, 0, -1, 5, 5, 7, -3, np.random.default_rng(1).integers(1, 100, 24)], jnp.int32)
+
+    def copy(x_ref, index_ref, out_ref, smem_ref):
+        rows.start(index_ref, (x_ref, smem_ref), interpreted=True)
+        rows.wait(interpreted=True)
+        plgpu.copy_smem_to_gmem(smem_ref, out_ref)
+        plgpu.wait_smem_to_gmem(0)
+
+    found = compat.kernel(
+        copy,
+        out_type=jax.ShapeDtypeStruct((32, 64), x.dtype),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((32, 64), x.dtype, transforms=compat.swizzled(x.dtype, 64))],
+        interpret=INTERPRET,
+    )(x, index)
+    np.testing.assert_array_equal(found, np.where(np.asarray(index)[:, None] < 0, 0, np.asarray(x)[index]))
 
 
 def test_pieces_cover_every_tile_once():

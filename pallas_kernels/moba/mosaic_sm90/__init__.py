@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.attention.mosaic_sm90.parts import LOG2E
@@ -111,8 +111,8 @@ class _Tiles(NamedTuple):
     keys: Int[Array, "C_keys"] | None  # of all candidates, one after the other; None: they lie so
     lists: lists.BlockLists
     tiles: lists.Tiles
-    row: Int[Array, "slots"]
-    is_pair: Bool[Array, "slots"]
+    block: Int[Array, "tiles"]  # -1 beyond the last tile
+    row: Int[Array, "slots"]  # the query of each place in the tiles, -1 for none
 
     @classmethod
     def of(cls, static: Static, start: Array, **arrays: Array) -> "_Tiles":
@@ -138,14 +138,18 @@ class _Tiles(NamedTuple):
             keys=None if static.aligned else (start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1),
             lists=of_blocks,
             tiles=tiles,
-            row=of_blocks.entries.at[slot].get(mode="clip") // head.blocks.shape[1],
-            is_pair=(offset < tiles.size[:, None]).reshape(-1),
+            block=jnp.where(jnp.arange(num_tiles) < tiles.total, tiles.block, -1),
+            row=jnp.where(
+                (offset < tiles.size[:, None]).reshape(-1),
+                of_blocks.entries.at[slot].get(mode="clip") // head.blocks.shape[1],
+                -1,
+            ),
         )
 
     def of_rows(self, x: Array, otherwise: float = 0.0) -> Array:
         """Rows in the order of the slots."""
-        is_pair = self.is_pair.reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(is_pair, x[self.row], jnp.asarray(otherwise, x.dtype))
+        is_pair = (self.row >= 0).reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(is_pair, x[jnp.maximum(self.row, 0)], jnp.asarray(otherwise, x.dtype))
 
     def of_keys(self, x: Array) -> Array:
         if self.keys is None:
@@ -166,11 +170,11 @@ def forward_head(
     here = _Tiles.of(static, start, **arrays)
     head, tiles = here.head, here.tiles
     parts, lses = attend.run(
-        here.of_rows(head.q),
+        head.q,
+        here.row,
         here.of_keys(head.k),
         here.of_keys(head.v),
-        tiles.block,
-        tiles.total,
+        here.block,
         block_size=here.block_size,
         scale=static.scale,
         interpret=interpret,
@@ -247,7 +251,7 @@ def compile_cases() -> Iterator[Any]:
             gradient = (rows, rows, array((2, rows.shape[0]), jnp.float32), keys, keys)
             pieces = lists.Pieces(*of_pieces)
             for name, function, avals in (
-                ("attend", attend.run, (rows, keys, keys, tiles, array((), jnp.int32))),
+                ("attend", attend.run, (keys, array(rows.shape[:1], jnp.int32), keys, keys, tiles)),
                 ("dq", backward.query_gradients, (*gradient, tiles, array((), jnp.int32))),
                 ("dk dv", backward.key_gradients, (*gradient, pieces)),
             ):
