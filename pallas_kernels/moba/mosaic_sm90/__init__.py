@@ -146,10 +146,9 @@ class _Tiles(NamedTuple):
             ),
         )
 
-    def of_rows(self, x: Array, otherwise: float = 0.0) -> Array:
-        """Rows in the order of the slots."""
-        is_pair = (self.row >= 0).reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(is_pair, x[jnp.maximum(self.row, 0)], jnp.asarray(otherwise, x.dtype))
+    def of_slots(self, x: Float[Array, "R"], otherwise: float) -> Float[Array, "slots"]:
+        """A number of each row in the order of the slots."""
+        return jnp.where(self.row < 0, jnp.asarray(otherwise, x.dtype), x[jnp.maximum(self.row, 0)])
 
     def of_keys(self, x: Array) -> Array:
         if self.keys is None:
@@ -196,13 +195,13 @@ def backward_head(
     """As `routed.backward_head`."""
     here = _Tiles.of(static, start, **arrays)
     head, tiles = here.head, here.tiles
-    stats = [here.of_rows(lse.reshape(-1) * LOG2E, jnp.inf), here.of_rows(delta.reshape(-1))]
-    rows = (here.of_rows(head.q), here.of_rows(d_out.reshape(head.q.shape)), jnp.stack(stats))
+    stats = [here.of_slots(lse.reshape(-1) * LOG2E, jnp.inf), here.of_slots(delta.reshape(-1), 0.0)]
+    of_rows = (head.q, d_out.reshape(head.q.shape), jnp.stack(stats), here.row)
     keys = (here.of_keys(head.k), here.of_keys(head.v))
     options: dict[str, Any] = {"block_size": here.block_size, "scale": static.scale, "interpret": interpret}
-    dq = backward.query_gradients(*rows, *keys, tiles.block, tiles.total, **options)
-    pieces = lists.pieces(here.lists, attend.TILE, tiles.block.shape[0], LONGEST_PIECE)
-    parts = backward.key_gradients(*rows, *keys, pieces, **options)
+    dq = backward.query_gradients(*of_rows, *keys, here.block, **options)
+    pieces = lists.pieces(here.lists, attend.TILE, here.block.shape[0], LONGEST_PIECE)
+    parts = backward.key_gradients(*of_rows, *keys, pieces, **options)
 
     def add(nth, sums):
         piece = jnp.minimum(pieces.begin + nth, parts[0].shape[0] - 1)
@@ -247,12 +246,13 @@ def compile_cases() -> Iterator[Any]:
             options = {"block_size": block_size, "scale": 0.1}
             tiles = array((64,), jnp.int32)
             of_pieces: Any = [array((32,), jnp.int32)] * 5
-            rows, keys = (array((count, head_dim), dtype) for count in (64 * attend.TILE, queries))
-            gradient = (rows, rows, array((2, rows.shape[0]), jnp.float32), keys, keys)
+            rows = keys = array((queries, head_dim), dtype)
+            slots = array((tiles.shape[0] * attend.TILE,), jnp.int32)
+            gradient = (rows, rows, array((2, *slots.shape), jnp.float32), slots, keys, keys)
             pieces = lists.Pieces(*of_pieces)
             for name, function, avals in (
-                ("attend", attend.run, (keys, array(rows.shape[:1], jnp.int32), keys, keys, tiles)),
-                ("dq", backward.query_gradients, (*gradient, tiles, array((), jnp.int32))),
+                ("attend", attend.run, (rows, slots, keys, keys, tiles)),
+                ("dq", backward.query_gradients, (*gradient, tiles)),
                 ("dk dv", backward.key_gradients, (*gradient, pieces)),
             ):
                 yield CompileCase(
