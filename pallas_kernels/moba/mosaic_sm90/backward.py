@@ -133,7 +133,7 @@ def key_gradients(
 
     def moba_dk_dv(refs, dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem, stats_smem, own_ready, ready, free):
         warpgroup, piece = lax.axis_index("warpgroup"), lax.axis_index("piece")
-        steps = refs["size"][piece] * (TILE // ROWS)
+        first, steps = refs["first"][piece] * TILE, refs["size"][piece] * (TILE // ROWS)
 
         @pl.when(warpgroup < warpgroups)
         def compute():
@@ -202,7 +202,7 @@ def key_gradients(
                     plgpu.barrier_wait(free.at[slot])
                     plgpu.commit_smem()  # the statistics of this slot were read by ordinary loads
 
-                slots = pl.ds(refs["first"][piece] * TILE + i * ROWS, ROWS)
+                slots = pl.ds(first + i * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(refs["stats"].at[:, slots], stats_smem.at[slot], ready.at[slot])
                 copies = ((refs["q"], q_smem.at[slot]), (refs["do"], do_smem.at[slot]))
                 rows.start(refs["row"].at[slots], *copies, interpreted=interpreted)
