@@ -116,26 +116,38 @@ def test_rows_lie_in_shared_memory_as_the_tensor_core_reads_them(head_dim):
         np.testing.assert_array_equal(rows.place(row, chunk, chunks) + rows.place(first, 0, chunks), expected)
 
 
-def test_rows_are_read_where_they_lie():
-    """The last and the first, some twice; a negative index gives zeros, though the first row is NaN."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(100, 64)), jnp.float16).at[0].set(jnp.nan)
-    index = jnp.asarray(np.r_[99, 1, 0, -1, 5, 5, 7, -3, np.random.default_rng(1).integers(1, 100, 24)], jnp.int32)
+def test_rows_are_read_and_written_where_they_lie():
+    """The first and the last, some twice; a negative index reads zeros, though row 0 is NaN, and writes nothing."""
+    rng, num_rows = np.random.default_rng(0), 32
+    x = jnp.asarray(rng.normal(size=(100, 64)), jnp.float16).at[0].set(jnp.nan)
+    numbers = jnp.arange(num_rows, dtype=jnp.float32)
+    source = jnp.asarray(np.r_[99, 1, 0, -1, 5, 5, 7, -3, rng.integers(1, 100, num_rows - 8)], jnp.int32)
+    target = jnp.asarray(rng.permutation(50)[:num_rows], jnp.int32).at[3:6].set(-1).at[8].set(0)
 
-    def copy(x_ref, index_ref, out_ref, smem_ref):
-        rows.start(index_ref, (x_ref, smem_ref), interpreted=True)
+    def copy(x_ref, numbers_ref, source_ref, target_ref, out_ref, of_numbers_ref, smem_ref, number_smem_ref):
+        rows.start(source_ref, (x_ref, smem_ref), interpreted=True)
         rows.wait(interpreted=True)
-        plgpu.copy_smem_to_gmem(smem_ref, out_ref)
-        plgpu.wait_smem_to_gmem(0)
+        number_smem_ref[...] = numbers_ref[...]
+        rows.store(target_ref, smem_ref, out_ref, interpreted=True)
+        rows.store(target_ref, number_smem_ref, of_numbers_ref, interpreted=True)
 
-    found = compat.kernel(
+    out, of_numbers = compat.kernel(
         copy,
-        out_type=jax.ShapeDtypeStruct((32, 64), x.dtype),
+        out_type=(jax.ShapeDtypeStruct((50, 64), x.dtype), jax.ShapeDtypeStruct((50,), jnp.float32)),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((32, 64), x.dtype, transforms=compat.swizzled(x.dtype, 64))],
+        scratch_types=[
+            plgpu.SMEM((num_rows, 64), x.dtype, transforms=compat.swizzled(x.dtype, 64)),
+            plgpu.SMEM((num_rows,), jnp.float32),
+        ],
         interpret=INTERPRET,
-    )(x, index)
-    np.testing.assert_array_equal(found, np.where(np.asarray(index)[:, None] < 0, 0, np.asarray(x)[index]))
+    )(x, numbers, source, target)
+    read = np.where(np.asarray(source)[:, None] < 0, 0, np.asarray(x)[source])
+    expected, of_expected = np.full((50, 64), np.nan, np.float16), np.full(50, np.nan, np.float32)
+    kept = np.asarray(target) >= 0
+    expected[target[kept]], of_expected[target[kept]] = read[kept], np.asarray(numbers)[kept]
+    np.testing.assert_array_equal(out, expected)  # the interpreter's memory begins as NaN
+    np.testing.assert_array_equal(of_numbers, of_expected)
 
 
 def test_pieces_cover_every_tile_once():

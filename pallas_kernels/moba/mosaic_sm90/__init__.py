@@ -1,8 +1,9 @@
 """Hopper kernels of block-routed attention: `select.py` routes, `attend.py` attends to the routed blocks, `backward.py`
 has their gradients.
 
-What is between them stays in XLA: the lists of queries per block, the gathering of queries into tiles, and the sum of a
-query's partial results. The own blocks are left to `flash_attention`.
+What is between them stays in XLA: the lists of queries per block, and the sum of a query's partial results. The kernels
+read queries where they lie, and write the results of each pair of a query and a rank to a place of its own. The own
+blocks are left to `flash_attention`.
 
 A block of more than 128 keys is attended as several of 128, which the same queries chose.
 """
@@ -110,9 +111,8 @@ class _Tiles(NamedTuple):
     block_size: int
     keys: Int[Array, "C_keys"] | None  # of all candidates, one after the other; None: they lie so
     lists: lists.BlockLists
-    tiles: lists.Tiles
     block: Int[Array, "tiles"]  # -1 beyond the last tile
-    row: Int[Array, "slots"]  # the query of each place in the tiles, -1 for none
+    pair: Int[Array, "slots"]  # row * ranks + rank, of each slot of the tiles; -1 for none
 
     @classmethod
     def of(cls, static: Static, start: Array, **arrays: Array) -> "_Tiles":
@@ -137,18 +137,18 @@ class _Tiles(NamedTuple):
             # Blocks of packed rows begin anywhere, those of a swizzled copy at multiples of 8.
             keys=None if static.aligned else (start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1),
             lists=of_blocks,
-            tiles=tiles,
             block=jnp.where(jnp.arange(num_tiles) < tiles.total, tiles.block, -1),
-            row=jnp.where(
-                (offset < tiles.size[:, None]).reshape(-1),
-                of_blocks.entries.at[slot].get(mode="clip") // head.blocks.shape[1],
-                -1,
-            ),
+            pair=jnp.where((offset < tiles.size[:, None]).reshape(-1), of_blocks.entries.at[slot].get(mode="clip"), -1),
         )
+
+    @property
+    def row(self) -> Int[Array, "slots"]:
+        """The query of each slot, -1 for none."""
+        return self.pair // self.head.blocks.shape[1]
 
     def of_slots(self, x: Float[Array, "R"], otherwise: float) -> Float[Array, "slots"]:
         """A number of each row in the order of the slots."""
-        return jnp.where(self.row < 0, jnp.asarray(otherwise, x.dtype), x[jnp.maximum(self.row, 0)])
+        return jnp.where(self.pair < 0, jnp.asarray(otherwise, x.dtype), x[jnp.maximum(self.row, 0)])
 
     def of_keys(self, x: Array) -> Array:
         if self.keys is None:
@@ -167,18 +167,20 @@ def forward_head(
     """As `routed.forward_head`; every candidate in use has `block_size` keys."""
     del length
     here = _Tiles.of(static, start, **arrays)
-    head, tiles = here.head, here.tiles
+    head = here.head
     parts, lses = attend.run(
         head.q,
         here.row,
+        here.pair,
         here.of_keys(head.k),
         here.of_keys(head.v),
         here.block,
+        num_pairs=head.blocks.size,
         block_size=here.block_size,
         scale=static.scale,
         interpret=interpret,
     )
-    return routed.combine(head.blocks, tiles.place, parts, lses, arrays["q"].shape[:2], unroll=True)
+    return routed.combine(head.blocks, None, parts, lses, arrays["q"].shape[:2], unroll=True)
 
 
 def backward_head(
@@ -194,12 +196,13 @@ def backward_head(
 ) -> tuple[Float[Array, "T G H"], Float[Array, "S H"], Float[Array, "S H"]]:
     """As `routed.backward_head`."""
     here = _Tiles.of(static, start, **arrays)
-    head, tiles = here.head, here.tiles
+    head = here.head
     stats = [here.of_slots(lse.reshape(-1) * LOG2E, jnp.inf), here.of_slots(delta.reshape(-1), 0.0)]
     of_rows = (head.q, d_out.reshape(head.q.shape), jnp.stack(stats), here.row)
     keys = (here.of_keys(head.k), here.of_keys(head.v))
     options: dict[str, Any] = {"block_size": here.block_size, "scale": static.scale, "interpret": interpret}
-    dq = backward.query_gradients(*of_rows, *keys, here.block, **options)
+    dq = backward.query_gradients(*of_rows, *keys, here.block, here.pair, num_pairs=head.blocks.size, **options)
+    dq = dq.reshape(*head.blocks.shape, -1)
     pieces = lists.pieces(here.lists, attend.TILE, here.block.shape[0], LONGEST_PIECE)
     parts = backward.key_gradients(*of_rows, *keys, pieces, **options)
 
@@ -211,10 +214,9 @@ def backward_head(
     # Most lists are one piece, so the first is no addition.
     dk, dv = (part[pieces.begin].astype(jnp.float32) for part in parts)
     dk, dv = jax.lax.fori_loop(1, pieces.per_block.max(), add, (dk, dv))
-    place = tiles.place.reshape(head.blocks.shape)
     dq_rows = jnp.zeros(head.q.shape, jnp.float32)
     for rank in range(head.blocks.shape[1]):  # written out it is one operation
-        dq_rows += jnp.where(head.blocks[:, rank][:, None] >= 0, dq[place[:, rank]], 0)
+        dq_rows += jnp.where(head.blocks[:, rank][:, None] >= 0, dq[:, rank], 0)
     split = start.shape[0], static.block_size
     dk, dv = (
         routed.to_keys(x.reshape(*split, -1), start, length, like, aligned=static.aligned)
@@ -243,7 +245,7 @@ def compile_cases() -> Iterator[Any]:
                 avals=(array((1, queries, 4, head_dim), dtype), array((1, 512, 2, head_dim), dtype), layout),
             )
         for block_size in (64, 128):
-            options = {"block_size": block_size, "scale": 0.1}
+            options, pairs = {"block_size": block_size, "scale": 0.1}, {"num_pairs": 7 * queries}
             tiles = array((64,), jnp.int32)
             of_pieces: Any = [array((32,), jnp.int32)] * 5
             rows = keys = array((queries, head_dim), dtype)
@@ -251,12 +253,12 @@ def compile_cases() -> Iterator[Any]:
             gradient = (rows, rows, array((2, *slots.shape), jnp.float32), slots, keys, keys)
             pieces = lists.Pieces(*of_pieces)
             for name, function, avals in (
-                ("attend", attend.run, (rows, slots, keys, keys, tiles)),
-                ("dq", backward.query_gradients, (*gradient, tiles)),
+                ("attend", attend.run, (rows, slots, slots, keys, keys, tiles)),
+                ("dq", backward.query_gradients, (*gradient, tiles, slots)),
                 ("dk dv", backward.key_gradients, (*gradient, pieces)),
             ):
                 yield CompileCase(
                     name=f"moba {name} block={block_size} H={head_dim}",
-                    function=functools.partial(function, **options),
+                    function=functools.partial(function, **options | ({} if name == "dk dv" else pairs)),
                     avals=avals,
                 )

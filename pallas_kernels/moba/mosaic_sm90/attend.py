@@ -23,26 +23,30 @@ WARPGROUPS, ROWS = 2, 64
 TILE = WARPGROUPS * ROWS
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("num_pairs", "block_size", "scale", "interpret"))
 def run(
     q: Float[Array, "R H"],
     row: Int[Array, "slots"],
+    pair: Int[Array, "slots"],
     k: Float[Array, "C_keys H"],
     v: Float[Array, "C_keys H"],
     block: Int[Array, "tiles"],
     *,
+    num_pairs: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "slots H"], Float[Array, "slots"]]:
+) -> tuple[Float[Array, "pairs H"], Float[Array, "pairs"]]:
     """Partial outputs in the dtype of `q`, and natural log-sum-exps.
 
     Args:
       q: queries.
       row: the query of each slot, in tiles of 128; negative is none.
+      pair: where the results of each slot go; negative is nowhere. What is not written holds anything.
       k: keys, those of one block after the other; what is beyond the last block is not read.
       v: values.
       block: of each tile; negative for tiles that are not in use.
+      num_pairs: places for results.
       block_size: 64 or 128.
       scale: of scores.
       interpret: runs the kernel on the CPU, for tests.
@@ -82,17 +86,18 @@ def run(
             inverse = jnp.where(sums == 0.0, 0.0, 1.0 / jnp.where(sums == 0.0, 1.0, sums))
             q_smem[warpgroup] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
             lse_smem[warpgroup] = jnp.where(sums == 0.0, -jnp.inf, (top + jnp.log2(sums)) * (1.0 / LOG2E))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_ref.at[slots])
-            plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[slots])
-            plgpu.wait_smem_to_gmem(0)
+            for smem, ref in ((q_smem, out_ref), (lse_smem, lse_ref)):
+                rows.store(refs["pair"].at[slots], smem.at[warpgroup], ref, interpreted=interpreted)
 
     def matrices(*shape):
         return plgpu.SMEM(shape, dtype, transforms=compat.swizzled(dtype, shape[-1]))
 
     return compat.kernel(
         moba_attend,
-        out_type=(jax.ShapeDtypeStruct((*row.shape, head_dim), dtype), jax.ShapeDtypeStruct(row.shape, jnp.float32)),
+        out_type=(
+            jax.ShapeDtypeStruct((num_pairs, head_dim), dtype),
+            jax.ShapeDtypeStruct((num_pairs,), jnp.float32),
+        ),
         grid=(num_tiles,),
         grid_names=("tile",),
         num_threads=WARPGROUPS,
@@ -106,4 +111,4 @@ def run(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )({"q": q, "row": row, "k": k, "v": v, "block": block})
+    )({"q": q, "row": row, "pair": pair, "k": k, "v": v, "block": block})

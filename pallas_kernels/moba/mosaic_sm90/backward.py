@@ -33,7 +33,7 @@ from pallas_kernels.moba.mosaic_sm90.attend import ROWS, TILE, WARPGROUPS
 STAGES = 3
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("num_pairs", "block_size", "scale", "interpret"))
 def query_gradients(
     q: Float[Array, "R H"],
     d_out: Float[Array, "R H"],
@@ -42,11 +42,13 @@ def query_gradients(
     k: Float[Array, "C_keys H"],
     v: Float[Array, "C_keys H"],
     block: Int[Array, "tiles"],
+    pair: Int[Array, "slots"],
     *,
+    num_pairs: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> Float[Array, "slots H"]:
+) -> Float[Array, "pairs H"]:
     """Partial dQ. Arguments as in `attend.run`; `stats` are lse * log2(e) and delta."""
     num_tiles, head_dim, dtype = block.shape[0], q.shape[1], q.dtype
     shape, log2_scale, interpreted = (ROWS, block_size), scale * LOG2E, interpret is not None
@@ -88,14 +90,12 @@ def query_gradients(
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA)
             (dq,) = accumulate([(zeros, lambda: ds, k_smem)], interpreted=interpreted)
             q_smem[warpgroup] = (dq * scale).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], dq_ref.at[slots])
-            plgpu.wait_smem_to_gmem(0)
+            rows.store(refs["pair"].at[slots], q_smem.at[warpgroup], dq_ref, interpreted=interpreted)
 
     own, keys = (_matrices(dtype, *size, head_dim) for size in ((WARPGROUPS, ROWS), (block_size,)))
     return compat.kernel(
         moba_dq,
-        out_type=jax.ShapeDtypeStruct((*row.shape, head_dim), dtype),
+        out_type=jax.ShapeDtypeStruct((num_pairs, head_dim), dtype),
         grid=(num_tiles,),
         grid_names=("tile",),
         num_threads=WARPGROUPS,
@@ -109,7 +109,7 @@ def query_gradients(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )({"q": q, "do": d_out, "stats": stats, "row": row, "k": k, "v": v, "block": block})
+    )({"q": q, "do": d_out, "stats": stats, "row": row, "k": k, "v": v, "block": block, "pair": pair})
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
