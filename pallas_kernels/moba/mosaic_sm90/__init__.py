@@ -142,13 +142,12 @@ class _Tiles(NamedTuple):
         )
 
     @property
-    def row(self) -> Int[Array, "slots"]:
-        """The query of each slot, -1 for none."""
-        return self.pair // self.head.blocks.shape[1]
+    def ranks(self) -> int:
+        return self.head.blocks.shape[1]
 
     def of_slots(self, x: Float[Array, "R"], otherwise: float) -> Float[Array, "slots"]:
         """A number of each row in the order of the slots."""
-        return jnp.where(self.pair < 0, jnp.asarray(otherwise, x.dtype), x[jnp.maximum(self.row, 0)])
+        return jnp.where(self.pair < 0, jnp.asarray(otherwise, x.dtype), x[jnp.maximum(self.pair, 0) // self.ranks])
 
     def of_keys(self, x: Array) -> Array:
         if self.keys is None:
@@ -170,12 +169,11 @@ def forward_head(
     head = here.head
     parts, lses = attend.run(
         head.q,
-        here.row,
         here.pair,
         here.of_keys(head.k),
         here.of_keys(head.v),
         here.block,
-        num_pairs=head.blocks.size,
+        ranks=here.ranks,
         block_size=here.block_size,
         scale=static.scale,
         interpret=interpret,
@@ -198,10 +196,11 @@ def backward_head(
     here = _Tiles.of(static, start, **arrays)
     head = here.head
     stats = [here.of_slots(lse.reshape(-1) * LOG2E, jnp.inf), here.of_slots(delta.reshape(-1), 0.0)]
-    of_rows = (head.q, d_out.reshape(head.q.shape), jnp.stack(stats), here.row)
+    of_rows = (head.q, d_out.reshape(head.q.shape), jnp.stack(stats), here.pair)
     keys = (here.of_keys(head.k), here.of_keys(head.v))
-    options: dict[str, Any] = {"block_size": here.block_size, "scale": static.scale, "interpret": interpret}
-    dq = backward.query_gradients(*of_rows, *keys, here.block, here.pair, num_pairs=head.blocks.size, **options)
+    options: dict[str, Any] = {"ranks": here.ranks, "block_size": here.block_size, "scale": static.scale}
+    options["interpret"] = interpret
+    dq = backward.query_gradients(*of_rows, *keys, here.block, **options)
     dq = dq.reshape(*head.blocks.shape, -1)
     pieces = lists.pieces(here.lists, attend.TILE, here.block.shape[0], LONGEST_PIECE)
     parts = backward.key_gradients(*of_rows, *keys, pieces, **options)
@@ -245,7 +244,7 @@ def compile_cases() -> Iterator[Any]:
                 avals=(array((1, queries, 4, head_dim), dtype), array((1, 512, 2, head_dim), dtype), layout),
             )
         for block_size in (64, 128):
-            options, pairs = {"block_size": block_size, "scale": 0.1}, {"num_pairs": 7 * queries}
+            options = {"ranks": 7, "block_size": block_size, "scale": 0.1}
             tiles = array((64,), jnp.int32)
             of_pieces: Any = [array((32,), jnp.int32)] * 5
             rows = keys = array((queries, head_dim), dtype)
@@ -253,12 +252,12 @@ def compile_cases() -> Iterator[Any]:
             gradient = (rows, rows, array((2, *slots.shape), jnp.float32), slots, keys, keys)
             pieces = lists.Pieces(*of_pieces)
             for name, function, avals in (
-                ("attend", attend.run, (rows, slots, slots, keys, keys, tiles)),
-                ("dq", backward.query_gradients, (*gradient, tiles, slots)),
+                ("attend", attend.run, (rows, slots, keys, keys, tiles)),
+                ("dq", backward.query_gradients, (*gradient, tiles)),
                 ("dk dv", backward.key_gradients, (*gradient, pieces)),
             ):
                 yield CompileCase(
                     name=f"moba {name} block={block_size} H={head_dim}",
-                    function=functools.partial(function, **options | ({} if name == "dk dv" else pairs)),
+                    function=functools.partial(function, **options),
                     avals=avals,
                 )

@@ -23,16 +23,15 @@ WARPGROUPS, ROWS = 2, 64
 TILE = WARPGROUPS * ROWS
 
 
-@functools.partial(jax.jit, static_argnames=("num_pairs", "block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
 def run(
     q: Float[Array, "R H"],
-    row: Int[Array, "slots"],
     pair: Int[Array, "slots"],
     k: Float[Array, "C_keys H"],
     v: Float[Array, "C_keys H"],
     block: Int[Array, "tiles"],
     *,
-    num_pairs: int,
+    ranks: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -41,12 +40,12 @@ def run(
 
     Args:
       q: queries.
-      row: the query of each slot, in tiles of 128; negative is none.
-      pair: where the results of each slot go; negative is nowhere. What is not written holds anything.
+      pair: of each slot, in tiles of 128: query * ranks + rank, where its results go; negative is none. What is not
+        written holds anything.
       k: keys, those of one block after the other; what is beyond the last block is not read.
       v: values.
       block: of each tile; negative for tiles that are not in use.
-      num_pairs: places for results.
+      ranks: places for results of each query.
       block_size: 64 or 128.
       scale: of scores.
       interpret: runs the kernel on the CPU, for tests.
@@ -66,7 +65,9 @@ def run(
                 plgpu.copy_gmem_to_smem(refs["k"].at[keys], k_smem, kv_ready.at[0])
                 plgpu.copy_gmem_to_smem(refs["v"].at[keys], v_smem, kv_ready.at[1])
 
-            rows.start(refs["row"].at[slots], (refs["q"], q_smem.at[warpgroup]), interpreted=interpreted)
+            rows.start(
+                refs["pair"].at[slots], (refs["q"], q_smem.at[warpgroup]), divisor=ranks, interpreted=interpreted
+            )
             rows.wait(interpreted=interpreted)
             plgpu.barrier_wait(kv_ready.at[0])
 
@@ -86,8 +87,8 @@ def run(
             inverse = jnp.where(sums == 0.0, 0.0, 1.0 / jnp.where(sums == 0.0, 1.0, sums))
             q_smem[warpgroup] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
             lse_smem[warpgroup] = jnp.where(sums == 0.0, -jnp.inf, (top + jnp.log2(sums)) * (1.0 / LOG2E))
-            for smem, ref in ((q_smem, out_ref), (lse_smem, lse_ref)):
-                rows.store(refs["pair"].at[slots], smem.at[warpgroup], ref, interpreted=interpreted)
+            results = ((q_smem.at[warpgroup], out_ref), (lse_smem.at[warpgroup], lse_ref))
+            rows.store(refs["pair"].at[slots], *results, interpreted=interpreted)
 
     def matrices(*shape):
         return plgpu.SMEM(shape, dtype, transforms=compat.swizzled(dtype, shape[-1]))
@@ -95,8 +96,8 @@ def run(
     return compat.kernel(
         moba_attend,
         out_type=(
-            jax.ShapeDtypeStruct((num_pairs, head_dim), dtype),
-            jax.ShapeDtypeStruct((num_pairs,), jnp.float32),
+            jax.ShapeDtypeStruct((q.shape[0] * ranks, head_dim), dtype),
+            jax.ShapeDtypeStruct((q.shape[0] * ranks,), jnp.float32),
         ),
         grid=(num_tiles,),
         grid_names=("tile",),
@@ -111,4 +112,4 @@ def run(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )({"q": q, "row": row, "pair": pair, "k": k, "v": v, "block": block})
+    )({"q": q, "pair": pair, "k": k, "v": v, "block": block})

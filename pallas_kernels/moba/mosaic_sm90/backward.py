@@ -33,18 +33,17 @@ from pallas_kernels.moba.mosaic_sm90.attend import ROWS, TILE, WARPGROUPS
 STAGES = 3
 
 
-@functools.partial(jax.jit, static_argnames=("num_pairs", "block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
 def query_gradients(
     q: Float[Array, "R H"],
     d_out: Float[Array, "R H"],
     stats: Float[Array, "2 slots"],
-    row: Int[Array, "slots"],
+    pair: Int[Array, "slots"],
     k: Float[Array, "C_keys H"],
     v: Float[Array, "C_keys H"],
     block: Int[Array, "tiles"],
-    pair: Int[Array, "slots"],
     *,
-    num_pairs: int,
+    ranks: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -66,7 +65,7 @@ def query_gradients(
                 plgpu.copy_gmem_to_smem(refs["v"].at[keys], v_smem, kv_ready.at[1])
 
             own = ((refs["q"], q_smem.at[warpgroup]), (refs["do"], do_smem.at[warpgroup]))
-            rows.start(refs["row"].at[slots], *own, interpreted=interpreted)
+            rows.start(refs["pair"].at[slots], *own, divisor=ranks, interpreted=interpreted)
             log2_sum_exp, delta = (
                 lax.broadcast_in_dim(
                     plgpu.load(refs["stats"].at[which, slots], layout=ROW, optimized=False), shape, [0]
@@ -90,12 +89,12 @@ def query_gradients(
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA)
             (dq,) = accumulate([(zeros, lambda: ds, k_smem)], interpreted=interpreted)
             q_smem[warpgroup] = (dq * scale).astype(dtype)
-            rows.store(refs["pair"].at[slots], q_smem.at[warpgroup], dq_ref, interpreted=interpreted)
+            rows.store(refs["pair"].at[slots], (q_smem.at[warpgroup], dq_ref), interpreted=interpreted)
 
     own, keys = (_matrices(dtype, *size, head_dim) for size in ((WARPGROUPS, ROWS), (block_size,)))
     return compat.kernel(
         moba_dq,
-        out_type=jax.ShapeDtypeStruct((num_pairs, head_dim), dtype),
+        out_type=jax.ShapeDtypeStruct((q.shape[0] * ranks, head_dim), dtype),
         grid=(num_tiles,),
         grid_names=("tile",),
         num_threads=WARPGROUPS,
@@ -109,19 +108,20 @@ def query_gradients(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )({"q": q, "do": d_out, "stats": stats, "row": row, "k": k, "v": v, "block": block, "pair": pair})
+    )({"q": q, "do": d_out, "stats": stats, "pair": pair, "k": k, "v": v, "block": block})
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
 def key_gradients(
     q: Float[Array, "R H"],
     d_out: Float[Array, "R H"],
     stats: Float[Array, "2 slots"],
-    row: Int[Array, "slots"],
+    pair: Int[Array, "slots"],
     k: Float[Array, "C_keys H"],
     v: Float[Array, "C_keys H"],
     pieces: Pieces,
     *,
+    ranks: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -205,7 +205,7 @@ def key_gradients(
                 slots = pl.ds(first + i * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(refs["stats"].at[:, slots], stats_smem.at[slot], ready.at[slot])
                 copies = ((refs["q"], q_smem.at[slot]), (refs["do"], do_smem.at[slot]))
-                rows.start(refs["row"].at[slots], *copies, interpreted=interpreted)
+                rows.start(refs["pair"].at[slots], *copies, divisor=ranks, interpreted=interpreted)
 
                 @pl.when(i > 0)
                 def _():
@@ -248,7 +248,7 @@ def key_gradients(
             "q": q,
             "do": d_out,
             "stats": stats,
-            "row": row,
+            "pair": pair,
             "k": k,
             "v": v,
             "block": pieces.block,

@@ -40,19 +40,20 @@ def place(row: Any, chunk: Any, chunks: int) -> Any:
     return tile * 1024 + (row & 7) * 128 + ((chunk ^ row) & 7) * CHUNK
 
 
-def start(index_ref: Any, *copies: tuple[Any, Any], interpreted: bool) -> None:
-    """Starts the copies of rows, for one warpgroup; where an index is negative the row becomes zeros.
+def start(index_ref: Any, *copies: tuple[Any, Any], divisor: int = 1, interpreted: bool) -> None:
+    """Starts the copies of the rows `index // divisor`, for one warpgroup; a negative index gives a row of zeros.
 
     Args:
       index_ref: int32 `[rows]` in global memory; rows are a multiple of 16.
-      copies: what is copied, `[R, H]` in global memory with R above every index, and where to, `[rows, H]` in shared
+      copies: what is copied, `[R, H]` in global memory, which has all these rows, and where to, `[rows, H]` in shared
         memory, `compat.swizzled`. All are of one 16-bit dtype and the same H, a multiple of 64.
+      divisor: positive.
       interpreted: whether the interpreter runs this.
     """
     if interpreted:
         index = index_ref[...]
         for x_ref, smem_ref in copies:
-            x = x_ref[...][jnp.maximum(index, 0)]
+            x = x_ref[...][jnp.maximum(index, 0) // divisor]
             smem_ref[...] = jnp.where((index >= 0)[:, None], x, jnp.zeros_like(x))
         return
 
@@ -66,7 +67,7 @@ def start(index_ref: Any, *copies: tuple[Any, Any], interpreted: bool) -> None:
             setp.lt.s32 none, $2, 0;
             cp.async.cg.shared.global [$0], [$1], 16, none;
         }"""
-        for here, there, index in _shares(index_ref, copies, lanes, chunks):
+        for here, there, index in _shares(index_ref, copies, lanes, chunks, divisor):
             _run(ptx, here, there, index)
         _run("cp.async.commit_group;")
 
@@ -83,29 +84,31 @@ def wait(pending: int = 0, *, interpreted: bool) -> None:
     plgpu.commit_smem()
 
 
-def store(index_ref: Any, smem_ref: Any, out_ref: Any, *, interpreted: bool) -> None:
+def store(index_ref: Any, *copies: tuple[Any, Any], interpreted: bool) -> None:
     """Copies rows in the other direction, those of a negative index nowhere; a warpgroup has just written them.
 
     Args:
       index_ref: int32 `[rows]` in global memory; rows are a multiple of 16, and no two are written to the same place.
-      smem_ref: `[rows, H]` as in `start`, or float32 `[rows]`, a divisor of 128.
-      out_ref: `[P, H]` or `[P]` in global memory.
+      copies: what is copied, `[rows, H]` as in `start` or 32-bit numbers `[rows]`, rows a divisor of 128; and where
+        to, `[P, H]` or `[P]` in global memory.
       interpreted: whether the interpreter runs this.
     """
-    plgpu.commit_smem()
     if interpreted:
-        index, x = index_ref[...], smem_ref[...]
+        index = index_ref[...]
+        for smem_ref, out_ref in copies:
+            x = smem_ref[...]
 
-        @pl.loop(0, index.shape[0])
-        def _(i):
-            @pl.when(index[i] >= 0)
-            def _():
-                out_ref[index[i]] = x[i]
+            @pl.loop(0, index.shape[0])
+            def _(i, x=x, out_ref=out_ref):
+                @pl.when(index[i] >= 0)
+                def _():
+                    out_ref[index[i]] = x[i]
 
-    elif len(smem_ref.shape) == 1:
-        _store_numbers(index_ref, smem_ref, out_ref)
-    else:
-        _store_rows(index_ref, smem_ref, out_ref)
+        return
+
+    plgpu.inline_mgpu()(lambda ctx: mgpu_utils.warpgroup_barrier())()
+    for smem_ref, out_ref in copies:
+        (_store_numbers if len(smem_ref.shape) == 1 else _store_rows)(index_ref, smem_ref, out_ref)
 
 
 def _store_rows(index_ref: Any, smem_ref: Any, out_ref: Any) -> None:
@@ -166,8 +169,10 @@ def _lanes(chunks: int) -> tuple[Array, Array, Array]:
     return row, chunk, place(row, chunk, chunks)
 
 
-def _shares(index_ref: ir.Value, copies: Any, lanes: Any, chunks: int) -> Iterator[tuple[ir.Value, ...]]:
-    """Of all 16 bytes that a thread copies: address in shared memory, address in global memory, index of the row."""
+def _shares(
+    index_ref: ir.Value, copies: Any, lanes: Any, chunks: int, divisor: int = 1
+) -> Iterator[tuple[ir.Value, ...]]:
+    """Of all 16 bytes that a thread copies: address in shared memory, address in global memory, index."""
     i8, i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 32, 64))
     row, chunk, offset = (_number(x) for x in lanes)
     # The rows that are copied at once are a multiple of 8, so a thread's places in their tiles are the same.
@@ -178,14 +183,14 @@ def _shares(index_ref: ir.Value, copies: Any, lanes: Any, chunks: int) -> Iterat
         there = _at(_global(there_ref), arith.muli(chunk, mgpu.c(CHUNK, i32)), i8)
         here = arith.addi(llvm.ptrtoint(i32, mgpu_utils.memref_ptr(here_ref)), offset)
         for n, found in zip(first, indices, strict=True):
-            bytes_before = arith.muli(_row_of(found), mgpu.c(chunks * CHUNK, i64))
+            bytes_before = arith.muli(_row_of(found, divisor), mgpu.c(chunks * CHUNK, i64))
             yield arith.addi(here, mgpu.c(place(n, 0, chunks), i32)), _at(there, bytes_before, i8), found
 
 
-def _row_of(index: ir.Value) -> ir.Value:
+def _row_of(index: ir.Value, divisor: int = 1) -> ir.Value:
     """As 64 bits; an address is formed also where nothing is read or written."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-    return arith.extsi(i64, arith.maxsi(index, mgpu.c(0, i32)))
+    return arith.extui(i64, arith.divui(arith.maxsi(index, mgpu.c(0, i32)), mgpu.c(divisor, i32)))
 
 
 def _number(x: mgpu.FragmentedArray) -> ir.Value:
