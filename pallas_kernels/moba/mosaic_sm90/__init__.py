@@ -260,4 +260,6 @@ def compile_cases() -> Iterator[Any]:
                     name=f"moba {name} block={block_size} H={head_dim}",
                     function=functools.partial(function, **options),
                     avals=avals,
+                    # Rows come past the registers, and the tensor core may read them only behind a fence.
+                    required=("HGMMA", "UTMALDG", "LDGSTS", "FENCE"),
                 )
