@@ -1,8 +1,9 @@
-"""Hopper kernels of products with four-bit weights: `decode.py` for few tokens, `prefill.py` for many.
+"""Hopper kernels of products with weights of four or eight bits: `decode.py` for few tokens, `prefill.py` for many.
 
-The weight is `(code - zero) * scale`. Both put `code - zero`, an integer of magnitude 15 at most, into bfloat16 without
-rounding, multiply on the tensor core, and scale the float32 products of each group; sums are float32. So nothing is
-rounded but the result, when it is asked for in fewer bits. `parts.py` is what they share.
+Both put codes, int4 less their zeros and nvfp4 times the scales of their blocks, into bfloat16 without rounding, multiply
+on the tensor core, and scale float32 sums: those of each group, or all with the one scale of an output. So nothing is
+rounded but the result, when it is asked for in fewer bits. `parts.py` is what they share, `codes.py` what differs
+between formats.
 
 The stack of layers is read where it lies: the layer index is a number in global memory.
 """
@@ -14,17 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, Int8, UInt8
+from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
+from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
 from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, fitted, form_of
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
 __all__ = ["Config", "Form", "PrefillConfig", "candidates", "compile_cases", "heuristic_config", "run", "unsupported"]
 
-SCALES = ("float16", "float32")
 RESULTS = ("float32", "bfloat16")
 SMALL_GROUPS = (32, 64)
 OUTPUTS = 16
@@ -47,36 +48,49 @@ def unsupported(
     layer: Any,
     *,
     group_size: int,
+    format: str = "int4",
+    global_scale: Any = None,
     config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
 ) -> str | None:
     """Why this call cannot run here, in words; None when it can. Takes what `run` takes."""
     del layer, config
-    if (reason := _unsupported_arrays(x, codes, scales, zeros, group_size, dtype)) is not None:
+    reason = _unsupported_arrays(x, codes, scales, zeros, global_scale, group_size, format, dtype)
+    if reason is not None:
         return reason
     return None if interpret is not None else compat.missing_hopper()
 
 
-def _unsupported_arrays(x: Any, codes: Any, scales: Any, zeros: Any, group_size: int, dtype: Any) -> str | None:
+def _unsupported_arrays(
+    x: Any, codes: Any, scales: Any, zeros: Any, global_scale: Any, group_size: int, format: str, dtype: Any
+) -> str | None:
     inputs, groups = x.shape[-1], scales.shape[-2]
+    if format not in CODES:
+        return f"knows codes of {[*CODES]}; got {format!r}"
+    known = CODES[format]
     if str(x.dtype) != "bfloat16":
         return f"needs bfloat16 activations; got {x.dtype}"
     if str(jnp.dtype(dtype)) not in RESULTS:
         return f"gives float32 or bfloat16 results; asked for {jnp.dtype(dtype)}"
-    if str(scales.dtype) not in SCALES:
-        return f"needs scales in {SCALES}; got {scales.dtype}"
-    if str(codes.dtype) != "uint8" or 2 * codes.shape[-1] != inputs:
-        return f"needs uint8 codes of {inputs} inputs, two to a byte; got {codes.dtype} {tuple(codes.shape)}"
-    if zeros is not None and str(zeros.dtype) != "int8":
-        return f"needs int8 zeros; got {zeros.dtype}"
+    if str(scales.dtype) not in known.scales:
+        return f"needs {format} scales in {known.scales}; got {scales.dtype}"
+    if codes.dtype != known.dtype or codes.shape[-1] != known.bytes(inputs):
+        packed = f"{inputs} inputs{', two to a byte' if known.bits == 4 else ''}"
+        return f"needs {jnp.dtype(known.dtype)} codes of {packed}; got {codes.dtype} {tuple(codes.shape)}"
+    if zeros is not None and (str(zeros.dtype) != "int8" or format != "int4"):
+        return f"needs int8 zeros; got {zeros.dtype}" if format == "int4" else f"knows no zeros of {format} codes"
+    if global_scale is not None and str(global_scale.dtype) != "float32":
+        return f"needs a float32 scale of all weights; got {global_scale.dtype}"
     if codes.shape[-2] % OUTPUTS:  # copies of scales and zeros of one group begin and end at whole 16 bytes
         return f"needs a multiple of {OUTPUTS} outputs; got {codes.shape[-2]}"
-    if inputs % 32:
-        return f"needs a multiple of 32 inputs; got {inputs}"
+    if inputs % (unit := 16 * 8 // known.bits):  # rows of codes do
+        return f"needs a multiple of {unit} inputs; got {inputs}"
     size = inputs if group_size == -1 else group_size
     if size * groups != inputs:
         return f"needs {inputs} inputs in whole groups of {size}; got scales of {groups} groups"
+    if known.block is not None:
+        return None if size == known.block else f"needs {format} scales of {known.block} inputs; got {size}"
     if groups > 1 and size not in SMALL_GROUPS and size % MAX_WIDTH:
         return f"needs groups of {SMALL_GROUPS}, a multiple of {MAX_WIDTH} or all inputs; got {size}"
     return None
@@ -84,25 +98,29 @@ def _unsupported_arrays(x: Any, codes: Any, scales: Any, zeros: Any, group_size:
 
 def run(
     x: Float[Array, "M I"],
-    codes: UInt8[Array, "L O half"],
+    codes: Array,
     scales: Float[Array, "L G O"],
     zeros: Int8[Array, "L G O"] | None,
     layer: Int[Array, ""] | int,
     *,
     group_size: int,
+    format: str = "int4",
+    global_scale: Float[Array, "L"] | None = None,
     config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "M O"]:
-    """`x @ W[layer].T`, W the `(codes - zeros) * scales` of each output and group of inputs.
+    """`x @ W[layer].T`, W the `(codes - zeros) * scales * global_scale` of each output and group of inputs.
 
     Args:
       x: bfloat16.
-      codes: signed, two to a byte, that of the even input in the low bits.
-      scales: float16 or float32, of the G groups.
-      zeros: codes that stand for 0; None: 0.
+      codes: `[L, O, I]`, or `[L, O, I / 2]` of four bits, as a `QuantizedTensor` has them.
+      scales: of the G groups; float8_e4m3fn for nvfp4, float32, bfloat16 or float16 for the others.
+      zeros: int4 codes that stand for 0; None: 0.
       layer: index of the weight; one outside is taken for the nearest.
       group_size: inputs of a group; -1: all.
+      format: of the codes.
+      global_scale: None: 1.
       config: of the decode or of the prefill kernel; None: by the shape.
       interpret: runs the kernel on the CPU, for tests.
       dtype: of the result, float32 or bfloat16.
@@ -111,9 +129,10 @@ def run(
       NotImplementedError: shapes or dtypes that the kernels do not take.
       ValueError: `config` needs more shared memory than a CTA has.
     """
-    if (reason := _unsupported_arrays(x, codes, scales, zeros, group_size, dtype)) is not None:
+    reason = _unsupported_arrays(x, codes, scales, zeros, global_scale, group_size, format, dtype)
+    if reason is not None:
         raise NotImplementedError(f"quantized_matmul on Hopper {reason}")
-    form = form_of(x, codes, scales, zeros, dtype)
+    form = form_of(x, codes, scales, zeros, dtype, format=format, global_scale=global_scale)
     if form.rows == 0:
         return jnp.zeros((0, form.outputs), dtype)
     if config is None:
@@ -124,7 +143,8 @@ def run(
             f"a CTA has {compat.SHARED_MEMORY_BYTES}"
         )
     kernel: Any = prefill.run if isinstance(config, PrefillConfig) else decode.run
-    return kernel(x, codes, scales, zeros, jnp.asarray(layer, jnp.int32), form=form, config=config, interpret=interpret)
+    parts = (x, codes, scales, zeros, global_scale, jnp.asarray(layer, jnp.int32))
+    return kernel(*parts, form=form, config=config, interpret=interpret)
 
 
 def candidates(form: Form) -> Iterator[Config | PrefillConfig]:

@@ -103,12 +103,13 @@ def heuristic_config(form: Form) -> Config:
     tokens = tokens_of(form)
     narrow_steps = form.width < parts.MAX_WIDTH
     if tokens <= 32:
+        narrow_steps = narrow_steps or form.codes.bits == 8  # 128 bytes in a row either way
         config = Config(warpgroups=4, block_k=128 if narrow_steps else 256, stages=6 if narrow_steps else 4)
         return parts.fitted(config, form)
     wide = Config(warpgroups=4, block_k=128, stages=4, cluster=2)
     if tokens <= 64 and cut_of(form, wide).counts.max() <= 4:
         return parts.fitted(wide, form)
-    block_k = 128 if narrow_steps or tokens > 64 else 256
+    block_k = 128 if narrow_steps or tokens > 64 or form.codes.bits == 8 else 256
     return parts.fitted(Config(warpgroups=2, block_k=block_k, stages=4, cluster=2), form)
 
 
@@ -144,9 +145,18 @@ def cut_of(form: Form, config: Config) -> Cut:
 
 @functools.partial(jax.jit, static_argnames=("form", "config", "interpret"))
 def run(
-    x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Array, *, form: Form, config: Config, interpret
+    x: Array,
+    codes: Array,
+    scales: Array,
+    zeros: Array | None,
+    global_scale: Array | None,
+    layer: Array,
+    *,
+    form: Form,
+    config: Config,
+    interpret,
 ) -> Float[Array, "M O"]:
-    partial = multiply(x, codes, scales, zeros, layer, form=form, config=config, interpret=interpret)
+    partial = multiply(x, codes, scales, zeros, global_scale, layer, form=form, config=config, interpret=interpret)
     return merge(partial, form, config)[: form.rows, : form.outputs].astype(form.dtype)
 
 
@@ -165,7 +175,7 @@ def merge(partial: Float[Array, "J rows columns"], form: Form, config: Config) -
 
 
 def multiply(
-    x, codes, scales, zeros, layer, *, form: Form, config: Config, interpret
+    x, codes, scales, zeros, global_scale, layer, *, form: Form, config: Config, interpret
 ) -> Float[Array, "J rows columns"]:
     """Partial results, as many as the most that a tile has."""
     cut, stages, cluster = cut_of(form, config), config.stages, config.cluster
@@ -202,6 +212,7 @@ def multiply(
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.float32), WGMMA)
                 acc = lax.fori_loop(begin, end, over_units, acc)
                 output, token = corner(tile)
+                acc = parts.finished(acc, refs, form, output=output + warpgroup * ROWS)
                 where = (nth - lax.div(tile * cut.steps, i32(cut.share)), pl.ds(token, tokens))
                 parts.store(acc, result, partial_ref.at[*where, pl.ds(output + warpgroup * ROWS, ROWS)])
 
@@ -242,4 +253,4 @@ def multiply(
         scratch_types=list(buffers.values()),
         interpret=interpret,
         **parts.cluster_options(cluster),
-    )(parts.inputs(x, codes, scales, zeros, layer, form))
+    )(parts.inputs(x, codes, scales, zeros, global_scale, layer, form))

@@ -70,6 +70,7 @@ def run(
     codes: Array,
     scales: Array,
     zeros: Array | None,
+    global_scale: Array | None,
     layer: Array,
     *,
     form: Form,
@@ -101,6 +102,7 @@ def run(
 
             acc = plgpu.layout_cast(jnp.zeros((ROWS, block_m), jnp.float32), WGMMA)
             acc = lax.fori_loop(0, steps, over_steps, acc)
+            acc = parts.finished(acc, refs, form, output=output + warpgroup * ROWS)
             where = (pl.ds(token, block_m), pl.ds(output + warpgroup * ROWS, ROWS))
             parts.store(acc, smem["result"].at[warpgroup], out_ref.at[where])
 
@@ -140,5 +142,5 @@ def run(
         scratch_types=list(buffers.values()),
         interpret=interpret,
         **parts.cluster_options(cluster),
-    )(parts.inputs(x, codes, scales, zeros, layer, form))
+    )(parts.inputs(x, codes, scales, zeros, global_scale, layer, form))
     return out[: form.rows, : form.outputs]
