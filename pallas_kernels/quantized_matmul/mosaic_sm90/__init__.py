@@ -162,10 +162,8 @@ def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
 
 
 def compile_cases() -> Iterator[Any]:
-    """What the compile gate compiles: numbers of tokens, groups with and without zeros, and both kernels."""
-    from pallas_kernels.compile_gate import CompileCase
-
-    # M, I, O, group size, zeros, dtype of scales, dtype of results
+    """What the compile gate compiles: formats, numbers of tokens, groups with and without zeros, and both kernels."""
+    # Rows, inputs, outputs, group size, zeros, dtype of scales, dtype of results
     forms = [
         *((m, 4096, 4096, 128, True, "float16", "float32") for m in (1, 16, 32, 48, 64, 128)),
         (8, 4096, 12288, 128, False, "float16", "float32"),
@@ -175,30 +173,55 @@ def compile_cases() -> Iterator[Any]:
         *((4096, 4096, 4096, 128, zeros, "float16", dtype) for zeros in (True, False) for dtype in RESULTS),
         *((4096, 4096, 4096, g, True, "float32", "bfloat16") for g in (32, 64, -1)),
     ]
-    cases: list[tuple[Any, ...]] = [(*form, None) for form in forms]
+    for form in forms:
+        yield _compile_case("int4", *form)
     for rows in (8, 32, 64, 128):  # what else a benchmark may try; stages make no difference to the compiler
-        arguments = (rows, 4096, 4096, 128, True, "float16", "float32")
         shape = Form(rows, 4096, 4096, 4, 32, jnp.dtype("float16"), True, jnp.dtype("float32"))
-        cases += [(*arguments, config) for config in candidates(shape) if config.stages == 3]
-    layers, array = 4, jax.ShapeDtypeStruct
-    for rows, inputs, outputs, group_size, has_zeros, scale_dtype, dtype, config in cases:
+        for config in candidates(shape):
+            if config.stages == 3:
+                yield _compile_case("int4", rows, 4096, 4096, 128, True, "float16", "float32", config)
+    kinds = [("int8", -1, "float32"), ("fp8", -1, "float32"), ("fp8", 128, "float32"), ("nvfp4", 16, "float8_e4m3fn")]
+    for format, group_size, scale_dtype in kinds:
+        for rows in (1, 16, 32, 64, 128, 4096):
+            dtype = "bfloat16" if rows == 4096 else "float32"
+            yield _compile_case(format, rows, 4096, 4096, group_size, False, scale_dtype, dtype)
+    yield _compile_case("int8", 16, 4096, 4096, 32, False, "bfloat16", "float32")
+    yield _compile_case("nvfp4", 64, 4096, 4112, 16, False, "float8_e4m3fn", "bfloat16")
+    yield _compile_case("int8", 4096, 4096, 4112, -1, False, "float16", "float32")
 
-        def call(x, codes, scales, layer, *zeros, group_size=group_size, dtype=dtype, config=config):
-            parts = (x, codes, scales, *(zeros or (None,)), layer)
-            return run(*parts, group_size=group_size, dtype=dtype, config=config)
 
-        grid = (layers, 1 if group_size == -1 else inputs // group_size, outputs)
-        name = f"w4a16 M={rows} {outputs}x{inputs} groups of {group_size} {scale_dtype}"
-        name = f"{name}{' zeros' if has_zeros else ''} to {dtype}"
-        yield CompileCase(
-            name=name if config is None else f"{name} {config}",
-            function=call,
-            avals=(
-                array((rows, inputs), jnp.bfloat16),
-                array((layers, outputs, inputs // 2), jnp.uint8),
-                array(grid, scale_dtype),
-                array((), jnp.int32),
-                *([array(grid, jnp.int8)] if has_zeros else []),
-            ),
-            shipped=config is None,
-        )
+def _compile_case(
+    format: str,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    group_size: int,
+    has_zeros: bool,
+    scale_dtype: str,
+    dtype: str,
+    config: Config | PrefillConfig | None = None,
+) -> Any:
+    from pallas_kernels.compile_gate import CompileCase
+
+    codes, layers, array = CODES[format], 4, jax.ShapeDtypeStruct
+    grid = (layers, 1 if group_size == -1 else inputs // group_size, outputs)
+    arrays = {
+        "codes": array((layers, outputs, codes.bytes(inputs)), codes.dtype),
+        "scales": array(grid, scale_dtype),
+        "zeros": array(grid, jnp.int8) if has_zeros else None,
+        "global_scale": array((layers,), jnp.float32) if codes.block is not None else None,
+    }
+
+    def call(x, layer, arrays):
+        options = {"group_size": group_size, "format": format, "dtype": dtype, "config": config}
+        return run(x, layer=layer, **arrays, **options)
+
+    kind = {"int4": "w4a16", "nvfp4": "nvfp4"}.get(format, f"w8a16 {format}")
+    name = f"{kind} M={rows} {outputs}x{inputs} groups of {group_size} {scale_dtype}"
+    name = f"{name}{' zeros' if has_zeros else ''} to {dtype}"
+    return CompileCase(
+        name=name if config is None else f"{name} {config}",
+        function=call,
+        avals=(array((rows, inputs), jnp.bfloat16), array((), jnp.int32), arrays),
+        shipped=config is None,
+    )

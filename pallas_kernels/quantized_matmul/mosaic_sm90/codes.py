@@ -28,15 +28,14 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 WORD = 32  # bits
-# Tables of `logic`, from those of its operands.
-_A, _B, _C = 0xF0, 0xCC, 0xAA
-AND, AND_OR, AND_XOR = _A & _B, _A & _B | _C, _A & _B ^ _C
 
 
 class Machine(Protocol):
     """32-bit registers, and two bfloat16 numbers in one; a constant is an `int`."""
 
-    def logic(self, table: int, a: Any, b: Any, c: Any = 0) -> Any: ...
+    def masked(self, a: Any, mask: int) -> Any: ...
+    def masked_or(self, a: Any, mask: int, c: int) -> Any: ...
+    def masked_xor(self, a: Any, mask: int, c: int) -> Any: ...
     def left(self, a: Any, bits: int) -> Any: ...
     def right(self, a: Any, bits: int) -> Any: ...
     def add(self, a: Any, b: Any) -> Any: ...
@@ -53,7 +52,7 @@ class Machine(Protocol):
 def int4_pairs(on: Machine, word: Any, bias: Any) -> list[Any]:
     """128 + 8 + code, less `bias`: 128 + 8 + zero."""
     shifted = [word, *(on.right(word, 4 * pair) for pair in (1, 2, 3))]
-    return [on.subtract_pairs(on.logic(AND_XOR, two, 0x000F000F, INT4_BIAS), bias) for two in shifted]
+    return [on.subtract_pairs(on.masked_xor(two, 0x000F000F, INT4_BIAS), bias) for two in shifted]
 
 
 INT4_BIAS = 0x43084308  # 136, and the bit that makes a signed code unsigned
@@ -68,7 +67,7 @@ def int8_pairs(on: Machine, word: Any, _: Any) -> list[Any]:
     """128 and the lower seven bits, less 128 or, for a code below 0, 256."""
     pairs = []
     for two in (word, on.right(word, 8)):
-        low, high = (on.logic(AND_OR, two, bits, 0x43004300) for bits in (0x007F007F, 0x00800080))
+        low, high = (on.masked_or(two, bits, 0x43004300) for bits in (0x007F007F, 0x00800080))
         pairs.append(on.subtract_pairs(low, high))
     return pairs
 
@@ -79,7 +78,7 @@ def fp8_pairs(on: Machine, word: Any, _: Any) -> list[Any]:
 
 def _e4m3(on: Machine, extended: Any) -> Any:
     """Of two codes as signed integers of 16 bits: their sign is bit 15 after a shift, too."""
-    return on.multiply_pairs(on.logic(AND, on.left(extended, 4), 0x87F087F0), _power(120))
+    return on.multiply_pairs(on.masked(on.left(extended, 4), 0x87F087F0), _power(120))
 
 
 def nvfp4_pairs(on: Machine, word: Any, scale: Any) -> list[Any]:
@@ -87,8 +86,8 @@ def nvfp4_pairs(on: Machine, word: Any, scale: Any) -> list[Any]:
     pairs = []
     for two in (word, on.right(word, 8)):
         for nibble, powers in ((0x000F000F, 1 << 12 | 1 << 6), (0x00F000F0, 1 << 8 | 1 << 2)):
-            spread = on.times(on.logic(AND, two, nibble), powers)
-            pairs.append(on.multiply_pairs(on.logic(AND, spread, 0x81C081C0), scale))
+            spread = on.times(on.masked(two, nibble), powers)
+            pairs.append(on.multiply_pairs(on.masked(spread, 0x81C081C0), scale))
     return pairs
 
 
@@ -157,11 +156,20 @@ CODES = {
 # Machines
 
 
+_A, _B, _C = 0xF0, 0xCC, 0xAA  # truth tables of the operands of a LOP3
+
+
 class Instructions:
     """Emits the instructions. Logic and permutation as one each, which the compiler would not always find."""
 
-    def logic(self, table: int, a: Any, b: Any, c: Any = 0) -> ir.Value:
-        return self._asm(f"lop3.b32 $0, $1, $2, $3, {table};", a, b, c)
+    def masked(self, a: Any, mask: int) -> ir.Value:
+        return self._logic(_A & _B, a, mask, 0)
+
+    def masked_or(self, a: Any, mask: int, c: int) -> ir.Value:
+        return self._logic(_A & _B | _C, a, mask, c)
+
+    def masked_xor(self, a: Any, mask: int, c: int) -> ir.Value:
+        return self._logic(_A & _B ^ _C, a, mask, c)
 
     def left(self, a: Any, bits: int) -> ir.Value:
         return arith.shli(a, _constant(bits))
@@ -184,6 +192,9 @@ class Instructions:
     def multiply_pairs(self, a: Any, b: Any) -> ir.Value:
         return self._asm("mul.rn.bf16x2 $0, $1, $2;", a, b)
 
+    def _logic(self, table: int, a: Any, b: Any, c: Any) -> ir.Value:
+        return self._asm(f"lop3.b32 $0, $1, $2, $3, {table};", a, b, c)
+
     def _asm(self, ptx: str, *operands: Any) -> ir.Value:
         i32 = ir.IntegerType.get_signless(32)
         return llvm.inline_asm(i32, [_value(x) for x in operands], ptx, ",".join(["=r"] + ["r"] * len(operands)))
@@ -203,13 +214,14 @@ class Integers:
     Numbers are taken apart by hand, since a CPU may take subnormal operands for 0.
     """
 
-    def logic(self, table: int, a: Any, b: Any, c: Any = 0) -> Any:
-        a, b, c = (jnp.asarray(x, jnp.uint32) for x in (a, b, c))
-        result = jnp.zeros_like(a | b | c)
-        for case in range(8):
-            if table >> case & 1:
-                result |= (a if case & 4 else ~a) & (b if case & 2 else ~b) & (c if case & 1 else ~c)
-        return result
+    def masked(self, a: Any, mask: int) -> Any:
+        return a & jnp.uint32(mask)
+
+    def masked_or(self, a: Any, mask: int, c: int) -> Any:
+        return a & jnp.uint32(mask) | jnp.uint32(c)
+
+    def masked_xor(self, a: Any, mask: int, c: int) -> Any:
+        return a & jnp.uint32(mask) ^ jnp.uint32(c)
 
     def left(self, a: Any, bits: int) -> Any:
         return a << bits

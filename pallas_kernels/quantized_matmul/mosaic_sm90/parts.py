@@ -286,23 +286,25 @@ def _weights(codes_ref: Any, sides_ref: Any, form: Form, *, sub: int, apart: int
         """For each of the two rows of a thread, of its words, and by block the bytes that go with them."""
         by_row = [[codes.side] * 2] * blocks if sides is None else [codes.sides(on, both) for both in sides]
         made: list[list[Any]] = [[], []]
-        for half, word in np.ndindex(2, words):
-            made[half] += codes.pairs(on, loaded[half][word], by_row[word * blocks // words][half])
+        for half in range(2):
+            for i, word in enumerate(loaded[half]):
+                made[half] += codes.pairs(on, word, by_row[i * blocks // len(loaded[half])][half])
         return made
 
-    if interpreted:  # all threads at once: warps, halves, rows of a half, threads of a row
+    if interpreted:  # the words of a block, of all warps, rows of a half and threads of a row at once
         raw = _integers(codes_ref[:, codes.bytes(sub * width) : codes.bytes((sub + 1) * width)], jnp.uint8)
-        raw = raw.astype(jnp.uint32).reshape(4, 2, 8, 4, words, 4)
-        packed = sum(raw[..., byte] << 8 * byte for byte in range(4))
-        loaded = [[packed[:, half, ..., word] for word in range(words)] for half in range(2)]
+        raw = raw.astype(jnp.uint32).reshape(4, 2, 8, 4, blocks, words // blocks, 4)
+        packed = raw[..., 0] | raw[..., 1] << 8 | raw[..., 2] << 16 | raw[..., 3] << 24
+        loaded = [[packed[:, half, ..., block, :] for block in range(blocks)] for half in range(2)]
         sides = None
-        if sides_ref is not None:
+        if sides_ref is not None:  # zeros are those of all threads of a row
             small = _integers(sides_ref[...], jnp.int8).astype(jnp.int32).astype(jnp.uint32)
-            small = small.reshape(-1, blocks, 4, 2, 8).transpose(1, 3, 2, 4, 0)  # the last: threads of a row, or 1
+            small = small.reshape(-1, blocks, 4, 2, 8, 1).transpose(1, 3, 2, 4, 0, 5)
             sides = [[small[block, half] for half in range(2)] for block in range(blocks)]
         made = jnp.stack([jnp.stack(pairs) for pairs in registers(Integers(), loaded, sides)])
         two = jnp.stack([made & 0xFFFF, made >> 16], axis=-1).astype(jnp.uint16)
-        two = two.transpose(2, 0, 3, 1, 4, 5)  # from halves, pairs, warps, rows, threads, low and high
+        two = two.reshape(2, blocks, codes.per_word // 2, 4, 8, 4, words // blocks, 2)
+        two = two.transpose(3, 0, 4, 1, 6, 2, 5, 7)  # warp, half, row, block, word, pair, thread, low and high
         return lax.bitcast_convert_type(two, jnp.bfloat16).reshape(rows, width)
 
     result = plgpu.ShapeDtypeStruct((rows, width), jnp.bfloat16, layout=WGMMA)
