@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, partitioning
-from pallas_kernels.quantized_matmul import mosaic_sm90, reference, xla
+from pallas_kernels.quantized_matmul import mosaic_sm90, reference, rounding, xla
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, turn_all
 
 NAMES = ("mosaic", "xla", "reference")
@@ -34,8 +34,8 @@ def quantized_matmul(
       weight: see there.
       dtype: type of the result; None is that of `x`.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`). "mosaic", the Hopper
-        kernel, takes int4 codes, bfloat16 activations and one device, and reads the weight of a stack in place; its
-        gradients are those of "xla".
+        kernel, takes all codes, bfloat16 activations (any, where they are rounded) and one device, and reads the weight
+        of a stack in place; its gradients are those of "xla".
 
     Raises:
       ValueError: arguments that do not fit together.
@@ -78,7 +78,7 @@ def _product(turned: Array, weight: QuantizedTensor, dtype: Any, implementation:
     elif implementation == "mosaic" and (reason := hopper_unsupported(turned, weight)) is not None:
         raise NotImplementedError(f'quantized_matmul "mosaic": {reason}')
     if implementation == "mosaic":
-        result = _on_hopper(turned, weight, _kernel_result(dtype))
+        result = _on_hopper(turned, weight, _kernel_result(weight, dtype))
     else:
         run = reference.run if implementation == "reference" else xla.run
         result = run(turned, weight.sliced())
@@ -95,14 +95,15 @@ def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any) -> tuple[str, str]
     """
     if x.shape[0] == 0:
         return "xla", "nothing to do"
-    if (reason := _unfit(weight)) is not None:
+    if (reason := dispatch.undivided()) is not None:
         return "xla", f"mosaic: {reason}"
     kind = dispatch.ProductKind(
         codes=weight.format,
         group_size=_groups(weight),
         zeros=weight.zeros is not None,
         scales=str(weight.scales.dtype),
-        result=str(_kernel_result(dtype)),
+        result=str(_kernel_result(weight, dtype)),
+        activations=weight.activations or "",
     )
     sizes = {"rows": x.shape[0], "outputs": weight.outputs, "inputs": weight.inputs}
     (first, *_), reason = dispatch.preferred("quantized_matmul", kind, sizes, gradients=False)
@@ -113,30 +114,33 @@ def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any) -> tuple[str, str]
 
 def hopper_unsupported(x: Any, weight: QuantizedTensor) -> str | None:
     """Why the Hopper kernel cannot multiply these activations `[M, I]`, already turned; None when it can."""
-    if (reason := _unfit(weight)) is not None:
+    if (reason := dispatch.undivided()) is not None:
         return reason
-    return mosaic_sm90.unsupported(x, *_stack(weight), group_size=_groups(weight))
+    if weight.activations is not None:  # their codes are what the kernel gets
+        x = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    return mosaic_sm90.unsupported(x, **_stack(weight), **_options(weight))
 
 
-def _unfit(weight: QuantizedTensor) -> str | None:
-    if weight.format != "int4":
-        return f"multiplies with int4 codes; got {weight.format}"
-    return dispatch.undivided()
-
-
-def _kernel_result(dtype: Any) -> Any:
-    """What the kernel is asked for, which rounds to bfloat16 itself."""
-    return jnp.dtype(dtype) if dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+def _kernel_result(weight: QuantizedTensor, dtype: Any) -> Any:
+    """What the kernel is asked for, which rounds to bfloat16 itself if no scales of tokens are to follow."""
+    is_last = dtype == jnp.bfloat16 and weight.activations is None
+    return jnp.dtype(jnp.bfloat16 if is_last else jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _on_hopper(x: Array, weight: QuantizedTensor, dtype: Any) -> Array:
-    """The kernel's product `[M, O]`; its derivatives are XLA's."""
+    """The kernel's product `[M, O]`; its derivatives are XLA's.
 
-    def product(x, parts):
-        return mosaic_sm90.run(x, *parts, group_size=_groups(weight), dtype=dtype)
+    Codes of rounded activations are bfloat16 numbers, so their products are those of eight bits, summed in float32.
+    """
 
-    return partitioning.over_rows(product, x, _stack(weight))
+    def product(x, arrays):
+        return mosaic_sm90.run(x, **arrays, **_options(weight), dtype=dtype)
+
+    if weight.activations is None:
+        return partitioning.over_rows(product, x, _stack(weight))
+    codes, scale = rounding.activations(x, weight.activations, weight.own(weight.activation_scale))
+    return partitioning.over_rows(product, codes.astype(jnp.bfloat16), _stack(weight)) * scale
 
 
 def _on_hopper_fwd(x: Array, weight: QuantizedTensor, dtype: Any) -> tuple[Array, Any]:
@@ -151,12 +155,16 @@ def _on_hopper_bwd(dtype: Any, residuals: Any, cotangent: Array) -> Any:
 _on_hopper.defvjp(_on_hopper_fwd, _on_hopper_bwd)
 
 
-def _stack(weight: QuantizedTensor) -> tuple[Any, Any, Any, Any]:
-    """Codes, scales and zeros with an axis of layers, and the index of the layer."""
-    parts = (weight.codes, weight.scales, weight.zeros)
+def _stack(weight: QuantizedTensor) -> dict[str, Any]:
+    """The kernel's arrays by name, with an axis of layers, and the index of the layer."""
+    parts = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "global_scale")}
     if weight.layer is not None:
-        return *parts, weight.layer
-    return *(None if part is None else part[None] for part in parts), jnp.int32(0)
+        return parts | {"layer": weight.layer}
+    return {name: None if part is None else part[None] for name, part in parts.items()} | {"layer": jnp.int32(0)}
+
+
+def _options(weight: QuantizedTensor) -> dict[str, Any]:
+    return {"group_size": _groups(weight), "format": weight.format}
 
 
 def _groups(weight: QuantizedTensor) -> int:
