@@ -193,29 +193,34 @@ def check() -> int:
 # Speed
 
 
-def measured(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    row: dict[str, Any] = dict(report.timed(call, repeats=repeats, warm_up=2))
+def measured(call: Callable[[], Any], *, repeats: int, warm_up: int, profiled: bool) -> dict[str, Any]:
+    row: dict[str, Any] = dict(report.timed(call, repeats=repeats, warm_up=warm_up))
+    if not profiled:
+        return row
     profile = report.device_profile(call, calls=2)
     return row | {"device_ms": profile["device_ms"], "operations": profile["operations"]}
 
 
-def torch_ms(shape: Shape, repeats: int) -> dict[str, Any]:
+def torch_ms(shape: Shape, gradients: bool, *, repeats: int, warm_up: int) -> dict[str, Any]:
     """PyTorch's flash backend, which is FlashAttention-2 on this hardware; by CUDA events."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     size = (shape.batch, shape.heads, shape.length, shape.head_dim)
-    q, k, v = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=gradients) for _ in range(3))
+    d_out = torch.ones(size, device="cuda", dtype=torch.bfloat16)
     times = []
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        for _ in range(repeats + 2):
+        for _ in range(warm_up + repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if gradients:
+                torch.autograd.grad(out, (q, k, v), d_out)
             end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
-    return report.spread(times[2:])
+    return report.spread(times[warm_up:])
 
 
 def measure(shape: Shape, peers: list[str], gradients: bool) -> dict[str, Any]:
@@ -229,19 +234,19 @@ def measure(shape: Shape, peers: list[str], gradients: bool) -> dict[str, Any]:
     calls = {"mosaic": shape.call("mosaic"), "xla": shape.call("xla"), "cudnn": dense}
     for name in ("mosaic", *peers):
         for backward in (False, True) if gradients else (False,):
-            repeats = 20 if shape.length <= 65536 else 5
+            # Dense attention to long rows takes seconds, and spreads by less than its difference to the kernel.
+            long_peer = name != "mosaic" and (name == "xla" or shape.length > 131072)
+            times = {"repeats": 3 if long_peer else 20, "warm_up": 1 if long_peer else 2}
             try:
                 if name == "torch":
-                    if backward:
-                        continue
-                    row = torch_ms(shape, repeats)
+                    row = torch_ms(shape, backward, **times)
                 else:
                     function = calls[name]
                     if backward:
                         loss = lambda q, k, v, f=function: f(q, k, v).astype(jnp.float32).sum()  # noqa: E731
                         function = jax.grad(loss, argnums=(0, 1, 2))
                     jitted = jax.jit(function)
-                    row = measured(lambda f=jitted: f(q, k, v), 3 if name == "xla" else repeats)
+                    row = measured(lambda f=jitted: f(q, k, v), **times, profiled=not long_peer)
                     analysis = jitted.lower(q, k, v).compile().memory_analysis()
                     row["temporary_bytes"] = analysis.temp_size_in_bytes
             except Exception as error:  # a peer that cannot run a shape is a row of the table, not the end of it

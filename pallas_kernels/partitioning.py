@@ -95,10 +95,10 @@ def _ways(mesh: Any, part: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[name] for name in _axes(part))
 
 
-def over_rows(function: Callable[..., Any], x: Array, rest: Any) -> Any:
-    """`function(x, rest)` with `x [M, ...]` and results of M rows, which must work under `jax.vmap` without a rule.
+def over_rows(function: Callable[..., Any], x: Any, rest: Any) -> Any:
+    """`function(x, rest)` with arrays `x [M, ...]` and results of M rows, which must work under `jax.vmap`.
 
-    A mapped axis of `x` alone is more rows; with one of anything else it is one call after another. Has no derivatives.
+    A mapped axis of all of `x` alone is more rows; one of anything else is one call after another. Has no derivatives.
     """
 
     @custom_vmap
@@ -107,8 +107,8 @@ def over_rows(function: Callable[..., Any], x: Array, rest: Any) -> Any:
 
     @call.def_vmap
     def mapped(size, is_mapped, x, rest):
-        if is_mapped[0] and not any(jax.tree.leaves(is_mapped[1])):
-            results = call(x.reshape(-1, *x.shape[2:]), rest)
+        if all(jax.tree.leaves(is_mapped[0])) and not any(jax.tree.leaves(is_mapped[1])):
+            results = call(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x), rest)
             results = jax.tree.map(lambda result: result.reshape(size, -1, *result.shape[1:]), results)
         else:
 

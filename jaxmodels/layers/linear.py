@@ -50,7 +50,8 @@ def linears(
 ) -> tuple[Float[Array, "..."], ...]:
     """`linear` of the same activations with several weights, such as those of queries, keys and values.
 
-    Quantized weights that change their activations first have that done for all of them together.
+    Quantized weights are multiplied together where a kernel can, and what they do to their activations first is done
+    for all of them together.
     """
     operands = [_operand(x, weight, equation) for weight, equation in zip(weights, equations, strict=True)]
     dtype = dtype or x.dtype

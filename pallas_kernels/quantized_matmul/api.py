@@ -52,7 +52,11 @@ def quantized_matmuls(
     dtype: Any = None,
     implementation: str | None = None,
 ) -> tuple[Array, ...]:
-    """`quantized_matmul` of the same activations with each of the weights, which are rotated for all in one launch."""
+    """`quantized_matmul` of the same activations with each of the weights.
+
+    They are rotated for all in one launch, and the Hopper kernel multiplies up to 64 rows with all weights of a kind in
+    one: the automatic choice is then made for all of these, by the sum of their outputs.
+    """
     if implementation not in (None, *NAMES):
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
     for weight in weights:
@@ -65,33 +69,50 @@ def quantized_matmuls(
             )
     dtype = jnp.dtype(dtype or x.dtype)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    products = (
-        _product(turned, weight, dtype, implementation)
-        for turned, weight in zip(turn_all(rows, weights), weights, strict=True)
-    )
-    return tuple(product.reshape(*x.shape[:-1], product.shape[1]) for product in products)
+    turned = turn_all(rows, weights)
+    products: dict[int, Array] = {}
+    for members in _launches(turned, weights):
+        chosen = tuple(turned[i] for i in members), tuple(weights[i] for i in members)
+        products |= zip(members, _products(*chosen, dtype, implementation), strict=True)
+    return tuple(products[i].reshape(*x.shape[:-1], weight.outputs) for i, weight in enumerate(weights))
 
 
-def _product(turned: Array, weight: QuantizedTensor, dtype: Any, implementation: str | None) -> Array:
+def _launches(turned: Sequence[Array], weights: Sequence[QuantizedTensor]) -> list[list[int]]:
+    """Which products a kernel can make together, by their numbers."""
+    launches: dict[Any, list[int]] = {}
+    for i, (x, weight) in enumerate(zip(turned, weights, strict=True)):
+        is_alone = x.shape[0] > mosaic_sm90.MAX_ROWS_TOGETHER or hopper_unsupported(x, weight) is not None
+        options = (weight.zeros is None, weight.global_scale is None, weight.activations)
+        kind = weight.format, _groups(weight), weight.scales.dtype, *options
+        launches.setdefault(i if is_alone else kind, []).append(i)
+    return [*launches.values()]
+
+
+def _products(
+    turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any, implementation: str | None
+) -> tuple[Array, ...]:
+    """Products `[M, O]` of weights that the kernel can take together, or of one."""
     if implementation is None:
-        implementation, _ = automatic(turned, weight, dtype=dtype)
-    elif implementation == "mosaic" and (reason := hopper_unsupported(turned, weight)) is not None:
+        outputs = sum(weight.outputs for weight in weights)
+        implementation, _ = automatic(turned[0], weights[0], dtype=dtype, outputs=outputs)
+    elif implementation == "mosaic" and (reason := hopper_unsupported(turned[0], weights[0])) is not None:
         raise NotImplementedError(f'quantized_matmul "mosaic": {reason}')
     if implementation == "mosaic":
-        result = _on_hopper(turned, weight, _kernel_result(weight, dtype))
+        results = _on_hopper(turned, weights, _kernel_result(weights[0], dtype))
     else:
         run = reference.run if implementation == "reference" else xla.run
-        result = run(turned, weight.sliced())
-    return result.astype(dtype)
+        results = tuple(run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
+    return tuple(result.astype(dtype) for result in results)
 
 
-def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any) -> tuple[str, str]:
+def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any, outputs: int | None = None) -> tuple[str, str]:
     """The implementation that a call without a name takes, and why no other, in words.
 
     Args:
       x: activations `[M, I]`, already turned.
       weight: of the call.
       dtype: of the result.
+      outputs: of all weights that are multiplied together; None: of this one.
     """
     if x.shape[0] == 0:
         return "xla", "nothing to do"
@@ -105,7 +126,7 @@ def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any) -> tuple[str, str]
         result=str(_kernel_result(weight, dtype)),
         activations=weight.activations or "",
     )
-    sizes = {"rows": x.shape[0], "outputs": weight.outputs, "inputs": weight.inputs}
+    sizes = {"rows": x.shape[0], "outputs": outputs or weight.outputs, "inputs": weight.inputs}
     (first, *_), reason = dispatch.preferred("quantized_matmul", kind, sizes, gradients=False)
     if first == "mosaic" and (why_not := hopper_unsupported(x, weight)) is not None:
         return "xla", f"mosaic: {why_not}"
@@ -128,28 +149,38 @@ def _kernel_result(weight: QuantizedTensor, dtype: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _on_hopper(x: Array, weight: QuantizedTensor, dtype: Any) -> Array:
-    """The kernel's product `[M, O]`; its derivatives are XLA's.
+def _on_hopper(turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any) -> tuple[Array, ...]:
+    """The kernel's products `[M, O]`; their derivatives are XLA's.
 
     Codes of rounded activations are bfloat16 numbers, so their products are those of eight bits, summed in float32.
     """
 
-    def product(x, arrays):
-        return mosaic_sm90.run(x, **arrays, **_options(weight), dtype=dtype)
+    def products(turned, stacks):
+        operands = [mosaic_sm90.Operands(x, **stack) for x, stack in zip(turned, stacks, strict=True)]
+        return mosaic_sm90.run_together(operands, **_options(weights[0]), dtype=dtype)
 
-    if weight.activations is None:
-        return partitioning.over_rows(product, x, _stack(weight))
-    codes, scale = rounding.activations(x, weight.activations, weight.own(weight.activation_scale))
-    return partitioning.over_rows(product, codes.astype(jnp.bfloat16), _stack(weight)) * scale
+    scales: list[Any] = [None] * len(weights)
+    if weights[0].activations is not None:
+        rounded = [
+            rounding.activations(x, weights[0].activations, weight.own(weight.activation_scale))
+            for x, weight in zip(turned, weights, strict=True)
+        ]
+        turned, scales = tuple(codes.astype(jnp.bfloat16) for codes, _ in rounded), [scale for _, scale in rounded]
+    results = partitioning.over_rows(products, turned, tuple(_stack(weight) for weight in weights))
+    return tuple(x if scale is None else x * scale for x, scale in zip(results, scales, strict=True))
 
 
-def _on_hopper_fwd(x: Array, weight: QuantizedTensor, dtype: Any) -> tuple[Array, Any]:
-    return _on_hopper(x, weight, dtype), (x, weight)
+def _on_hopper_fwd(turned: Any, weights: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:
+    return _on_hopper(turned, weights, dtype), (turned, weights)
 
 
-def _on_hopper_bwd(dtype: Any, residuals: Any, cotangent: Array) -> Any:
+def _on_hopper_bwd(dtype: Any, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
     del dtype
-    return jax.vjp(lambda x, weight: xla.run(x, weight.sliced()), *residuals)[1](cotangent.astype(jnp.float32))
+
+    def products(turned, weights):
+        return tuple(xla.run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
+
+    return jax.vjp(products, *residuals)[1](tuple(cotangent.astype(jnp.float32) for cotangent in cotangents))
 
 
 _on_hopper.defvjp(_on_hopper_fwd, _on_hopper_bwd)

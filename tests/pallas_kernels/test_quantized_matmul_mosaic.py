@@ -172,8 +172,8 @@ def test_the_public_function_runs_the_kernel_on_a_stack(interpreter, monkeypatch
     def interpreted(*arrays, **options):
         return run(*arrays, **options, interpret=compat.interpret_params(detect_races=True))
 
-    run = mosaic_sm90.run
-    monkeypatch.setattr(mosaic_sm90, "run", interpreted)
+    run = mosaic_sm90.run_together
+    monkeypatch.setattr(mosaic_sm90, "run_together", interpreted)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
     for weight in (stack.of_layer(1), weights[1]):
         found = quantized_matmul(x, weight, dtype=jnp.float32, implementation="mosaic")
@@ -290,7 +290,7 @@ def test_activations_are_in_the_order_of_the_weights_in_registers(width):
 def test_every_unit_of_work_has_one_cluster_and_every_partial_result_one_place(rows, outputs, inputs, num_sms):
     for warpgroups, block_k, cluster in ((2, 128, 1), (4, 256, 1), (2, 256, 2), (2, 128, 4)):
         config = Config(warpgroups=warpgroups, block_k=block_k, cluster=cluster, num_sms=num_sms)
-        cut = decode.cut_of(form(rows, outputs, inputs), config)
+        cut = decode.cut_of((form(rows, outputs, inputs),), config)
         assert cut.clusters * cluster <= num_sms
         places = set()
         for nth in range(cut.clusters):
@@ -307,13 +307,13 @@ def test_every_unit_of_work_has_one_cluster_and_every_partial_result_one_place(r
 @pytest.mark.parametrize("rows", [8, 64])
 def test_the_cut_fills_the_machine(rows, outputs):
     config = mosaic_sm90.heuristic_config(form(rows, outputs, 4096))
-    cut = decode.cut_of(form(rows, outputs, 4096), config)
+    cut = decode.cut_of((form(rows, outputs, 4096),), config)
     assert cut.tiles * cut.steps * config.cluster / (cut.share * config.num_sms) > 0.9
 
 
 def test_partial_results_that_nobody_wrote_do_not_count():
     call, config = form(130, 200, 384), Config(warpgroups=2, num_sms=3)
-    counts = decode.cut_of(call, config).counts
+    counts = decode.cut_of((call,), config).counts
     assert counts.tolist() == [[1, 2], [2, 1]]
     tokens = decode.tokens_of(call)
     partial = np.random.default_rng(0).normal(size=(2, 130, 200)).astype(np.float32)
@@ -321,7 +321,7 @@ def test_partial_results_that_nobody_wrote_do_not_count():
     expected[tokens:, :128] += partial[1, tokens:, :128]
     expected[:tokens, 128:] += partial[1, :tokens, 128:]
     partial[1, :tokens, :128] = partial[1, tokens:, 128:] = np.nan
-    np.testing.assert_array_equal(decode.merge(jnp.asarray(partial), call, config), expected)
+    np.testing.assert_array_equal(decode.merge(jnp.asarray(partial), (call,), config), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32, 33, 64, 65, 128, 300, 1000])
@@ -556,13 +556,16 @@ def hopper(monkeypatch):
     """A Hopper GPU whose kernel is XLA's path in disguise; the rows of each call that was traced."""
     traced = []
 
-    def run(x, codes, scales, zeros, layer, *, group_size, dtype):
-        traced.append(x.shape[0])
+    def product(x, codes, scales, zeros, layer, global_scale, format):
         shape = (codes.shape[1], x.shape[1])
-        weight = QuantizedTensor(codes, scales, zeros, layer=layer, format="int4", shape=shape)
-        return xla.run(x, weight.sliced()).astype(dtype)
+        weight = QuantizedTensor(codes, scales, zeros, global_scale, layer=layer, format=format, shape=shape)
+        return xla.run(x, weight.sliced())
 
-    monkeypatch.setattr(mosaic_sm90, "run", run)
+    def run_together(operands, *, group_size, format, dtype):
+        traced.append(operands[0].x.shape[0])
+        return tuple(product(*of_weight, format).astype(dtype) for of_weight in operands)
+
+    monkeypatch.setattr(mosaic_sm90, "run_together", run_together)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
     monkeypatch.setattr(dispatch, "undivided", lambda: None)
     monkeypatch.setattr(dispatch, "preferred", lambda *_, **__: (("mosaic", "xla"), ""))

@@ -1,15 +1,15 @@
 """Hopper kernels of products with weights of four or eight bits: `decode.py` for few tokens, `prefill.py` for many.
 
-Both put codes, int4 less their zeros and nvfp4 times the scales of their blocks, into bfloat16 without rounding, multiply
-on the tensor core, and scale float32 sums: those of each group, or all with the one scale of an output. So nothing is
-rounded but the result, when it is asked for in fewer bits. `parts.py` is what they share, `codes.py` what differs
-between formats.
+Both put codes, int4 less their zeros and nvfp4 times the scales of their blocks, into bfloat16 without rounding,
+multiply on the tensor core, and scale float32 sums: those of each group, or all with the one scale of an output. So
+nothing is rounded but the result, when it is asked for in fewer bits. `parts.py` is what they share, `codes.py` what
+differs between formats.
 
 The stack of layers is read where it lies: the layer index is a number in global memory.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +21,27 @@ from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, fitted, form_of
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, fitted, form_of
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
-__all__ = ["Config", "Form", "PrefillConfig", "candidates", "compile_cases", "heuristic_config", "run", "unsupported"]
+__all__ = [
+    "MAX_ROWS_TOGETHER",
+    "Config",
+    "Form",
+    "Operands",
+    "PrefillConfig",
+    "candidates",
+    "compile_cases",
+    "heuristic_config",
+    "run",
+    "run_together",
+    "unsupported",
+]
 
 RESULTS = ("float32", "bfloat16")
 SMALL_GROUPS = (32, 64)
 OUTPUTS = 16
+MAX_ROWS_TOGETHER = 64  # of products in one launch; with more, each fills the machine by itself
 
 
 def heuristic_config(form: Form) -> Config | PrefillConfig:
@@ -37,7 +50,7 @@ def heuristic_config(form: Form) -> Config | PrefillConfig:
     tiles = -(-form.rows // config.block_m) * -(-form.outputs // prefill.BLOCK_O)
     if form.rows > 512 or (form.rows > 64 and tiles >= 128):
         return fitted(config, form)
-    return decode.heuristic_config(form)
+    return decode.heuristic_config((form,))
 
 
 def unsupported(
@@ -55,16 +68,15 @@ def unsupported(
     dtype: Any = jnp.float32,
 ) -> str | None:
     """Why this call cannot run here, in words; None when it can. Takes what `run` takes."""
-    del layer, config
-    reason = _unsupported_arrays(x, codes, scales, zeros, global_scale, group_size, format, dtype)
-    if reason is not None:
+    del config
+    operands = Operands(x, codes, scales, zeros, layer, global_scale)
+    if (reason := _unsupported_arrays(operands, group_size, format, dtype)) is not None:
         return reason
     return None if interpret is not None else compat.missing_hopper()
 
 
-def _unsupported_arrays(
-    x: Any, codes: Any, scales: Any, zeros: Any, global_scale: Any, group_size: int, format: str, dtype: Any
-) -> str | None:
+def _unsupported_arrays(operands: Operands, group_size: int, format: str, dtype: Any) -> str | None:
+    x, codes, scales, zeros, _, global_scale = operands
     inputs, groups = x.shape[-1], scales.shape[-2]
     if format not in CODES:
         return f"knows codes of {[*CODES]}; got {format!r}"
@@ -129,22 +141,49 @@ def run(
       NotImplementedError: shapes or dtypes that the kernels do not take.
       ValueError: `config` needs more shared memory than a CTA has.
     """
-    reason = _unsupported_arrays(x, codes, scales, zeros, global_scale, group_size, format, dtype)
-    if reason is not None:
-        raise NotImplementedError(f"quantized_matmul on Hopper {reason}")
-    form = form_of(x, codes, scales, zeros, dtype, format=format, global_scale=global_scale)
-    if form.rows == 0:
-        return jnp.zeros((0, form.outputs), dtype)
+    operands = (Operands(x, codes, scales, zeros, layer, global_scale),)
+    options: dict[str, Any] = {"group_size": group_size, "format": format, "config": config, "dtype": dtype}
+    (result,) = run_together(operands, **options, interpret=interpret)
+    return result
+
+
+def run_together(
+    operands: Sequence[Operands],
+    *,
+    group_size: int,
+    format: str = "int4",
+    config: Config | PrefillConfig | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+    dtype: Any = jnp.float32,
+) -> tuple[Float[Array, "M O"], ...]:
+    """`run` of several products with as many rows and inputs and weights of one kind; of up to 64 rows in one launch.
+
+    Raises:
+      NotImplementedError, ValueError: as `run`; and if the products differ in more than outputs and layers.
+    """
+    for of_weight in operands:
+        if (reason := _unsupported_arrays(of_weight, group_size, format, dtype)) is not None:
+            raise NotImplementedError(f"quantized_matmul on Hopper {reason}")
+    forms = tuple(form_of(of_weight, format, dtype) for of_weight in operands)
+    first = forms[0]
+    if any(form._replace(outputs=first.outputs, layers=first.layers) != first for form in forms):
+        raise ValueError(f"products of one launch must differ in outputs and layers alone; got {forms}")
+    if first.rows == 0:
+        return tuple(jnp.zeros((0, form.outputs), dtype) for form in forms)
+    if len(forms) > 1 and (first.rows > MAX_ROWS_TOGETHER or isinstance(config, PrefillConfig)):
+        options: dict[str, Any] = {"group_size": group_size, "format": format, "config": config, "dtype": dtype}
+        return tuple(run_together((of_weight,), **options, interpret=interpret)[0] for of_weight in operands)
     if config is None:
-        config = heuristic_config(form)
-    if (needed := config.smem_bytes(form)) > compat.SHARED_MEMORY_BYTES:
+        config = heuristic_config(first) if len(forms) == 1 else decode.heuristic_config(forms)
+    if (needed := config.smem_bytes(first)) > compat.SHARED_MEMORY_BYTES:
         raise ValueError(
-            f"{config} needs {needed} bytes of shared memory for {form.rows} rows; "
+            f"{config} needs {needed} bytes of shared memory for {first.rows} rows; "
             f"a CTA has {compat.SHARED_MEMORY_BYTES}"
         )
-    kernel: Any = prefill.run if isinstance(config, PrefillConfig) else decode.run
-    parts = (x, codes, scales, zeros, global_scale, jnp.asarray(layer, jnp.int32))
-    return kernel(*parts, form=form, config=config, interpret=interpret)
+    operands = tuple(of_weight._replace(layer=jnp.asarray(of_weight.layer, jnp.int32)) for of_weight in operands)
+    if isinstance(config, PrefillConfig):
+        return (prefill.run(operands[0], form=first, config=config, interpret=interpret),)
+    return decode.run(operands, forms=forms, config=config, interpret=interpret)
 
 
 def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
@@ -188,13 +227,17 @@ def compile_cases() -> Iterator[Any]:
     yield _compile_case("int8", 16, 4096, 4096, 32, False, "bfloat16", "float32")
     yield _compile_case("nvfp4", 64, 4096, 4112, 16, False, "float8_e4m3fn", "bfloat16")
     yield _compile_case("int8", 4096, 4096, 4112, -1, False, "float16", "float32")
+    for rows, counts in ((1, (4096, 1024, 1024)), (16, (12288, 12288)), (64, (4096, 1024, 1024))):
+        yield _compile_case("int4", rows, 4096, counts, 128, True, "float16", "bfloat16")
+    for format, group_size, scale_dtype in kinds:
+        yield _compile_case(format, 16, 4096, (4096, 1024, 1024), group_size, False, scale_dtype, "bfloat16")
 
 
 def _compile_case(
     format: str,
     rows: int,
     inputs: int,
-    outputs: int,
+    outputs: int | tuple[int, ...],
     group_size: int,
     has_zeros: bool,
     scale_dtype: str,
@@ -204,24 +247,26 @@ def _compile_case(
     from pallas_kernels.compile_gate import CompileCase
 
     codes, layers, array = CODES[format], 4, jax.ShapeDtypeStruct
-    grid = (layers, 1 if group_size == -1 else inputs // group_size, outputs)
-    arrays = {
-        "codes": array((layers, outputs, codes.bytes(inputs)), codes.dtype),
-        "scales": array(grid, scale_dtype),
-        "zeros": array(grid, jnp.int8) if has_zeros else None,
-        "global_scale": array((layers,), jnp.float32) if codes.block is not None else None,
-    }
+    counts = (outputs,) if isinstance(outputs, int) else outputs
+    x, layer = array((rows, inputs), jnp.bfloat16), array((), jnp.int32)
+    of_weights: list[Any] = []
+    for count in counts:
+        grid = (layers, 1 if group_size == -1 else inputs // group_size, count)
+        zeros = array(grid, jnp.int8) if has_zeros else None
+        arrays = (array((layers, count, codes.bytes(inputs)), codes.dtype), array(grid, scale_dtype), zeros)
+        of_weights.append((*arrays, array((layers,), jnp.float32) if codes.block is not None else None))
 
-    def call(x, layer, arrays):
-        options = {"group_size": group_size, "format": format, "dtype": dtype, "config": config}
-        return run(x, layer=layer, **arrays, **options)
+    def call(x, layer, *of_weights):
+        operands = [Operands(x, *arrays, layer, scale) for *arrays, scale in of_weights]
+        options: dict[str, Any] = {"group_size": group_size, "format": format, "dtype": dtype, "config": config}
+        return run_together(operands, **options)
 
     kind = {"int4": "w4a16", "nvfp4": "nvfp4"}.get(format, f"w8a16 {format}")
-    name = f"{kind} M={rows} {outputs}x{inputs} groups of {group_size} {scale_dtype}"
+    name = f"{kind} M={rows} {'+'.join(map(str, counts))}x{inputs} groups of {group_size} {scale_dtype}"
     name = f"{name}{' zeros' if has_zeros else ''} to {dtype}"
     return CompileCase(
         name=name if config is None else f"{name} {config}",
         function=call,
-        avals=(array((rows, inputs), jnp.bfloat16), array((), jnp.int32), arrays),
+        avals=(x, layer, *of_weights),
         shipped=config is None,
     )

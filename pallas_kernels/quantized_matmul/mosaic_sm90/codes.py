@@ -9,10 +9,10 @@ mask serves both. What a row's codes need beside themselves are bytes: zeros of 
 once for all of the words they belong to.
 
 Exactness. Integers of up to eight bits are put into the mantissa of 128 or of 256 and come out by a subtraction. Floats
-of eight or four bits are moved to where bfloat16 has its exponent and mantissa; with the smaller bias of their exponents
-they are then too small by 2^120 or 2^126, subnormal ones too, which one multiplication puts right. That of nvfp4 brings
-in the block's scale as well, 2 significant bits times 4. It is left too small by 2^9, or large scales would leave the
-range on the way; the sums take `Codes.factor` back.
+of eight or four bits are moved to where bfloat16 has its exponent and mantissa; with the smaller bias of their own
+exponents they are then too small by 2^120 or 2^126, subnormal ones too, which one multiplication puts right. That of
+nvfp4 brings in the block's scale as well, 2 significant bits times 4. It is left too small by 2^9, or large scales
+would leave the range on the way; the sums take `Codes.factor` back.
 
 Patterns that e4m3 keeps for NaN are read as 480 and -480, the numbers they would be.
 """
@@ -93,7 +93,7 @@ def nvfp4_pairs(on: Machine, word: Any, scale: Any) -> list[Any]:
 
 def nvfp4_scales(on: Machine, scales: Sequence[Any]) -> list[Any]:
     """Of a block in two rows, to 2^117 scale in both halves of a register for each row."""
-    both = _e4m3(on, on.bytes_of(*scales, 0xC480))
+    both = _e4m3(on, on.bytes_of(scales[0], scales[1], 0xC480))
     both = on.multiply_pairs(both, _power(117))
     return [on.bytes_of(both, both, selector) for selector in (0x1010, 0x3232)]
 

@@ -9,6 +9,9 @@ consecutive ones; so a tile's inputs are split where the borders fall, and a CTA
 next without emptying its ring. What it has of each tile is a float32 partial result. The partial results of a tile are
 added in the order of the inputs, by XLA; nothing depends on timing.
 
+Several weights with as many inputs, such as those of queries, keys and values, are multiplied in one launch: the tiles
+of one follow those of the other, each with activations of its own.
+
 The activations come from the L2 cache once for every tile of outputs, and more tokens are more bytes than the weights.
 The CTAs of a cluster then work side by side on tiles of different outputs, and each loads a part of the activations
 for all.
@@ -28,9 +31,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import parts
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, whole
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, Operands, whole
 
 MAX_TOKENS = 128  # of a tile
+
+Forms = tuple[Form, ...]  # of the weights of a launch; they differ in their outputs and layers alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,11 +100,12 @@ def tokens_of(form: Form, cluster: int = 1) -> int:
     return whole(-(-form.rows // tiles), 8 * cluster)
 
 
-def heuristic_config(form: Form) -> Config:
+def heuristic_config(forms: Forms) -> Config:
     """A CTA for each multiprocessor, and tiles that are wide, since each reads the activations, while registers allow.
 
     With more than 32 tokens narrow ones where a tile is split into many partial results, since these are wide too.
     """
+    form = forms[0]
     tokens = tokens_of(form)
     narrow_steps = form.width < parts.MAX_WIDTH
     if tokens <= 32:
@@ -107,7 +113,7 @@ def heuristic_config(form: Form) -> Config:
         config = Config(warpgroups=4, block_k=128 if narrow_steps else 256, stages=6 if narrow_steps else 4)
         return parts.fitted(config, form)
     wide = Config(warpgroups=4, block_k=128, stages=4, cluster=2)
-    if tokens <= 64 and cut_of(form, wide).counts.max() <= 4:
+    if tokens <= 64 and cut_of(forms, wide).counts.max() <= 4:
         return parts.fitted(wide, form)
     block_k = 128 if narrow_steps or tokens > 64 or form.codes.bits == 8 else 256
     return parts.fitted(Config(warpgroups=2, block_k=block_k, stages=4, cluster=2), form)
@@ -135,51 +141,53 @@ class Cut:
         return counts.reshape(self.output_tiles, self.token_tiles)
 
 
-def cut_of(form: Form, config: Config) -> Cut:
-    output_tiles = -(-form.outputs // (config.block_o * config.cluster))
+def cut_of(forms: Forms, config: Config) -> Cut:
+    form = forms[0]
+    output_tiles = int(first_tiles(forms, config)[-1])
     token_tiles = -(-form.rows // tokens_of(form, config.cluster))
     units = output_tiles * token_tiles * form.steps(config.block_k)
     share = -(-units // (config.num_sms // config.cluster))
     return Cut(output_tiles, token_tiles, form.steps(config.block_k), share, -(-units // share))
 
 
-@functools.partial(jax.jit, static_argnames=("form", "config", "interpret"))
-def run(
-    x: Array,
-    codes: Array,
-    scales: Array,
-    zeros: Array | None,
-    global_scale: Array | None,
-    layer: Array,
-    *,
-    form: Form,
-    config: Config,
-    interpret,
-) -> Float[Array, "M O"]:
-    partial = multiply(x, codes, scales, zeros, global_scale, layer, form=form, config=config, interpret=interpret)
-    return merge(partial, form, config)[: form.rows, : form.outputs].astype(form.dtype)
+def first_tiles(forms: Forms, config: Config) -> np.ndarray:
+    """First tile of outputs of each weight, and how many all have."""
+    return np.cumsum([0, *(-(-form.outputs // (config.block_o * config.cluster)) for form in forms)])
 
 
-def merge(partial: Float[Array, "J rows columns"], form: Form, config: Config) -> Float[Array, "rows columns"]:
+def first_columns(forms: Forms, config: Config) -> list[int]:
+    """Where the results of each weight begin among all columns, and how many there are in whole tiles of the TMA."""
+    first = [int(tile) * config.block_o * config.cluster for tile in first_tiles(forms, config)[:-1]]
+    return [*first, first[-1] + parts.result_shape(forms[-1])[1]]
+
+
+@functools.partial(jax.jit, static_argnames=("forms", "config", "interpret"))
+def run(operands: tuple[Operands, ...], *, forms: Forms, config: Config, interpret) -> tuple[Float[Array, "M O"], ...]:
+    total = merge(multiply(operands, forms=forms, config=config, interpret=interpret), forms, config)
+    columns = zip(forms, first_columns(forms, config), strict=False)
+    return tuple(total[: form.rows, first : first + form.outputs].astype(form.dtype) for form, first in columns)
+
+
+def merge(partial: Float[Array, "J rows columns"], forms: Forms, config: Config) -> Float[Array, "rows columns"]:
     """The sum of the partial results of each tile, first to last. Those that nobody wrote are memory as it was."""
-    counts, (_, rows, columns) = cut_of(form, config).counts, partial.shape
+    counts, (_, rows, columns) = cut_of(forms, config).counts, partial.shape
     total = partial[0]
     for j in range(1, counts.max()):
         if (there := counts > j).all():
             total = total + partial[j]
             continue
         by_column = np.repeat(there.T, config.block_o * config.cluster, axis=1)[:, :columns]
-        by_row = jnp.repeat(jnp.asarray(by_column), tokens_of(form, config.cluster), axis=0)[:rows]
+        by_row = jnp.repeat(jnp.asarray(by_column), tokens_of(forms[0], config.cluster), axis=0)[:rows]
         total = total + jnp.where(by_row, partial[j], 0.0)
     return total
 
 
 def multiply(
-    x, codes, scales, zeros, global_scale, layer, *, form: Form, config: Config, interpret
+    operands: tuple[Operands, ...], *, forms: Forms, config: Config, interpret
 ) -> Float[Array, "J rows columns"]:
     """Partial results, as many as the most that a tile has."""
-    cut, stages, cluster = cut_of(form, config), config.stages, config.cluster
-    tokens, interpreted = tokens_of(form, cluster), interpret is not None
+    form, cut, stages, cluster = forms[0], cut_of(forms, config), config.stages, config.cluster
+    tiles, tokens, interpreted = first_tiles(forms, config), tokens_of(form, cluster), interpret is not None
     i32 = jnp.int32
 
     def kernel(refs, partial_ref, smem):
@@ -188,10 +196,15 @@ def multiply(
         first = nth * cut.share
         last = jnp.minimum(first + cut.share, cut.tiles * cut.steps)
 
-        def corner(tile):
-            """First output and first token of this CTA."""
+        def corner(tile, before=0):
+            """First output and first token of this CTA, of a weight before which there are so many tiles of outputs."""
             output, token = lax.div(tile, i32(cut.token_tiles)), lax.rem(tile, i32(cut.token_tiles))
-            return (output * cluster + rank) * config.block_o, token * tokens
+            return ((output - before) * cluster + rank) * config.block_o, token * tokens
+
+        def holds(weight, tile):
+            """Whether a tile is one of this weight."""
+            begin, end = (int(x) * cut.token_tiles for x in tiles[weight : weight + 2])
+            return (begin <= tile) & (tile < end)
 
         @pl.when(warpgroup < config.warpgroups)
         def compute():
@@ -212,7 +225,16 @@ def multiply(
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.float32), WGMMA)
                 acc = lax.fori_loop(begin, end, over_units, acc)
                 output, token = corner(tile)
-                acc = parts.finished(acc, refs, form, output=output + warpgroup * ROWS)
+                for weight, of_weight in enumerate(forms):
+
+                    def finish(acc, weight=weight, of_weight=of_weight):
+                        output, _ = corner(tile, int(tiles[weight]))
+                        return parts.finished(acc, refs[weight], of_weight, output=output + warpgroup * ROWS)
+
+                    if len(forms) == 1:
+                        acc = finish(acc)
+                    elif of_weight.is_unfinished:
+                        acc = lax.cond(holds(weight, tile), finish, lambda acc: acc, acc)
                 where = (nth - lax.div(tile * cut.steps, i32(cut.share)), pl.ds(token, tokens))
                 parts.store(acc, result, partial_ref.at[*where, pl.ds(output + warpgroup * ROWS, ROWS)])
 
@@ -229,9 +251,18 @@ def multiply(
                     plgpu.barrier_wait(smem["free"].at[slot])
                     plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
 
-                output, token = corner(lax.div(unit, i32(cut.steps)))
-                step = lax.rem(unit, i32(cut.steps))
-                parts.load_step(refs, smem, form, step=step, slot=slot, output=output, token=token, cluster=cluster)
+                tile, step = lax.div(unit, i32(cut.steps)), lax.rem(unit, i32(cut.steps))
+                for weight, of_weight in enumerate(forms):
+
+                    def load(weight=weight, of_weight=of_weight):
+                        output, token = corner(tile, int(tiles[weight]))
+                        where = {"step": step, "slot": slot, "output": output, "token": token}
+                        parts.load_step(refs[weight], smem, of_weight, **where, cluster=cluster)
+
+                    if len(forms) == 1:
+                        load()
+                    else:
+                        pl.when(holds(weight, tile))(load)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(last - stages, first), last)
@@ -245,7 +276,9 @@ def multiply(
 
     return compat.kernel(
         quantized_decode,
-        out_type=jax.ShapeDtypeStruct((int(cut.counts.max()), *parts.result_shape(form)), jnp.float32),
+        out_type=jax.ShapeDtypeStruct(
+            (int(cut.counts.max()), parts.result_shape(form)[0], first_columns(forms, config)[-1]), jnp.float32
+        ),
         grid=(cut.clusters,),
         grid_names=("nth",),
         num_threads=config.warpgroups + 1,
@@ -253,4 +286,4 @@ def multiply(
         scratch_types=list(buffers.values()),
         interpret=interpret,
         **parts.cluster_options(cluster),
-    )(parts.inputs(x, codes, scales, zeros, global_scale, layer, form))
+    )(tuple(parts.inputs(of_weight, form) for of_weight, form in zip(operands, forms, strict=True)))

@@ -29,7 +29,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array
 
 from pallas_kernels import compat
-from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES, WORD, Codes, Instructions, Integers
+from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES, Codes, Instructions, Integers
 
 ROWS = 64  # outputs of one compute warpgroup
 MAX_WIDTH = 128  # inputs of one product
@@ -78,6 +78,11 @@ class Form(NamedTuple):
         return self.groups == 1 and self.codes.block is None
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether anything is left to do to the sums (`finished`)."""
+        return self.scales_outputs or self.has_global_scale or self.codes.factor != 1
+
+    @property
     def width(self) -> int:
         """Inputs of one product: of one group, if sums meet scales."""
         return min(self.group_size, MAX_WIDTH) if self.scales_products else MAX_WIDTH
@@ -87,16 +92,19 @@ class Form(NamedTuple):
         return -(-self.inputs // block_k)
 
 
-def form_of(
-    x: Any,
-    codes: Any,
-    scales: Any,
-    zeros: Any,
-    dtype: Any = jnp.float32,
-    *,
-    format: str = "int4",
-    global_scale: Any = None,
-) -> Form:
+class Operands(NamedTuple):
+    """The arrays of one product; see `run`."""
+
+    x: Any
+    codes: Any
+    scales: Any
+    zeros: Any
+    layer: Any
+    global_scale: Any = None
+
+
+def form_of(operands: Operands, format: str, dtype: Any = jnp.float32) -> Form:
+    x, codes, scales, zeros, _, global_scale = operands
     return Form(
         rows=x.shape[0],
         inputs=x.shape[1],
@@ -112,8 +120,11 @@ def form_of(
 
 
 def permuted(x: Array, form: Form) -> Array:
-    """Activations in the order in which threads hold the weights; rows in eights, inputs in whole products."""
-    rows, inputs = whole(form.rows, 8), whole(form.inputs, form.width)
+    """Activations in the order in which threads hold the weights; inputs in whole products, 8 rows or more in eights.
+
+    The TMA fills fewer rows itself.
+    """
+    rows, inputs = form.rows if form.rows < 8 else whole(form.rows, 8), whole(form.inputs, form.width)
     if x.shape != (rows, inputs):
         x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
     pairs = form.codes.per_word // 2
@@ -224,6 +235,8 @@ def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, i
 
 def finished(acc: Array, refs: dict, form: Form, *, output: Any) -> Array:
     """Sums `[64, tokens]` of the outputs from `output` on with the scales that waited for them."""
+    if not form.is_unfinished:
+        return acc
     layer = _layer(refs, form)
     if form.scales_outputs:  # `inputs` lets the last 64 end within the array
         first = layer * form.outputs + jnp.minimum(output, whole(form.outputs, ROWS) - ROWS)
@@ -248,10 +261,9 @@ def _product(weights: Array, x_ref: Any, *, interpreted: bool) -> Array:
     return pl.run_scoped(multiply, plgpu.ACC((ROWS, x_ref.shape[0]), jnp.float32))
 
 
-def inputs(
-    x: Array, codes: Array, scales: Array, zeros: Array | None, global_scale: Array | None, layer: Array, form: Form
-) -> dict[str, Array]:
+def inputs(operands: Operands, form: Form) -> dict[str, Array]:
     """The kernel's arrays in global memory."""
+    x, codes, scales, zeros, layer, global_scale = operands
     arrays = {"x": permuted(x, form), "codes": codes, "layer": layer.reshape(1)}
     if form.codes.block is not None:
         arrays["scales"] = scales
@@ -341,10 +353,12 @@ def _weights(codes_ref: Any, sides_ref: Any, form: Form, *, sub: int, apart: int
             sides = [[side(block, half) for half in range(2)] for block in range(blocks)]
         bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
         made = registers(Instructions(), loaded, sides)
-        made = np.array([[llvm.bitcast(bf16_pair, pair) for pair in pairs] for pairs in made], object).T
+        by_row = [[llvm.bitcast(bf16_pair, pair) for pair in pairs] for pairs in made]
         layout = mgpu.WGMMA_LAYOUT
         return mgpu.FragmentedArray(
-            _registers=made.reshape(layout.registers_shape((rows, width))), _layout=layout, _is_signed=None
+            _registers=np.array(by_row, object).T.reshape(layout.registers_shape((rows, width))),
+            _layout=layout,
+            _is_signed=None,
         )
 
     return convert(*arguments)
