@@ -257,7 +257,7 @@ def _compile_case(
         of_weights.append((*arrays, array((layers,), jnp.float32) if codes.block is not None else None))
 
     def call(x, layer, *of_weights):
-        operands = [Operands(x, *arrays, layer, scale) for *arrays, scale in of_weights]
+        operands = [Operands(x, codes, scales, zeros, layer, overall) for codes, scales, zeros, overall in of_weights]
         options: dict[str, Any] = {"group_size": group_size, "format": format, "dtype": dtype, "config": config}
         return run_together(operands, **options)
 

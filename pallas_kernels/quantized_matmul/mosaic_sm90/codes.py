@@ -19,7 +19,7 @@ Patterns that e4m3 keeps for NaN are read as 480 and -480, the numbers they woul
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jaxlib.mlir.dialects import arith, llvm
 WORD = 32  # bits
 
 
+@runtime_checkable
 class Machine(Protocol):
     """32-bit registers, and two bfloat16 numbers in one; a constant is an `int`."""
 
