@@ -352,7 +352,7 @@ def test_wrong_configurations_say_so():
     "change, reason",
     [
         ({"x": jnp.zeros((2, 256))}, "bfloat16 activations; got float32"),
-        ({"scales": jnp.zeros((3, 2, 64), jnp.bfloat16)}, "got bfloat16"),
+        ({"scales": jnp.zeros((3, 2, 64), jnp.float8_e4m3fn)}, "got float8_e4m3fn"),
         ({"codes": jnp.zeros((3, 64, 256), jnp.int8)}, "uint8 codes of 256 inputs"),
         ({"zeros": jnp.zeros((3, 2, 64), jnp.int32)}, "int8 zeros; got int32"),
         ({"group_size": 64}, "whole groups of 64"),
