@@ -85,6 +85,18 @@ class Shape:
         codes = CODES[self.codes].bytes(self.inputs)
         return dataclasses.replace(self, layers=max(2, -(-COLD_BYTES // (self.outputs * codes))))
 
+    def avals(self) -> dict[str, Any]:
+        """Shapes and dtypes of the arguments."""
+        codes, array = CODES[self.codes], jax.ShapeDtypeStruct
+        grid = (self.layers, self.groups, self.outputs)
+        return {
+            "x": array((self.rows, self.inputs), jnp.bfloat16),
+            "codes": array((self.layers, self.outputs, codes.bytes(self.inputs)), codes.dtype),
+            "scales": array(grid, self.scales),
+            "zeros": array(grid, jnp.int8) if self.zeros else None,
+            "global_scale": array((self.layers,), jnp.float32) if self.codes == "nvfp4" else None,
+        }
+
     def arguments(self, seed: int = 0) -> dict[str, Any]:
         """Made on the host. Activations to be rounded are codes times a power of 2: no rounding but one is right."""
         rng, codes = np.random.default_rng(seed), CODES[self.codes]
