@@ -337,8 +337,43 @@ def checks() -> Iterator[tuple[dict[str, str], Callable[[], dict[str, Any]]]]:
     """What a row is about, and how it is made."""
     for format, rows in itertools.product(CODES, (128, 129)):
         yield {"codes": every_code_name(format, rows)}, functools.partial(check_every_code, format, rows)
+    for rows, outputs in itertools.product((1, 8, 16, 40, 64), TOGETHER):
+        yield {"launch": launch_name(rows, outputs)}, functools.partial(check_together, rows, outputs)
     for shape in check_shapes():
         yield {"shape": shape.name}, lambda shape=shape: check_shape(shape, shape.arguments())
+
+
+def launch_name(rows: int, outputs: tuple[int, ...]) -> str:
+    return f"M={rows} {'+'.join(map(str, outputs))}x4096 together in one launch"
+
+
+TOGETHER = ((4096, 1024, 1024), (12288, 12288), (1008, 64))  # outputs of weights that one launch multiplies with
+
+
+def check_together(rows: int, outputs: tuple[int, ...]) -> dict[str, Any]:
+    """Several products in one launch, each of activations and a layer of its own, against NumPy."""
+    shapes = [Shape(rows=rows, outputs=count) for count in outputs]
+    arguments = [shape.arguments(seed) for seed, shape in enumerate(shapes)]
+
+    @jax.jit
+    def call(layer, arguments):
+        operands = [
+            mosaic_sm90.Operands(**{name: given[name] for name in ("x", "codes", "scales", "zeros")}, layer=layer)
+            for given in arguments
+        ]
+        return mosaic_sm90.run_together(operands, group_size=shapes[0].group_size)
+
+    results = call(jnp.int32(1), arguments)
+    again = call(jnp.int32(1), arguments)
+    rights = [expected(shape, given, 1) for shape, given in zip(shapes, arguments, strict=True)]
+    errors = [
+        float(np.linalg.norm(np.asarray(result) - right) / np.linalg.norm(right))
+        for result, right in zip(results, rights, strict=True)
+    ]
+    row: dict[str, Any] = {"launch": launch_name(rows, outputs), "errors": errors}
+    row["bitwise_repeatable"] = all(bool((a == b).all()) for a, b in zip(results, again, strict=True))
+    row["passes"] = row["bitwise_repeatable"] and all(error < LIMIT for error in errors)
+    return row
 
 
 def check(arguments: argparse.Namespace) -> int:

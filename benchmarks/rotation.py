@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks import report
 from pallas_kernels import compat
+from pallas_kernels.quantized_matmul.mosaic_sm90 import order_of
 from pallas_kernels.rotation import Turn, pairwise_rotations
 
 LIMITS = {"float32": 1e-5, "bfloat16": 3e-3}  # relative error in the L2 norm
@@ -40,13 +41,18 @@ class Shape:
     rotations: int = 1
     dtype: str = "bfloat16"
     layers: int = 2
+    is_ordered: bool = False  # results in the order that the products with int4 weights want
 
     @property
     def name(self) -> str:
         return (
             f"M={self.rows} I={self.channels} x{self.rotations} {self.steps} steps in groups of {self.group_size} "
-            f"{self.dtype}"
+            f"{self.dtype}{' ordered' if self.is_ordered else ''}"
         )
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        return order_of(self.group_size) if self.is_ordered else None
 
     def arguments(self) -> tuple[Any, list[Turn]]:
         """Rows, and turns of float16 parameters without the index of a layer."""
@@ -69,7 +75,8 @@ class Shape:
 
         def run(x, turns, layer):
             own = [turn._replace(layer=layer) for turn in turns]
-            return pairwise_rotations(x, own, group_size=self.group_size, implementation=implementation)
+            options: dict[str, Any] = {"group_size": self.group_size, "order": self.order}
+            return pairwise_rotations(x, own, **options, implementation=implementation)
 
         return run
 
@@ -96,6 +103,8 @@ def check_shape(shape: Shape) -> dict[str, Any]:
     errors = []
     for turn, result in zip(turns, results, strict=True):
         right = expected(np.asarray(x.astype(jnp.float32), np.float64), turn, layer, shape.group_size)
+        if shape.order is not None:
+            right = right.reshape(shape.rows, -1, shape.group_size)[..., shape.order].reshape(right.shape)
         errors.append(np.linalg.norm(np.asarray(result.astype(jnp.float32)) - right) / np.linalg.norm(right))
     row: dict[str, Any] = {"shape": shape.name, "error": float(np.max(errors)), "limit": LIMITS[shape.dtype]}
     same = [bool((a == b).all()) for repeat in again for a, b in zip(repeat, results, strict=True)]
@@ -114,6 +123,8 @@ def check_shapes() -> Iterator[Shape]:
     for rows in (1, 16, 300):
         yield Shape(rows=rows, channels=12288)
         yield Shape(rows=rows, rotations=3, channels=2048)
+        for group_size in (32, 64, 128, 256):
+            yield Shape(rows=rows, rotations=2, group_size=group_size, is_ordered=True)
 
 
 def time_shapes() -> Iterator[Shape]:

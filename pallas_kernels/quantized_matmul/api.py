@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,40 +69,65 @@ def quantized_matmuls(
             )
     dtype = jnp.dtype(dtype or x.dtype)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    turned = turn_all(rows, weights)
     products: dict[int, Array] = {}
-    for members in _launches(turned, weights):
-        chosen = tuple(turned[i] for i in members), tuple(weights[i] for i in members)
-        products |= zip(members, _products(*chosen, dtype, implementation), strict=True)
+    launches = [_Launch.of(members, rows, weights, dtype, implementation) for members in _together(rows, weights)]
+    orders = {i: launch.order for launch in launches for i in launch.members}
+    turned = turn_all(rows, weights, [orders[i] for i in range(len(weights))])
+    for launch in launches:
+        chosen = tuple(turned[i] for i in launch.members), tuple(weights[i] for i in launch.members)
+        products |= zip(launch.members, launch.products(*chosen, dtype), strict=True)
     return tuple(products[i].reshape(*x.shape[:-1], weight.outputs) for i, weight in enumerate(weights))
 
 
-def _launches(turned: Sequence[Array], weights: Sequence[QuantizedTensor]) -> list[list[int]]:
+def _together(x: Array, weights: Sequence[QuantizedTensor]) -> list[list[int]]:
     """Which products a kernel can make together, by their numbers."""
-    launches: dict[Any, list[int]] = {}
-    for i, (x, weight) in enumerate(zip(turned, weights, strict=True)):
+    together: dict[Any, list[int]] = {}
+    for i, weight in enumerate(weights):
         is_alone = x.shape[0] > mosaic_sm90.MAX_ROWS_TOGETHER or hopper_unsupported(x, weight) is not None
-        options = (weight.zeros is None, weight.global_scale is None, weight.activations)
-        kind = weight.format, _groups(weight), weight.scales.dtype, *options
-        launches.setdefault(i if is_alone else kind, []).append(i)
-    return [*launches.values()]
+        others = (weight.zeros is None, weight.global_scale is None, weight.activations, _kernel_order(weight))
+        kind = weight.format, _groups(weight), weight.scales.dtype, *others
+        together.setdefault(i if is_alone else kind, []).append(i)
+    return [*together.values()]
 
 
-def _products(
-    turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any, implementation: str | None
-) -> tuple[Array, ...]:
-    """Products `[M, O]` of weights that the kernel can take together, or of one."""
-    if implementation is None:
-        outputs = sum(weight.outputs for weight in weights)
-        implementation, _ = automatic(turned[0], weights[0], dtype=dtype, outputs=outputs)
-    elif implementation == "mosaic" and (reason := hopper_unsupported(turned[0], weights[0])) is not None:
-        raise NotImplementedError(f'quantized_matmul "mosaic": {reason}')
-    if implementation == "mosaic":
-        results = _on_hopper(turned, weights, _kernel_result(weights[0], dtype))
-    else:
-        run = reference.run if implementation == "reference" else xla.run
-        results = tuple(run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
-    return tuple(result.astype(dtype) for result in results)
+def _kernel_order(weight: QuantizedTensor) -> tuple[int, ...] | None:
+    """The order of inputs that the kernel wants, for a weight whose rotation can give it."""
+    if weight.rotation is None or weight.order is not None:
+        return None
+    if _groups(weight) == -1 and weight.inputs % mosaic_sm90.MAX_WIDTH:  # the kernel adds zeros first
+        return None
+    return mosaic_sm90.order_of(weight.group_size, weight.format)
+
+
+class _Launch(NamedTuple):
+    """Products of some of the weights, and what makes them."""
+
+    members: list[int]
+    implementation: str
+    order: tuple[int, ...] | None  # of the channels within each group, of all members
+
+    @classmethod
+    def of(
+        cls, members: list[int], x: Array, weights: Sequence[QuantizedTensor], dtype: Any, implementation: str | None
+    ) -> "_Launch":
+        first = weights[members[0]]
+        if implementation is None:
+            outputs = sum(weights[i].outputs for i in members)
+            implementation, _ = automatic(x, first, dtype=dtype, outputs=outputs)
+        elif implementation == "mosaic" and (reason := hopper_unsupported(x, first)) is not None:
+            raise NotImplementedError(f'quantized_matmul "mosaic": {reason}')
+        return cls(members, implementation, _kernel_order(first) if implementation == "mosaic" else None)
+
+    def products(
+        self, turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any
+    ) -> tuple[Array, ...]:
+        """`[M, O]` each."""
+        if self.implementation == "mosaic":
+            results = _on_hopper(turned, weights, self.order, _kernel_result(weights[0], dtype))
+        else:
+            run = reference.run if self.implementation == "reference" else xla.run
+            results = tuple(run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
+        return tuple(result.astype(dtype) for result in results)
 
 
 def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any, outputs: int | None = None) -> tuple[str, str]:
@@ -148,16 +173,18 @@ def _kernel_result(weight: QuantizedTensor, dtype: Any) -> Any:
     return jnp.dtype(jnp.bfloat16 if is_last else jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _on_hopper(turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any) -> tuple[Array, ...]:
-    """The kernel's products `[M, O]`; their derivatives are XLA's.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _on_hopper(
+    turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], order: tuple[int, ...] | None, dtype: Any
+) -> tuple[Array, ...]:
+    """The kernel's products `[M, O]` of activations in this order; their derivatives are XLA's.
 
     Codes of rounded activations are bfloat16 numbers, so their products are those of eight bits, summed in float32.
     """
 
     def products(turned, stacks):
         operands = [mosaic_sm90.Operands(x, **stack) for x, stack in zip(turned, stacks, strict=True)]
-        return mosaic_sm90.run_together(operands, **_options(weights[0]), dtype=dtype)
+        return mosaic_sm90.run_together(operands, **_options(weights[0]), dtype=dtype, is_ordered=order is not None)
 
     scales: list[Any] = [None] * len(weights)
     if weights[0].activations is not None:
@@ -170,15 +197,21 @@ def _on_hopper(turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], 
     return tuple(x if scale is None else x * scale for x, scale in zip(results, scales, strict=True))
 
 
-def _on_hopper_fwd(turned: Any, weights: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:
-    return _on_hopper(turned, weights, dtype), (turned, weights)
+def _on_hopper_fwd(turned: Any, weights: Any, order: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:
+    return _on_hopper(turned, weights, order, dtype), (turned, weights)
 
 
-def _on_hopper_bwd(dtype: Any, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
+def _on_hopper_bwd(order: Any, dtype: Any, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
     del dtype
 
+    def product(x, weight):
+        if order is not None:
+            back = jnp.argsort(jnp.asarray(order))
+            x = x.reshape(x.shape[0], -1, len(order))[..., back].reshape(x.shape)
+        return xla.run(x, weight.sliced())
+
     def products(turned, weights):
-        return tuple(xla.run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
+        return tuple(product(x, weight) for x, weight in zip(turned, weights, strict=True))
 
     return jax.vjp(products, *residuals)[1](tuple(cotangent.astype(jnp.float32) for cotangent in cotangents))
 

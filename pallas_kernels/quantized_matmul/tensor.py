@@ -164,24 +164,30 @@ class QuantizedTensor:
                 )
 
 
-def turn_all(x: Float[Array, "*rows I"], weights: Sequence[QuantizedTensor]) -> tuple[Float[Array, "*rows I"], ...]:
+def turn_all(
+    x: Float[Array, "*rows I"],
+    weights: Sequence[QuantizedTensor],
+    orders: Sequence[tuple[int, ...] | None] | None = None,
+) -> tuple[Float[Array, "*rows I"], ...]:
     """Activations as the codes of each weight meet them: scaled, rotated, in order.
 
     bfloat16 stays bfloat16, rounded once after float32; anything else that is changed becomes float32, since scaled and
     rotated channels may outgrow float16. Rotations in groups of one size run together.
+
+    `orders` are of the channels within each group of a weight with a rotation, beyond the weight's own order.
     """
     turned: dict[int, Array] = {}
-    together: dict[int, list[int]] = {}
-    for i, weight in enumerate(weights):
+    together: dict[Any, list[int]] = {}
+    for i, (weight, order) in enumerate(zip(weights, orders or [None] * len(weights), strict=True)):
         if weight.input_scales is None and weight.rotation is None and weight.order is None:
             turned[i] = x
         elif weight.rotation is not None:
-            together.setdefault(weight.group_size, []).append(i)
+            together.setdefault((weight.group_size, order), []).append(i)
         else:
             turned[i] = _wide(x)
-    for group_size, members in together.items():
+    for (group_size, order), members in together.items():
         turns = [weights[i].as_turn() for i in members]
-        turned |= zip(members, pairwise_rotations(_wide(x), turns, group_size=group_size), strict=True)
+        turned |= zip(members, pairwise_rotations(_wide(x), turns, group_size=group_size, order=order), strict=True)
 
     def finished(x: Array, weight: QuantizedTensor) -> Array:
         if weight.input_scales is not None and weight.rotation is None:

@@ -54,17 +54,31 @@ def pairwise_rotation(
 
 
 def pairwise_rotations(
-    x: Float[Array, "*rows I"], turns: Sequence[Turn], *, group_size: int, implementation: str | None = None
+    x: Float[Array, "*rows I"],
+    turns: Sequence[Turn],
+    *,
+    group_size: int,
+    order: tuple[int, ...] | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "*rows I"], ...]:
     """`pairwise_rotation` of the same rows by each of the turns, which the Hopper kernel does in one launch.
 
-    A turn whose arrays are stacked along a first axis has the index of its layer.
+    A turn whose arrays are stacked along a first axis has the index of its layer. Channel t of each group of a result
+    is channel `order[t]` of the rotated group; None: channel t.
     """
-    return _run(x, tuple(turns), group_size=group_size, inverse=False, implementation=implementation)
+    if order is not None and sorted(order) != [*range(group_size)]:
+        raise ValueError(f"order must be a permutation of {group_size} channels; got {order}")
+    return _run(x, tuple(turns), group_size=group_size, order=order, inverse=False, implementation=implementation)
 
 
 def _run(
-    x: Array, turns: tuple[Turn, ...], *, group_size: int, inverse: bool, implementation: str | None
+    x: Array,
+    turns: tuple[Turn, ...],
+    *,
+    group_size: int,
+    inverse: bool,
+    implementation: str | None,
+    order: tuple[int, ...] | None = None,
 ) -> tuple[Array, ...]:
     if implementation not in (None, *NAMES):
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
@@ -80,10 +94,10 @@ def _run(
     ):
         raise NotImplementedError(f'pairwise_rotation "mosaic": {reason}')
     if implementation == "mosaic":
-        results = _on_hopper(rows, turns, group_size)
+        results = _on_hopper(rows, turns, group_size, order)
     else:
         run = reference.run if implementation == "reference" else xla.run
-        results = tuple(_plain(run, rows, turn, group_size, inverse) for turn in turns)
+        results = tuple(_plain(run, rows, turn, group_size, order, inverse=inverse) for turn in turns)
     return tuple(result.reshape(x.shape) for result in results)
 
 
@@ -118,7 +132,9 @@ def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool
     return first, reason
 
 
-def _plain(run: Any, x: Array, turn: Turn, group_size: int, inverse: bool) -> Array:
+def _plain(
+    run: Any, x: Array, turn: Turn, group_size: int, order: tuple[int, ...] | None, *, inverse: bool = False
+) -> Array:
     precise = jnp.promote_types(x.dtype, jnp.float32)
     theta, pairs, scales = turn[:3]
     if turn.layer is not None:
@@ -127,23 +143,32 @@ def _plain(run: Any, x: Array, turn: Turn, group_size: int, inverse: bool) -> Ar
     rotated = x.astype(precise)
     if scales is not None:
         rotated = rotated * scales.astype(precise)
-    return run(rotated, theta.astype(precise), pairs, group_size, inverse=inverse).astype(x.dtype)
+    rotated = run(rotated, theta.astype(precise), pairs, group_size, inverse=inverse).astype(x.dtype)
+    if order is None:
+        return rotated
+    return rotated.reshape(x.shape[0], -1, group_size)[..., jnp.asarray(order)].reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _on_hopper(x: Array, turns: tuple[Turn, ...], group_size: int) -> tuple[Array, ...]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _on_hopper(x: Array, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Array, ...]:
     """The kernel's results; its derivatives are XLA's."""
     stacks = tuple(turn if turn.layer is not None else _stack_of_one(turn) for turn in turns)
-    return partitioning.over_rows(lambda x, turns: mosaic_sm90.run(x, turns, group_size=group_size), x, stacks)
+    return partitioning.over_rows(
+        lambda x, turns: mosaic_sm90.run(x, turns, group_size=group_size, order=order), x, stacks
+    )
 
 
-def _on_hopper_fwd(x: Array, turns: tuple[Turn, ...], group_size: int) -> tuple[Any, Any]:
-    return _on_hopper(x, turns, group_size), (x, turns)
+def _on_hopper_fwd(
+    x: Array, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None
+) -> tuple[Any, Any]:
+    return _on_hopper(x, turns, group_size, order), (x, turns)
 
 
-def _on_hopper_bwd(group_size: int, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
+def _on_hopper_bwd(
+    group_size: int, order: tuple[int, ...] | None, residuals: Any, cotangents: tuple[Array, ...]
+) -> Any:
     def plain(x, turns):
-        return tuple(_plain(xla.run, x, turn, group_size, False) for turn in turns)
+        return tuple(_plain(xla.run, x, turn, group_size, order) for turn in turns)
 
     return jax.vjp(plain, *residuals)[1](cotangents)
 

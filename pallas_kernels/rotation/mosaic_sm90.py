@@ -54,12 +54,13 @@ def unsupported(
     return None if interpret is not None else compat.missing_hopper()
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "interpret"))
+@functools.partial(jax.jit, static_argnames=("group_size", "order", "interpret"))
 def run(
     x: Float[Array, "M I"],
     turns: Sequence[Turn],
     *,
     group_size: int,
+    order: tuple[int, ...] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "M I"], ...]:
     """The rows `x` rotated by each of the turns, in the dtype of `x`; see `pairwise_rotations`.
@@ -68,6 +69,7 @@ def run(
       x: rows.
       turns: stacks `[L, ...]`, each with the index of its layer; one outside is taken for the nearest.
       group_size: channels of a group.
+      order: of the results within each group; None: as they were.
       interpret: runs the kernel on the CPU, for tests.
 
     Raises:
@@ -83,7 +85,7 @@ def run(
     if padded != rows:
         x = jnp.pad(x, ((0, padded - rows), (0, 0)))
 
-    def rotation(x_ref, turns, *refs):
+    def rotation(x_ref, turns, order_refs, *refs):
         *out_refs, buffer = refs
         group, nth, row = (lax.axis_index(name) for name in ("group", "nth", "tile"))
         columns = pl.ds(group * group_size, group_size)
@@ -97,7 +99,7 @@ def run(
                 theta = turn.theta.at[layer, :, pl.ds(group * (group_size // 2), group_size // 2)]
                 own = Turn(theta, turn.pairs.at[layer, :, columns], scales, None)
                 body = _interpreted if interpret is not None else _rotate
-                body(x_ref.at[here], own, out_ref.at[here], buffer)
+                body(x_ref.at[here], own, order_refs, out_ref.at[here], buffer)
 
     results = compat.kernel(
         rotation,
@@ -108,7 +110,11 @@ def run(
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((_whole(tile, group_size), group_size), jnp.float32)],
         interpret=interpret,
-    )(x, [turn._replace(layer=jnp.asarray(turn.layer, jnp.int32).reshape(1)) for turn in turns])
+    )(
+        x,
+        [turn._replace(layer=jnp.asarray(turn.layer, jnp.int32).reshape(1)) for turn in turns],
+        [] if order is None else [jnp.asarray(order, jnp.int32)],
+    )
     return tuple(result[:rows] for result in results)
 
 
@@ -118,26 +124,31 @@ def _whole(rows: int, group_size: int) -> int:
     return -(-rows // at_once) * at_once
 
 
-def _interpreted(x_ref: Any, turn: Turn, out_ref: Any, buffer: Any) -> None:
+def _interpreted(x_ref: Any, turn: Turn, order_refs: Any, out_ref: Any, buffer: Any) -> None:
     del buffer
     x = x_ref[...].astype(jnp.float32)
     if turn.channel_scales is not None:
         x = x * turn.channel_scales[...].astype(jnp.float32)
     theta, pairs = turn.theta[...].astype(jnp.float32), turn.pairs[...]
-    out_ref[...] = xla.by_steps(x, theta, pairs, x.shape[-1], inverse=False).astype(out_ref.dtype)
+    rotated = xla.by_steps(x, theta, pairs, x.shape[-1], inverse=False).astype(out_ref.dtype)
+    for order_ref in order_refs:
+        rotated = rotated[:, order_ref[...]]
+    out_ref[...] = rotated
 
 
-def _rotate(x_ref: Any, turn: Turn, out_ref: Any, buffer_ref: Any) -> None:
+def _rotate(x_ref: Any, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: Any) -> None:
     """One group of channels of some rows, all in global memory but for the buffer."""
     rows, size = x_ref.shape
     channels, steps = out_ref.ref.shape[1], turn.theta.shape[0]
     half, sweeps = size // 2, buffer_ref.shape[0] * size // (2 * THREADS)
     has_scales = turn.channel_scales is not None
-    refs = [x_ref, turn.theta, turn.pairs, out_ref, buffer_ref, *([turn.channel_scales] if has_scales else [])]
+    refs = [x_ref, turn.theta, turn.pairs, out_ref, buffer_ref]
+    refs += [*([turn.channel_scales] if has_scales else []), *order_refs]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-    def body(ctx, x_ref, theta_ref, pairs_ref, out_ref, buffer_ref, scales_ref=None):
+    def body(ctx, x_ref, theta_ref, pairs_ref, out_ref, buffer_ref, *others):
         del ctx
+        scales_ref, order_ref = others[0] if has_scales else None, others[-1] if order_refs else None
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         constant = lambda value: mgpu.c(value, i32)  # noqa: E731
         add = lambda a, b: arith.addi(a, constant(b) if isinstance(b, int) else b)  # noqa: E731
@@ -164,8 +175,7 @@ def _rotate(x_ref: Any, turn: Turn, out_ref: Any, buffer_ref: Any) -> None:
             first = add(scaled(pair, 2), r * channels)
             i, j = read(pairs_ref, first), read(pairs_ref, add(first, 1))
             turns.append((i, j, read(theta_ref, add(pair, r * (channels // 2)))))
-        if scales_ref is not None:
-            base[scales_ref] = mgpu_utils.memref_ptr(scales_ref)
+        base |= {ref: mgpu_utils.memref_ptr(ref) for ref in others}
 
         # A thread's channels and rows of one sweep over the buffer, two of them; the last rows may repeat the last one.
         def elements():
@@ -194,7 +204,12 @@ def _rotate(x_ref: Any, turn: Turn, out_ref: Any, buffer_ref: Any) -> None:
                 llvm.store(arith.subf(arith.mulf(cos, b), arith.mulf(sin, a)), at_j)
         mgpu_utils.warpgroup_barrier()
 
-        for index, offset, _ in elements():
+        shift = None
+        for n, (index, offset, channel) in enumerate(elements()):
+            if order_ref is not None:
+                if size > THREADS or n == 0:  # else every element of a thread has the same channel
+                    shift = arith.subi(read(order_ref, channel), channel)
+                index = arith.addi(index, shift)
             pointer, element = place(out_ref, offset)
             value = llvm.load(f32, place(buffer_ref, index)[0])
             llvm.store(value if element == f32 else arith.truncf(element, value), pointer)
@@ -237,7 +252,9 @@ def compile_cases() -> Iterator[Any]:
         *((8, 4096, size, 1, dtype) for size, dtype in itertools.product((32, 64, 128, 256), ("float16", "float32"))),
     ]
     layers, steps = 4, 8
-    for rows, channels, group_size, turns, dtype in dict.fromkeys(shapes):
+    for (rows, channels, group_size, turns, dtype), is_ordered in itertools.product(
+        dict.fromkeys(shapes), (False, True)
+    ):
         one = Turn(
             theta=array((layers, steps, channels // 2), dtype),
             pairs=array((layers, steps, channels), jnp.int16),
@@ -245,8 +262,10 @@ def compile_cases() -> Iterator[Any]:
             layer=array((), jnp.int32),
         )
         yield CompileCase(
-            name=f"rotation M={rows} I={channels} groups of {group_size} x{turns} {dtype}",
-            function=functools.partial(run, group_size=group_size),
+            name=f"rotation M={rows} I={channels} groups of {group_size} x{turns} {dtype}" + " ordered" * is_ordered,
+            function=functools.partial(
+                run, group_size=group_size, order=tuple(range(group_size))[::-1] if is_ordered else None
+            ),
             avals=(array((rows, channels), jnp.bfloat16), [one] * turns),
             required=(),
         )

@@ -21,7 +21,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import quantized_matmul as benchmark
 from pallas_kernels import compat, dispatch
-from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, api, mosaic_sm90, quantized_matmul, xla
+from pallas_kernels.quantized_matmul import (
+    QuantizedTensor,
+    Rotation,
+    api,
+    mosaic_sm90,
+    quantized_matmul,
+    quantized_matmuls,
+    xla,
+)
 from pallas_kernels.quantized_matmul.mosaic_sm90 import Config, PrefillConfig, decode, parts, prefill
 from pallas_kernels.quantized_matmul.rounding import round_weight
 
@@ -180,6 +188,52 @@ def test_the_public_function_runs_the_kernel_on_a_stack(interpreter, monkeypatch
         expected = quantized_matmul(x, weights[1], dtype=jnp.float32, implementation="reference")
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     assert np.abs(found - quantized_matmul(x, weights[0], dtype=jnp.float32)).max() > 0.1
+
+
+TOGETHER = {
+    "the first ends within a tile": (SPLIT, 1, (208, 64)),
+    "a cluster of two": (Config(warpgroups=2, stages=2, cluster=2, num_sms=6), 40, (400, 64, 144)),
+    "by the shape": (None, 3, (64, 304)),
+}
+
+
+@pytest.mark.parametrize("config, rows, outputs", TOGETHER.values(), ids=TOGETHER)
+def test_several_weights_in_one_launch_agree_with_the_oracle(interpreter, config, rows, outputs):
+    """Activations, scales, layer and outputs of each are its own."""
+    calls = [Call(rows, 256, count, 64) for count in outputs]
+    operands = [
+        mosaic_sm90.Operands(x * (i + 1), codes, scales.at[i].set(scales[1]), zeros, i)
+        for i, (x, codes, scales, zeros, _) in enumerate(call.arguments() for call in calls)
+    ]
+    options = {"group_size": 64, "config": config, "interpret": compat.interpret_params(detect_races=True)}
+    results = jax.block_until_ready(mosaic_sm90.run_together(operands, **options))
+    assert not interpreter.interpret.get_races().races_found, "race detected"
+    for result, of_weight, call in zip(results, operands, calls, strict=True):
+        assert result.shape == (rows, call.outputs) and error(result, oracle(*of_weight)) < 1e-6
+
+
+def test_products_of_different_kinds_have_no_launch_in_common():
+    operands = [mosaic_sm90.Operands(*Call(2, 256, 64, size).arguments()) for size in (64, 128)]
+    with pytest.raises(NotImplementedError, match="whole groups of 64"):
+        mosaic_sm90.run_together(operands, group_size=64)
+    operands = [mosaic_sm90.Operands(*Call(rows, 256, 64).arguments()) for rows in (2, 3)]
+    with pytest.raises(ValueError, match="outputs and layers alone"):
+        mosaic_sm90.run_together(operands, group_size=128)
+
+
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+def test_ordered_activations_are_those_that_the_kernel_orders(interpreter, width):
+    call = Call(9, 512, 64, width, config=SPLIT)
+    x, *weight = call.arguments()
+    order = mosaic_sm90.order_of(width)
+    ordered = x.reshape(9, -1, width)[..., order].reshape(x.shape)
+    options = {"group_size": width, "config": SPLIT, "interpret": compat.interpret_params()}
+    (result,) = mosaic_sm90.run_together([mosaic_sm90.Operands(ordered, *weight)], is_ordered=True, **options)
+    check(call, result)
+
+
+def test_groups_that_the_kernel_does_not_order():
+    assert mosaic_sm90.order_of(16) is None and mosaic_sm90.order_of(192) is None
 
 
 @pytest.mark.slow
@@ -507,18 +561,10 @@ def test_the_inner_loop_is_short(rows, most):
 def test_the_benchmark_times_and_checks_what_the_kernels_take():
     shapes = [*benchmark.check_shapes(), *benchmark.time_shapes()]
     assert len({shape.name for shape in shapes}) > 100
-    array = jax.ShapeDtypeStruct
     for shape in shapes:
-        grid = (shape.layers, shape.groups, shape.outputs)
-        arguments = (
-            array((shape.rows, shape.inputs), jnp.bfloat16),
-            array((shape.layers, shape.outputs, shape.inputs // 2), jnp.uint8),
-            array(grid, shape.scales),
-            array(grid, jnp.int8) if shape.zeros else None,
-            array((), jnp.int32),
-        )
         options = {"group_size": shape.group_size, "dtype": shape.dtype, "interpret": compat.interpret_params()}
-        assert mosaic_sm90.unsupported(*arguments, **options) is None, shape.name
+        layer = jax.ShapeDtypeStruct((), jnp.int32)
+        assert mosaic_sm90.unsupported(**shape.avals(), layer=layer, format=shape.codes, **options) is None, shape.name
         configs = [mosaic_sm90.heuristic_config(shape.form()), *mosaic_sm90.candidates(shape.form())]
         assert len(configs) > 8
         assert all(config.smem_bytes(shape.form()) <= compat.SHARED_MEMORY_BYTES for config in configs), shape.name
@@ -561,14 +607,25 @@ def hopper(monkeypatch):
         weight = QuantizedTensor(codes, scales, zeros, global_scale, layer=layer, format=format, shape=shape)
         return xla.run(x, weight.sliced())
 
-    def run_together(operands, *, group_size, format, dtype):
-        traced.append(operands[0].x.shape[0])
+    def run_together(operands, *, group_size, format, dtype, is_ordered):
+        rows, inputs = operands[0].x.shape
+        traced.append((rows, len(operands)) if len(operands) > 1 else rows)
+        if is_ordered:
+            back = np.argsort(mosaic_sm90.order_of(group_size, format))
+            operands = [
+                of_weight._replace(x=of_weight.x.reshape(rows, -1, group_size)[..., back].reshape(rows, inputs))
+                for of_weight in operands
+            ]
         return tuple(product(*of_weight, format).astype(dtype) for of_weight in operands)
 
     monkeypatch.setattr(mosaic_sm90, "run_together", run_together)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
     monkeypatch.setattr(dispatch, "undivided", lambda: None)
-    monkeypatch.setattr(dispatch, "preferred", lambda *_, **__: (("mosaic", "xla"), ""))
+
+    def preferred(op, *_, **__):
+        return (("mosaic", "xla") if op == "quantized_matmul" else ("xla",)), ""
+
+    monkeypatch.setattr(dispatch, "preferred", preferred)
     return traced
 
 
@@ -607,6 +664,52 @@ def test_vmap_of_rows_is_more_rows_and_of_layers_one_call_after_another(hopper):
     assert hopper[-1] == 3
 
 
+def rotated(weight, seed):
+    """The stack behind rotations of one step."""
+    rng = np.random.default_rng(seed)
+    theta = jnp.asarray(rng.normal(size=(2, 1, 32)), jnp.float32)
+    pairs = jnp.asarray(np.argsort(rng.random((2, 1, 2, 32)), axis=-1).reshape(2, 1, 64), jnp.int16)
+    return dataclasses.replace(weight, rotation=Rotation(theta, pairs))
+
+
+@pytest.mark.parametrize("implementation", [None, "mosaic"])
+def test_weights_of_a_kind_are_multiplied_in_one_launch(hopper, implementation):
+    """Two plain ones together and two behind rotations, whose results come in the kernel's order; also gradients."""
+    x = jax.random.normal(jax.random.key(1), (2, 3, 64), jnp.bfloat16)
+    plain = [stack(seed) for seed in range(4)]
+    kinds = [plain[0], rotated(plain[1], 1), plain[2], rotated(plain[3], 3)]
+    weights = [weight.of_layer(i % 2) for i, weight in enumerate(kinds)]
+
+    def value(implementation):
+        def loss(x, scales):
+            own = [dataclasses.replace(weight, scales=s) for weight, s in zip(weights, scales, strict=True)]
+            results = quantized_matmuls(x, own, dtype=jnp.float32, implementation=implementation)
+            return sum((result * jnp.arange(16) * (i + 1)).sum() for i, result in enumerate(results)), results
+
+        scales = [weight.scales.astype(jnp.float32) for weight in weights]
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, scales)
+
+    found, expected = value(implementation), value("xla")
+    assert hopper == [(6, 2), (6, 2)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-2), found, expected)
+    many = quantized_matmuls(jnp.tile(x, (11, 1, 1)), weights, implementation=implementation)
+    assert hopper[2:] == [66, 66, 66, 66]
+    for result, right in zip(many, quantized_matmuls(x, weights, implementation="xla"), strict=True):
+        np.testing.assert_allclose(result[:2].astype(np.float32), right.astype(np.float32), rtol=0.02, atol=0.02)
+
+
+def test_the_choice_for_several_weights_is_by_the_sum_of_their_outputs(hopper, monkeypatch):
+    asked = []
+
+    def preferred(op, kind, sizes, **_):
+        asked.append(sizes["outputs"])
+        return ("xla",), ""
+
+    monkeypatch.setattr(dispatch, "preferred", preferred)
+    quantized_matmuls(jnp.ones((2, 64), jnp.bfloat16), [stack(seed).of_layer(0) for seed in range(3)])
+    assert asked == [48] and not hopper
+
+
 def test_what_the_automatic_choice_says(hopper, monkeypatch):
     x, weight = jnp.ones((2, 64), jnp.bfloat16), stack().of_layer(0)
     assert api.automatic(x, weight, dtype=jnp.bfloat16) == ("mosaic", "")
@@ -616,7 +719,7 @@ def test_what_the_automatic_choice_says(hopper, monkeypatch):
         "xla",
         "mosaic: needs bfloat16 activations; got float32",
     )
-    other = round_weight(jnp.ones((16, 64)), "int8")
-    assert api.automatic(x, other, dtype=x.dtype) == ("xla", "mosaic: multiplies with int4 codes; got int8")
+    narrow = round_weight(jnp.ones((8, 64)), "int8")
+    assert api.automatic(x, narrow, dtype=x.dtype) == ("xla", "mosaic: needs a multiple of 16 outputs; got 8")
     monkeypatch.setattr(dispatch, "undivided", lambda: "2 devices")
     assert api.automatic(x, weight, dtype=x.dtype) == ("xla", "mosaic: 2 devices")

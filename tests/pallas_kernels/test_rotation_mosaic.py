@@ -22,6 +22,7 @@ SHAPES = [
     benchmark.Shape(rows=19, channels=64, group_size=32, steps=3, rotations=2, dtype="float32", layers=3),
     benchmark.Shape(rows=5, channels=256, group_size=256, steps=2, layers=3),
     benchmark.Shape(rows=33, channels=8, group_size=2, steps=1, rotations=3, layers=3),
+    benchmark.Shape(rows=3, channels=128, group_size=64, steps=2, rotations=2, layers=3, is_ordered=True),
 ]
 
 
@@ -32,6 +33,8 @@ def of_layer(turns, layer):
 def check(shape, results, x, turns, layer):
     for turn, result in zip(turns, results, strict=True):
         right = benchmark.expected(np.asarray(x, np.float64), turn, layer, shape.group_size)
+        if shape.order is not None:
+            right = right.reshape(shape.rows, -1, shape.group_size)[..., shape.order].reshape(right.shape)
         error = np.linalg.norm(np.asarray(result, np.float64) - right) / np.linalg.norm(right)
         assert result.dtype == x.dtype and error < benchmark.LIMITS[shape.dtype]
 
@@ -41,7 +44,11 @@ def test_equals_float64(shape):
     x, turns = shape.arguments()
     run = jax.jit(
         lambda x, turns: mosaic_sm90.run(
-            x, turns, group_size=shape.group_size, interpret=compat.interpret_params(detect_races=True)
+            x,
+            turns,
+            group_size=shape.group_size,
+            order=shape.order,
+            interpret=compat.interpret_params(detect_races=True),
         )
     )
     for layer in (1, 2) if shape.rows == 1 else (1,):
@@ -62,11 +69,11 @@ def test_without_scales_and_rows():
 
 
 @pytest.mark.parametrize(
-    "shape", [benchmark.Shape(rows=3, rotations=3), benchmark.Shape(rows=40, group_size=32)], ids=str
+    "shape", [benchmark.Shape(rows=3, rotations=3), benchmark.Shape(rows=40, group_size=32, is_ordered=True)], ids=str
 )
 def test_lowers_for_cuda(shape):
     x, turns = shape.arguments()
-    call = jax.jit(lambda x, turns: mosaic_sm90.run(x, turns, group_size=shape.group_size))
+    call = jax.jit(lambda x, turns: mosaic_sm90.run(x, turns, group_size=shape.group_size, order=shape.order))
     text = call.trace(x, of_layer(turns, 0)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 1, "one launch"
 
@@ -102,9 +109,9 @@ def hopper(monkeypatch):
     """A Hopper GPU whose kernel is XLA's path in disguise; the launches."""
     launches = []
 
-    def run(x, turns, *, group_size):
+    def run(x, turns, *, group_size, order):
         launches.append(len(turns))
-        return tuple(api._plain(api.xla.run, x, turn, group_size, False) for turn in turns)
+        return tuple(api._plain(api.xla.run, x, turn, group_size, order) for turn in turns)
 
     monkeypatch.setattr(mosaic_sm90, "run", run)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
@@ -130,7 +137,8 @@ def test_gradients_are_those_of_xla(hopper):
     def value(implementation):
         def call(x, floats):
             own = [turn._replace(theta=a, channel_scales=s) for turn, (a, s) in zip(turns, floats, strict=True)]
-            results = pairwise_rotations(x, own, group_size=32, implementation=implementation)
+            order = tuple(range(32))[::-1]
+            results = pairwise_rotations(x, own, group_size=32, order=order, implementation=implementation)
             return sum(jnp.sin(result).sum() * (i + 1) for i, result in enumerate(results))
 
         return jax.jit(jax.value_and_grad(call, argnums=(0, 1)))(x, floats)
@@ -154,6 +162,17 @@ def test_vmap(hopper, mapped):
         alone = pairwise_rotations(xs[i] if mapped != "turns" else xs, own, group_size=32, implementation="xla")
         for result, right in zip(results, alone, strict=True):
             np.testing.assert_allclose(result[i], right, rtol=1e-6, atol=1e-6)
+
+
+def test_an_order_is_a_permutation_of_a_group():
+    x, turns = random_call()
+    plain = pairwise_rotations(x, turns, group_size=32)
+    order = tuple(np.random.default_rng(0).permutation(32).tolist())
+    for result, before in zip(pairwise_rotations(x, turns, group_size=32, order=order), plain, strict=True):
+        np.testing.assert_array_equal(result.reshape(3, 2, 32), before.reshape(3, 2, 32)[..., order])
+    for wrong in (order[:31], (*order[:31], order[0])):
+        with pytest.raises(ValueError, match="a permutation of 32 channels"):
+            pairwise_rotations(x, turns, group_size=32, order=wrong)
 
 
 def test_weights_that_share_activations_rotate_in_one_launch(hopper):

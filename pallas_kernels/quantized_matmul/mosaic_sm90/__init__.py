@@ -21,11 +21,12 @@ from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, fitted, form_of
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, fitted, form_of, input_order
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
 __all__ = [
     "MAX_ROWS_TOGETHER",
+    "MAX_WIDTH",
     "Config",
     "Form",
     "Operands",
@@ -33,6 +34,7 @@ __all__ = [
     "candidates",
     "compile_cases",
     "heuristic_config",
+    "order_of",
     "run",
     "run_together",
     "unsupported",
@@ -155,8 +157,11 @@ def run_together(
     config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
+    is_ordered: bool = False,
 ) -> tuple[Float[Array, "M O"], ...]:
     """`run` of several products with as many rows and inputs and weights of one kind; of up to 64 rows in one launch.
+
+    `is_ordered` says that inputs are in the order of `order_of` already.
 
     Raises:
       NotImplementedError, ValueError: as `run`; and if the products differ in more than outputs and layers.
@@ -164,7 +169,7 @@ def run_together(
     for of_weight in operands:
         if (reason := _unsupported_arrays(of_weight, group_size, format, dtype)) is not None:
             raise NotImplementedError(f"quantized_matmul on Hopper {reason}")
-    forms = tuple(form_of(of_weight, format, dtype) for of_weight in operands)
+    forms = tuple(form_of(of_weight, format, dtype, is_ordered) for of_weight in operands)
     first = forms[0]
     if any(form._replace(outputs=first.outputs, layers=first.layers) != first for form in forms):
         raise ValueError(f"products of one launch must differ in outputs and layers alone; got {forms}")
@@ -172,7 +177,8 @@ def run_together(
         return tuple(jnp.zeros((0, form.outputs), dtype) for form in forms)
     if len(forms) > 1 and (first.rows > MAX_ROWS_TOGETHER or isinstance(config, PrefillConfig)):
         options: dict[str, Any] = {"group_size": group_size, "format": format, "config": config, "dtype": dtype}
-        return tuple(run_together((of_weight,), **options, interpret=interpret)[0] for of_weight in operands)
+        options |= {"interpret": interpret, "is_ordered": is_ordered}
+        return tuple(run_together((of_weight,), **options)[0] for of_weight in operands)
     if config is None:
         config = heuristic_config(first) if len(forms) == 1 else decode.heuristic_config(forms)
     if (needed := config.smem_bytes(first)) > compat.SHARED_MEMORY_BYTES:
@@ -184,6 +190,15 @@ def run_together(
     if isinstance(config, PrefillConfig):
         return (prefill.run(operands[0], form=first, config=config, interpret=interpret),)
     return decode.run(operands, forms=forms, config=config, interpret=interpret)
+
+
+def order_of(group_size: int, format: str = "int4") -> tuple[int, ...] | None:
+    """The order of inputs within a group that the kernels want, for who makes them anyway; None: they have none."""
+    width = min(group_size, MAX_WIDTH)
+    if group_size % width or width not in (*SMALL_GROUPS, MAX_WIDTH):
+        return None
+    order = input_order(width, CODES[format])
+    return tuple(first + i for first in range(0, group_size, width) for i in order)
 
 
 def candidates(form: Form) -> Iterator[Config | PrefillConfig]:

@@ -51,6 +51,7 @@ class Form(NamedTuple):
     dtype: Any  # of the result
     format: str = "int4"
     has_global_scale: bool = False
+    is_ordered: bool = False  # activations are in the order of `permuted`
 
     @property
     def codes(self) -> Codes:
@@ -103,7 +104,7 @@ class Operands(NamedTuple):
     global_scale: Any = None
 
 
-def form_of(operands: Operands, format: str, dtype: Any = jnp.float32) -> Form:
+def form_of(operands: Operands, format: str, dtype: Any = jnp.float32, is_ordered: bool = False) -> Form:
     x, codes, scales, zeros, _, global_scale = operands
     return Form(
         rows=x.shape[0],
@@ -116,6 +117,7 @@ def form_of(operands: Operands, format: str, dtype: Any = jnp.float32) -> Form:
         dtype=jnp.dtype(dtype),
         format=format,
         has_global_scale=global_scale is not None,
+        is_ordered=is_ordered,
     )
 
 
@@ -127,10 +129,24 @@ def permuted(x: Array, form: Form) -> Array:
     rows, inputs = form.rows if form.rows < 8 else whole(form.rows, 8), whole(form.inputs, form.width)
     if x.shape != (rows, inputs):
         x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
-    pairs = form.codes.per_word // 2
-    # Threads of a row, words, low or high half of a word, code in it.
-    x = x.reshape(rows, -1, 4, form.width // (8 * pairs), 2, pairs)
-    return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(rows, inputs)
+    if form.is_ordered:
+        return x
+    # Threads of a row, their words, low or high half of a word, code in it.
+    x = x.reshape(rows, -1, *_threads_words_codes(form.width, form.codes))
+    return jnp.transpose(x, (0, 1, *(2 + axis for axis in _ORDER))).reshape(rows, inputs)
+
+
+def input_order(width: int, codes: Codes) -> tuple[int, ...]:
+    """The input at each place of a product of `width` inputs, as `permuted` has them."""
+    inputs = np.arange(width).reshape(_threads_words_codes(width, codes))
+    return tuple(inputs.transpose(_ORDER).ravel().tolist())
+
+
+def _threads_words_codes(width: int, codes: Codes) -> tuple[int, int, int, int]:
+    return 4, width // (4 * codes.per_word), 2, codes.per_word // 2
+
+
+_ORDER = (1, 3, 0, 2)  # words, codes, threads, halves
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
