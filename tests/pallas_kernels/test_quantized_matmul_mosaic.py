@@ -566,7 +566,7 @@ def test_the_benchmark_times_and_checks_what_the_kernels_take():
         layer = jax.ShapeDtypeStruct((), jnp.int32)
         assert mosaic_sm90.unsupported(**shape.avals(), layer=layer, format=shape.codes, **options) is None, shape.name
         configs = [mosaic_sm90.heuristic_config(shape.form()), *mosaic_sm90.candidates(shape.form())]
-        assert len(configs) > 8
+        assert len(configs) > 5
         assert all(config.smem_bytes(shape.form()) <= compat.SHARED_MEMORY_BYTES for config in configs), shape.name
 
 
