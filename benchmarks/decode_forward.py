@@ -32,6 +32,7 @@ from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
 
 # The layers scanned, written out over slices of the stacked arrays, and written out over arrays of their own.
 PATHS = ("scanned", "unrolled", "unstacked")
+STEPS = ("ar", "block")
 WEIGHTS = ("bfloat16", "int4", "paroquant")
 GROUP_SIZE, ROTATIONS = 128, 8  # of "int4" and "paroquant"
 
@@ -78,7 +79,7 @@ def rotated(params):
 
 
 def measure(
-    lm, params, *, batch: int, length: int, block: int, path: str, profile: bool, bandwidth: float
+    lm, params, *, batch: int, length: int, block: int, steps: list[str], path: str, profile: bool, bandwidth: float
 ) -> Iterator[dict]:
     """One row per kind of step, as soon as it is measured."""
     config = lm.config
@@ -121,10 +122,8 @@ def measure(
         return state["token"]
 
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, block)), jnp.int32)
-    for name, call in (
-        ("ar", call_ar),
-        (f"block {block}", lambda: denoise(params, state["cache"], tokens)),
-    ):
+    calls = {"ar": ("ar", call_ar), "block": (f"block {block}", lambda: denoise(params, state["cache"], tokens))}
+    for name, call in (calls[step] for step in steps):
         row = {"step": name, "layers": path, "batch": batch, "length": length, "floor_ms": floor_ms}
         row |= report.timed(call)
         row["percent_of_floor_bandwidth"] = 100 * floor_ms / row["median_ms"]
@@ -151,6 +150,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS)
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["bfloat16"])
     parser.add_argument(
@@ -175,7 +175,7 @@ def main() -> None:
                     decode_api.automatic = lambda *_, choice=choice, **__: (choice, "")  # models name no implementation
                 print(f"attention: {choice}")
                 for row in measure(
-                    lm, weights, batch=batch, length=length, block=arguments.block, path=path,
+                    lm, weights, batch=batch, length=length, block=arguments.block, steps=arguments.steps, path=path,
                     profile=on_gpu, bandwidth=bandwidth,
                 ):  # fmt: skip
                     record.add({"weights": form} | row | {"attention": [choice]})
