@@ -250,7 +250,7 @@ def stacked(format, *, outputs=80, inputs=128, layers=3, **options):
     return dataclasses.replace(stack, scales=poisoned), weights[1]
 
 
-@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("format", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_rounded_activations_agree_with_the_product_in_eight_bits(interpreted, format):
     """Of float32 activations too: their codes are what the kernel gets."""
     stack, middle = stacked(format, activations=format)
@@ -265,22 +265,18 @@ def test_rounded_activations_agree_with_the_product_in_eight_bits(interpreted, f
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def test_products_of_several_weights_in_one_launch(interpreted):
+@pytest.mark.parametrize(
+    "format, outputs",
+    [
+        ("int8", (80, 64)),
+        pytest.param("fp8", (80, 272, 64), marks=pytest.mark.slow),
+        pytest.param("nvfp4", (80, 272), marks=pytest.mark.slow),
+    ],
+)
+def test_products_of_several_weights_in_one_launch(interpreted, format, outputs):
     """Scales that wait for the sums are those of the weight whose tile it is."""
     x = jax.random.normal(jax.random.key(9), (3, 128), jnp.bfloat16)
-    stacks, middles = zip(*(stacked("nvfp4", outputs=outputs) for outputs in (80, 272)), strict=True)
-    layers = [stack.of_layer(1) for stack in stacks]
-    found = interpreted(quantized_matmuls(x, layers, dtype=jnp.float32, implementation="mosaic"))
-    for out, middle in zip(found, middles, strict=True):
-        expected = quantized_matmul(x, middle, dtype=jnp.float32, implementation="reference")
-        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["int8", "fp8"])
-def test_products_of_several_weights_per_output_in_one_launch(interpreted, format):
-    x = jax.random.normal(jax.random.key(9), (3, 128), jnp.bfloat16)
-    stacks, middles = zip(*(stacked(format, outputs=outputs) for outputs in (80, 272, 64)), strict=True)
+    stacks, middles = zip(*(stacked(format, outputs=count) for count in outputs), strict=True)
     layers = [stack.of_layer(1) for stack in stacks]
     found = interpreted(quantized_matmuls(x, layers, dtype=jnp.float32, implementation="mosaic"))
     for out, middle in zip(found, middles, strict=True):

@@ -209,7 +209,7 @@ def test_several_weights_in_one_launch_agree_with_the_oracle(interpreter, config
     results = jax.block_until_ready(mosaic_sm90.run_together(operands, **options))
     assert not interpreter.interpret.get_races().races_found, "race detected"
     for result, of_weight, call in zip(results, operands, calls, strict=True):
-        assert result.shape == (rows, call.outputs) and error(result, oracle(*of_weight)) < 1e-6
+        assert result.shape == (rows, call.outputs) and error(result, oracle(*of_weight[:5])) < 1e-6
 
 
 def test_products_of_different_kinds_have_no_launch_in_common():
