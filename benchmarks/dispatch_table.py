@@ -55,7 +55,7 @@ PRODUCT = re.compile(
 )
 ROTATION = re.compile(
     r"M=(?P<rows>\d+) I=(?P<channels>\d+) x(?P<rotations>\d+) (?P<steps>\d+) steps in groups of (?P<size>\d+) "
-    r"(?P<dtype>\w+)"
+    r"(?P<dtype>\w+)( ordered)?"
 )
 MOBA = re.compile(
     r"B=(?P<B>\d+) T=(?P<T>\d+) N=(?P<N>\d+) K=\d+ H=(?P<H>\d+) (?P<dtype>\w+) block=(?P<block>\d+) k=\d+"
