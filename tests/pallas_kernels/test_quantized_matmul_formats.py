@@ -6,7 +6,10 @@ is float32 summation, and half a unit of the last place of a bfloat16 result, 2^
 
 import dataclasses
 import importlib
+import importlib.util
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -22,6 +25,7 @@ from pallas_kernels.quantized_matmul.mosaic_sm90 import Config, PrefillConfig
 from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES, Integers, int4_bias, nvfp4_scales
 from pallas_kernels.quantized_matmul.rounding import round_weight
 
+HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -409,3 +413,50 @@ def test_gradients_are_those_of_xla(interpreted):
         return jax.grad(value)(x)
 
     np.testing.assert_array_equal(gradient("mosaic"), gradient("xla"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Compiled for a GPU
+
+
+PROGRAM = """
+import re, sys
+import jax, jax.numpy as jnp
+jax.config.update("jax_platforms", "cpu")
+from benchmarks import quantized_matmul as benchmark
+from pallas_kernels.compile_gate import hopper_sharding
+
+shape = benchmark.of_format(sys.argv[1], rows=int(sys.argv[2]), layers=4)
+
+def step(x, arguments):
+    def body(x, layer):
+        return jnp.tanh(shape.product("mosaic")(x, layer, arguments)).astype(x.dtype), None
+    return jax.lax.scan(body, x, jnp.arange(shape.layers))[0]
+
+gpu = hopper_sharding()
+avals = shape.avals()
+avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=gpu), avals)
+from pallas_kernels import compat
+compat.missing_hopper = lambda: None
+compiled = jax.jit(step).trace(avals["x"], avals).lower(lowering_platforms=("cuda",)).compile()
+text = compiled.as_text()
+for name, dtype in (("codes", "u8|s8|f8e4m3fn"), ("scales", "f32|f8e4m3fn")):
+    dims = ",".join(map(str, avals[name].shape))
+    size = 1
+    for length in avals[name].shape:
+        size *= length
+    made = re.findall(rf"= (?:{dtype})\\[(?:{dims}|{size})\\]\\S* ([a-z-]+)\\(", text)
+    assert made, name
+    assert set(made) <= {"parameter", "get-tuple-element", "bitcast"}, (name, made)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PLUGIN, reason="needs the extra gpu-compile")
+@pytest.mark.parametrize("name", benchmark.FORMATS)
+@pytest.mark.parametrize("rows", [1, 1024])
+def test_a_scan_copies_no_weights(name, rows):
+    """No codes or scales are made by anything but a parameter."""
+    command = [sys.executable, "-c", PROGRAM, name, str(rows)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
