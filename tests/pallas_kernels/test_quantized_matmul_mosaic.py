@@ -529,7 +529,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 from pallas_kernels import compile_gate
 
-(case,) = [case for case in compile_gate.cases(name_contains="w4a16") if case.name == sys.argv[1]]
+(case,) = [case for case in compile_gate.cases(name_contains=sys.argv[1]) if case.name == sys.argv[1]]
 with tempfile.TemporaryDirectory() as directory:
     compile_gate.compile_case(case, keep=Path(directory))
     (sass,) = Path(directory).glob("*.sass*")
@@ -548,11 +548,20 @@ print(len(loop) / len(products) / 8)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_PLUGIN, reason="needs the extra gpu-compile")
-@pytest.mark.parametrize("rows, most", [(1, 2.4), (64, 2.9), (4096, 3.6)])
-def test_the_inner_loop_is_short(rows, most):
+@pytest.mark.parametrize(
+    "kind, groups, rows, most",
+    [
+        *(("w4a16", "128 float16 zeros", rows, most) for rows, most in ((1, 2.4), (64, 2.9), (4096, 3.6))),
+        *(("w8a16 int8", "-1 float32", rows, most) for rows, most in ((1, 2.8), (64, 3.3), (4096, 3.8))),
+        *(("w8a16 fp8", "-1 float32", rows, most) for rows, most in ((1, 3.1), (64, 3.5), (4096, 4.0))),
+        *(("w8a16 fp8", "128 float32", rows, most) for rows, most in ((1, 3.1), (64, 3.6), (4096, 4.1))),
+        *(("nvfp4", "16 float8_e4m3fn", rows, most) for rows, most in ((1, 3.2), (64, 3.7), (4096, 4.4))),
+    ],
+)
+def test_the_inner_loop_is_short(kind, groups, rows, most):
     """In instructions per weight of a thread, everything counted, and none of slow kinds."""
     dtype = "bfloat16" if rows > 512 else "float32"
-    name = f"w4a16 M={rows} 4096x4096 groups of 128 float16 zeros to {dtype}"
+    name = f"{kind} M={rows} 4096x4096 groups of {groups} to {dtype}"
     result = subprocess.run([sys.executable, "-c", LOOP, name], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) <= most
