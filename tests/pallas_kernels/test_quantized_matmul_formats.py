@@ -460,3 +460,26 @@ def test_a_scan_copies_no_weights(name, rows):
     command = [sys.executable, "-c", PROGRAM, name, str(rows)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", CODES)
+@pytest.mark.parametrize("rows", [128, 129])
+def test_every_code_by_itself_on_a_gpu(format, rows):
+    if (reason := compat.missing_hopper()) is not None:
+        pytest.skip(reason)
+    row = benchmark.check_every_code(format, rows)
+    assert row["passes"], row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", benchmark.check_formats(), ids=lambda shape: shape.name)
+def test_on_a_gpu(shape):
+    if (reason := compat.missing_hopper()) is not None:
+        pytest.skip(reason)
+    row = benchmark.check_shape(shape, shape.arguments())
+    assert row["passes"], row
