@@ -49,8 +49,9 @@ DECODE = re.compile(
     r"(?: skipping (?P<skip>\d+ chains \d+), [\d.]+ small)?"
 )
 PRODUCT = re.compile(
-    r"M=(?P<rows>\d+) (?P<outputs>\d+)x(?P<inputs>\d+) groups of (?P<size>-?\d+) (?P<scales>\w+) "
-    r"(?P<zeros>zeros|symmetric) to (?P<result>\w+)"
+    r"M=(?P<rows>\d+) (?P<outputs>\d+)x(?P<inputs>\d+) "
+    r"(?:(?P<codes>int8|fp8|nvfp4) )?(?:by (?P<activations>int8|fp8) )?"  # int4 has no name
+    r"groups of (?P<size>-?\d+) (?P<scales>\w+) (?P<zeros>zeros|symmetric) to (?P<result>\w+)"
 )
 ROTATION = re.compile(
     r"M=(?P<rows>\d+) I=(?P<channels>\d+) x(?P<rotations>\d+) (?P<steps>\d+) steps in groups of (?P<size>\d+) "
@@ -106,7 +107,8 @@ def product_call(shape: str) -> tuple[ProductKind, dict[str, int], str]:
     if (found := PRODUCT.fullmatch(shape)) is None:
         raise ValueError(f"not a shape of benchmarks.quantized_matmul: {shape!r}")
     size = -1 if found["size"] == found["inputs"] else int(found["size"])
-    kind = ProductKind("int4", size, found["zeros"] == "zeros", found["scales"], found["result"])
+    codes, activations = found["codes"] or "int4", found["activations"] or ""
+    kind = ProductKind(codes, size, found["zeros"] == "zeros", found["scales"], found["result"], activations)
     return kind, {name: int(found[name]) for name in ("rows", "outputs", "inputs")}, "mosaic"
 
 

@@ -1,6 +1,7 @@
-"""Products with four-bit weights on a Hopper GPU: first that they are right at real sizes, then how fast they read.
+"""Products with quantized weights on a Hopper GPU: first that they are right at real sizes, then how fast they read.
 
-    python -m benchmarks.quantized_matmul check      # every kind of call against NumPy in float64
+    python -m benchmarks.quantized_matmul check      # every kind of call against NumPy in float64, and every code
+    python -m benchmarks.quantized_matmul check --filter int8 fp8 nvfp4    # all formats but int4
     python -m benchmarks.quantized_matmul time       # cold caches, peers in the same process
     python -m benchmarks.quantized_matmul time --sweep --filter "M=8 4096x4096"    # every configuration of the kernel
 
@@ -13,7 +14,8 @@ the profiler's sum over all kernels of one layer, that operation and the sum of 
 is the product's own kernel. `wall us` is the median wall time of a call over its layers. GB/s counts codes, scales,
 zeros, activations and result once, and is compared with a device copy measured in the same run (bytes read plus bytes
 written). `dense` is XLA's product with bfloat16 weights, each layer an array of its own; `xla` makes bfloat16 weights
-of the codes on the fly. A shape is timed after its result was compared with NumPy's, and not when it is wrong.
+of the codes on the fly. Where activations are rounded, both `xla`, which then multiplies in eight bits, and the kernel
+have that to do. A shape is timed after its result was compared with NumPy's, and not when it is wrong.
 """
 
 import argparse
@@ -28,12 +30,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from benchmarks import report
 from benchmarks.decode_forward import copy_bandwidth
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul import QuantizedTensor, mosaic_sm90, quantized_matmul
+from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 
 COLD_BYTES = 300 * 10**6  # of codes
 LIMIT = 1e-5  # relative error in the L2 norm of float32 results
@@ -42,7 +46,7 @@ BFLOAT16_LIMIT = 2e-3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One product: M rows, I inputs, O outputs."""
+    """One product: M rows, I inputs, O outputs; codes of a format, by activations that are rounded to one or not."""
 
     rows: int = 1
     outputs: int = 4096
@@ -52,12 +56,16 @@ class Shape:
     scales: str = "float16"
     dtype: str = "float32"
     layers: int = 2
+    codes: str = "int4"
+    activations: str | None = None
 
     @property
     def name(self) -> str:
         zeros = "zeros" if self.zeros else "symmetric"
         groups = f"groups of {self.group_size} {self.scales} {zeros}"
-        return f"M={self.rows} {self.outputs}x{self.inputs} {groups} to {self.dtype}"
+        codes = "" if self.codes == "int4" else f"{self.codes} "
+        rounded = f"by {self.activations} " if self.activations else ""
+        return f"M={self.rows} {self.outputs}x{self.inputs} {codes}{rounded}{groups} to {self.dtype}"
 
     @property
     def groups(self) -> int:
@@ -66,7 +74,7 @@ class Shape:
     def weight_bytes(self) -> int:
         """Codes, scales and zeros of one layer."""
         line = jnp.dtype(self.scales).itemsize + (1 if self.zeros else 0)
-        return self.outputs * (self.inputs // 2 + self.groups * line)
+        return self.outputs * (CODES[self.codes].bytes(self.inputs) + self.groups * line)
 
     def bytes(self) -> int:
         result = self.rows * self.outputs * jnp.dtype(self.dtype).itemsize
@@ -74,27 +82,69 @@ class Shape:
 
     def cold(self) -> "Shape":
         """With as many layers as no cache holds."""
-        return dataclasses.replace(self, layers=max(2, -(-COLD_BYTES // (self.outputs * self.inputs // 2))))
+        codes = CODES[self.codes].bytes(self.inputs)
+        return dataclasses.replace(self, layers=max(2, -(-COLD_BYTES // (self.outputs * codes))))
 
-    def arguments(self, seed: int = 0) -> dict[str, Any]:
-        keys = jax.random.split(jax.random.key(seed), 4)
+    def avals(self) -> dict[str, Any]:
+        """Shapes and dtypes of the arguments."""
+        codes, array = CODES[self.codes], jax.ShapeDtypeStruct
         grid = (self.layers, self.groups, self.outputs)
-        packed = (self.layers, self.outputs, self.inputs // 2)
         return {
-            "x": jax.random.normal(keys[0], (self.rows, self.inputs), jnp.bfloat16),
-            "codes": jax.random.bits(keys[1], packed, jnp.uint8),
-            "scales": jax.random.uniform(keys[2], grid, jnp.float32, 0.002, 0.02).astype(self.scales),
-            "zeros": jax.random.randint(keys[3], grid, -8, 8, jnp.int8) if self.zeros else None,
+            "x": array((self.rows, self.inputs), jnp.bfloat16),
+            "codes": array((self.layers, self.outputs, codes.bytes(self.inputs)), codes.dtype),
+            "scales": array(grid, self.scales),
+            "zeros": array(grid, jnp.int8) if self.zeros else None,
+            "global_scale": array((self.layers,), jnp.float32) if self.codes == "nvfp4" else None,
         }
 
+    def arguments(self, seed: int = 0) -> dict[str, Any]:
+        """Made on the host. Activations to be rounded are codes times a power of 2: no rounding but one is right."""
+        rng, codes = np.random.default_rng(seed), CODES[self.codes]
+        grid = (self.layers, self.groups, self.outputs)
+
+        def codes_like(format, *size):
+            bits = rng.integers(0, 256, size, np.uint8)
+            if format == "fp8":
+                bits[bits & 0x7F == 0x7F] = 0  # would mean no number
+            return bits.view(CODES[format].dtype)
+
+        if self.codes == "nvfp4":
+            scales = rng.integers(0x10, 0x7F, grid, np.uint8).view(ml_dtypes.float8_e4m3fn)
+        else:
+            scales = rng.uniform(0.002, 0.02, grid).astype(jnp.dtype(self.scales))
+        if self.activations is None:
+            x = rng.normal(size=(self.rows, self.inputs))
+        else:
+            x = codes_like(self.activations, self.rows, self.inputs).astype(np.float32)
+            x = np.maximum(x, -127) if self.activations == "int8" else x
+            x[:, 0] = 127 if self.activations == "int8" else 448
+            x /= 64
+        arrays = {
+            "x": x.astype(ml_dtypes.bfloat16),
+            "codes": codes_like(self.codes, self.layers, self.outputs, codes.bytes(self.inputs)),
+            "scales": scales,
+            "zeros": rng.integers(-8, 8, grid, np.int8) if self.zeros else None,
+            "global_scale": np.linspace(0.002, 0.003, self.layers, dtype="f4") if self.codes == "nvfp4" else None,
+        }
+        return jax.tree.map(jnp.asarray, arrays)
+
     def tensor(self, arguments: dict[str, Any]) -> QuantizedTensor:
-        parts = {name: arguments[name] for name in ("codes", "scales", "zeros")}
-        return QuantizedTensor(**parts, format="int4", shape=(self.outputs, self.inputs), num_inputs=1)
+        parts = {name: arguments[name] for name in PARTS}
+        kind: dict[str, Any] = {"format": self.codes, "activations": self.activations}
+        return QuantizedTensor(**parts, **kind, shape=(self.outputs, self.inputs), num_inputs=1)
 
     def form(self) -> mosaic_sm90.Form:
-        scales, dtype = jnp.dtype(self.scales), jnp.dtype(self.dtype)
         return mosaic_sm90.Form(
-            self.rows, self.inputs, self.outputs, self.layers, self.groups, scales, self.zeros, dtype
+            rows=self.rows,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            layers=self.layers,
+            groups=self.groups,
+            scale_dtype=jnp.dtype(self.scales),
+            has_zeros=self.zeros,
+            dtype=jnp.dtype(self.dtype),
+            format=self.codes,
+            has_global_scale=self.codes == "nvfp4",
         )
 
     def product(self, implementation: Any) -> Callable[[Any, Any, dict[str, Any]], Any]:
@@ -102,12 +152,18 @@ class Shape:
         config = None if isinstance(implementation, str) else implementation
 
         def mosaic(x, layer, arguments):
-            parts = (arguments[name] for name in ("codes", "scales", "zeros"))
-            return mosaic_sm90.run(x, *parts, layer, group_size=self.group_size, dtype=self.dtype, config=config)
+            if self.activations is not None and config is None:
+                return by_name(x, layer, arguments, "mosaic")
+            parts = {name: arguments[name] for name in PARTS}
+            options: dict[str, Any] = {"group_size": self.group_size, "format": self.codes, "dtype": self.dtype}
+            return mosaic_sm90.run(x, **parts, layer=layer, **options, config=config)
+
+        def by_name(x, layer, arguments, name):
+            weight = self.tensor(arguments).of_layer(layer)
+            return quantized_matmul(x, weight, dtype=self.dtype, implementation=name)
 
         def xla(x, layer, arguments):
-            weight = self.tensor(arguments).of_layer(layer)
-            return quantized_matmul(x, weight, dtype=self.dtype, implementation="xla")
+            return by_name(x, layer, arguments, "xla")
 
         def dense(x, layer, arguments):
             product = jnp.einsum("mi,oi->mo", x, arguments["dense"][layer], preferred_element_type=jnp.float32)
@@ -116,20 +172,44 @@ class Shape:
         return {"xla": xla, "dense": dense}.get(str(implementation), mosaic)
 
 
+PARTS = ("codes", "scales", "zeros", "global_scale")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Correctness
 
 
+def meanings(format: str) -> np.ndarray:
+    """What each code of a format stands for, from the format's definition; 480 and -480 where e4m3 means no number."""
+    if format == "nvfp4":
+        magnitudes = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    elif format == "fp8":
+        exponent, fraction = np.divmod(np.arange(128), 8)
+        magnitudes = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10))
+    else:
+        count = 16 if format == "int4" else 256
+        return (np.arange(count) + count // 2) % count - count / 2
+    return np.concatenate([magnitudes, -magnitudes])
+
+
+def decoded(codes: jax.Array, format: str) -> np.ndarray:
+    """Codes `[O, ...]` as float64 `[O, I]`."""
+    bits = np.asarray(codes).view(np.uint8)
+    if CODES[format].bits == 4:
+        bits = np.stack([bits % 16, bits // 16], axis=-1).reshape(len(bits), -1)
+    return meanings(format)[bits]
+
+
 def expected(shape: Shape, arguments: dict[str, Any], layer: int) -> np.ndarray:
     """By the definition, in NumPy and float64."""
-    packed = np.asarray(arguments["codes"][layer])
-    codes = np.empty((shape.outputs, shape.inputs), np.float64)
-    codes[:, 0::2], codes[:, 1::2] = packed % 16, packed // 16
-    codes[codes > 7] -= 16
-    codes = codes.reshape(shape.outputs, shape.groups, -1)
+    codes = decoded(arguments["codes"][layer], shape.codes).reshape(shape.outputs, shape.groups, -1)
     if shape.zeros:
         codes -= np.asarray(arguments["zeros"][layer]).T[:, :, None]
-    codes *= np.asarray(arguments["scales"][layer], np.float64).T[:, :, None]
+    scales = np.asarray(arguments["scales"][layer])
+    scales = meanings("fp8")[scales.view(np.uint8)] if shape.codes == "nvfp4" else scales.astype(np.float64)
+    if arguments["global_scale"] is not None:
+        scales = scales * float(arguments["global_scale"][layer])
+    codes *= scales.T[:, :, None]
     return np.asarray(arguments["x"].astype(jnp.float32), np.float64) @ codes.reshape(shape.outputs, -1).T
 
 
@@ -146,6 +226,89 @@ def check_shape(shape: Shape, arguments: dict[str, Any]) -> dict[str, Any]:
     # A NaN is not below the limit.
     row["passes"] = row["bitwise_repeatable"] and row["error"] < row["limit"]
     return row
+
+
+def every_code(format: str, rows: int) -> tuple[Shape, dict[str, Any]]:
+    """A weight of all codes a format has, with all zeros or scales beside them, in every place of a product.
+
+    Rows of a unit matrix read each weight by itself: it must come out exactly.
+    """
+    shape = Shape(rows=rows, outputs=256, inputs=128, group_size=-1, scales="float32", zeros=False, layers=1)
+    output, place = np.arange(256)[:, None], np.arange(128)[None, :]
+    scales = np.ones((1, 1, 256), np.float32)
+    if format == "int4":
+        shape = dataclasses.replace(shape, group_size=128, zeros=True)
+        codes = (output + place) % 16
+    elif format == "nvfp4":  # 16 codes by 127 scales, of either sign
+        shape = dataclasses.replace(shape, outputs=2032, group_size=16, scales="float8_e4m3fn")
+        output = np.arange(2032)[:, None]
+        codes = (output // 127 + place) % 16
+        scales = (output.T + 5 * np.arange(8)[:, None]) % 127 + 128 * (output.T % 2)
+        scales = scales.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)[None]
+    else:
+        codes = (output + 37 * place) % 256
+        codes[(codes % 128 == 127) & (format == "fp8")] = 0
+    codes = codes.astype(np.uint8)
+    if format in ("int4", "nvfp4"):
+        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    return dataclasses.replace(shape, codes=format), {
+        "x": jnp.eye(rows, 128, dtype=jnp.bfloat16),
+        "codes": jnp.asarray(codes.view(CODES[format].dtype))[None],
+        "scales": jnp.asarray(scales),
+        "zeros": jnp.asarray(output.T // 16 - 8, jnp.int8)[None] if format == "int4" else None,
+        "global_scale": jnp.full(1, 0.25, jnp.float32) if format == "nvfp4" else None,
+    }
+
+
+def check_every_code(format: str, rows: int) -> dict[str, Any]:
+    """Up to 128 rows are the decode kernel's, more the prefill kernel's."""
+    shape, arguments = every_code(format, rows)
+    config = mosaic_sm90.PrefillConfig(stages=2) if rows > 128 else None
+    out = jax.jit(shape.product(config or "mosaic"))(arguments["x"], jnp.int32(0), arguments)
+    wrong = int((np.asarray(out, np.float64) != expected(shape, arguments, 0)).sum())
+    return {"codes": every_code_name(format, rows), "wrong": wrong, "passes": wrong == 0}
+
+
+def every_code_name(format: str, rows: int) -> str:
+    return f"every {format} code, M={rows}"
+
+
+FORMATS = {  # group size, dtype of scales, what activations are rounded to
+    "int8": (-1, "float32", None),
+    "fp8": (-1, "float32", None),
+    "fp8 by block": (128, "float32", None),
+    "nvfp4": (16, "float8_e4m3fn", None),
+    "int8 by int8": (-1, "float32", "int8"),
+    "fp8 by fp8": (-1, "float32", "fp8"),
+}
+
+
+def of_format(name: str, **sizes: Any) -> Shape:
+    """A shape of one of the formats that are not int4."""
+    group_size, scales, activations = FORMATS[name]
+    kind: dict[str, Any] = {"group_size": group_size, "scales": scales, "activations": activations, "zeros": False}
+    return Shape(codes=name.split()[0], **kind | sizes)
+
+
+def check_formats() -> Iterator[Shape]:
+    """What `check_shapes` has for int4: both kernels, every kind of call, tiles that are not filled."""
+    for name, (*_, activations) in FORMATS.items():
+        for rows in (1, 64, 130, 1000):
+            yield of_format(name, rows=rows, outputs=1024, inputs=2048)
+        for rows in (8, 300):
+            if activations is None:
+                yield of_format(name, rows=rows, outputs=1024, inputs=2048, dtype="bfloat16")
+        for rows, outputs, inputs in ((3, 208, 256), (70, 144, 384), (600, 208, 256)):
+            yield of_format(name, rows=rows, outputs=outputs, inputs=inputs, layers=3)
+    for name, rows in itertools.product(("int8", "nvfp4"), (5, 520)):  # inputs that are no whole products
+        yield of_format(name, rows=rows, outputs=64, inputs=416, layers=3)
+    for name, scales, dtype in itertools.product(FORMATS, ("bfloat16", "float16"), ("float32", "bfloat16")):
+        if name in ("int8", "fp8", "fp8 by block"):  # as checkpoints have them
+            yield of_format(name, rows=8, outputs=1024, inputs=1024, scales=scales, dtype=dtype)
+    for group_size in (32, 64, 256):
+        yield of_format("int8", rows=8, outputs=1024, inputs=1024, group_size=group_size)
+    for name in ("int8", "nvfp4"):
+        yield of_format(name, rows=8, outputs=12288, inputs=4096)
 
 
 def check_shapes() -> Iterator[Shape]:
@@ -165,6 +328,21 @@ def check_shapes() -> Iterator[Shape]:
     for group_size, zeros, scales, dtype in grids:  # every kind of call
         for rows in (8, 64, 300):
             yield Shape(rows=rows, outputs=1024, group_size=group_size, zeros=zeros, scales=scales, dtype=dtype)
+    yield from check_formats()
+
+
+def checks() -> Iterator[tuple[dict[str, str], Callable[[], dict[str, Any]]]]:
+    """What a row is about, and how it is made."""
+    for format, rows in itertools.product(CODES, (128, 129)):
+        yield {"codes": every_code_name(format, rows)}, functools.partial(check_every_code, format, rows)
+    for rows, outputs in itertools.product((1, 8, 16, 40, 64), TOGETHER):
+        yield {"launch": launch_name(rows, outputs)}, functools.partial(check_together, rows, outputs)
+    for shape in check_shapes():
+        yield {"shape": shape.name}, lambda shape=shape: check_shape(shape, shape.arguments())
+
+
+def launch_name(rows: int, outputs: tuple[int, ...]) -> str:
+    return f"M={rows} {'+'.join(map(str, outputs))}x4096 together in one launch"
 
 
 TOGETHER = ((4096, 1024, 1024), (12288, 12288), (1008, 64))  # outputs of weights that one launch multiplies with
@@ -190,25 +368,24 @@ def check_together(rows: int, outputs: tuple[int, ...]) -> dict[str, Any]:
         float(np.linalg.norm(np.asarray(result) - right) / np.linalg.norm(right))
         for result, right in zip(results, rights, strict=True)
     ]
-    row: dict[str, Any] = {"launch": f"M={rows} {'+'.join(map(str, outputs))}x4096 in one launch", "errors": errors}
+    row: dict[str, Any] = {"launch": launch_name(rows, outputs), "errors": errors}
     row["bitwise_repeatable"] = all(bool((a == b).all()) for a, b in zip(results, again, strict=True))
     row["passes"] = row["bitwise_repeatable"] and all(error < LIMIT for error in errors)
     return row
 
 
 def check(arguments: argparse.Namespace) -> int:
-    record = report.Record("quantized_matmul-check")
-    for rows, outputs in itertools.product((1, 8, 16, 40, 64), TOGETHER):
-        if any(part in "together" for part in arguments.filter):
-            record.add(check_together(rows, outputs))
-            print(record.rows[-1], flush=True)
-    for shape in check_shapes():
-        if not any(part in shape.name for part in arguments.filter):
+    record, deadline = report.Record("quantized_matmul-check"), time.monotonic() + arguments.seconds
+    for about, make in checks():
+        if not any(part in name for name in about.values() for part in arguments.filter):
             continue
+        if time.monotonic() > deadline:
+            print(f"not reached in {arguments.seconds:.0f} s: {about} and what follows", flush=True)
+            break
         try:
-            row = check_shape(shape, shape.arguments())
+            row = make()
         except Exception as error:  # one shape that fails is a row, not the end of the check
-            row = {"shape": shape.name, "failure": f"{type(error).__name__}: {str(error)[:300]}", "passes": False}
+            row = about | {"failure": f"{type(error).__name__}: {str(error)[:300]}", "passes": False}
         record.add(row)
         values = ", ".join(f"{name} {value}" for name, value in row.items() if name != "passes")
         print(f"{'ok  ' if row['passes'] else 'FAIL'} {values}", flush=True)
@@ -235,6 +412,9 @@ def time_shapes() -> Iterator[Shape]:
             yield Shape(rows=rows, outputs=outputs, group_size=group_size).cold()
     yield Shape(rows=8, outputs=12288, group_size=-1).cold()
     yield Shape(rows=8, outputs=12288, zeros=False).cold()
+    for rows, outputs in ((8, 12288), (1, 4096), (64, 12288), (1, 12288), (8, 4096), (1024, 4096)):
+        for name in FORMATS:
+            yield of_format(name, rows=rows, outputs=outputs, inputs=4096).cold()
 
 
 def over_layers(shape: Shape, implementation: Any) -> Callable[[dict[str, Any]], Any]:
@@ -325,7 +505,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--filter", nargs="+", default=[""], help="only shapes whose name contains one of these")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no new shape is timed after this")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new shape is begun after this")
     parser.add_argument("--sweep", action="store_true", help="time every configuration of the kernel, and no peers")
     parser.add_argument("--no-peers", action="store_true", help="time the kernel only")
     arguments = parser.parse_args(argv)

@@ -67,6 +67,10 @@ QUICK = (
     "w4a16 M=1 4096x4096 groups of 128 float16 zeros to float32",
     "w4a16 M=64 4096x4096 groups of 128 float16 zeros to float32",
     "w4a16 M=4096 4096x4096 groups of 128 float16 zeros to bfloat16",
+    "w8a16 int8 M=16 4096x4096 groups of -1 float32 to float32",
+    "w8a16 fp8 M=16 4096x4096 groups of 128 float32 to float32",
+    "nvfp4 M=16 4096x4096 groups of 16 float8_e4m3fn to float32",
+    "nvfp4 M=4096 4096x4096 groups of 16 float8_e4m3fn to bfloat16",
 )
 
 GPUS = {  # name, memory bandwidth in bytes/s, memory in bytes

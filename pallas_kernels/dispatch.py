@@ -89,11 +89,13 @@ class ProductKind(NamedTuple):
     zeros: bool
     scales: str  # dtype
     result: str  # dtype
+    activations: str = ""  # what they are rounded to
 
     @property
     def name(self) -> str:
+        codes = f"{self.codes} by {self.activations}" if self.activations else self.codes
         zeros = "zeros" if self.zeros else "symmetric"
-        return f"{self.codes} groups of {self.group_size} {self.scales} {zeros} to {self.result}"
+        return f"{codes} groups of {self.group_size} {self.scales} {zeros} to {self.result}"
 
     def alike(self) -> tuple["ProductKind", ...]:
         """Itself; then with other zeros, scales and results, a small part of the bytes and no part of XLA's time.
@@ -101,9 +103,15 @@ class ProductKind(NamedTuple):
         Groups of more than 128 inputs cost a kernel what those of 128 do. Smaller ones cost it more.
         """
         sizes = (self.group_size, *((128,) if self.group_size == -1 or self.group_size > 128 else ()))
-        grids = [(zeros, scales) for zeros in (self.zeros, True) for scales in (self.scales, "float16")]
+        wide = "float16" if self.codes == "int4" else "float32"
+        grids = [(zeros, scales) for zeros in (self.zeros, True) for scales in (self.scales, wide)]
         results = (self.result, *(name for name in ("float32", "bfloat16") if name != self.result))
-        kinds = [ProductKind(self.codes, size, *grid, result) for size in sizes for grid in grids for result in results]
+        kinds = [
+            self._replace(group_size=size, zeros=zeros, scales=scales, result=result)
+            for size in sizes
+            for zeros, scales in grids
+            for result in results
+        ]
         return tuple(dict.fromkeys(kinds))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, partitioning
-from pallas_kernels.quantized_matmul import mosaic_sm90, reference, xla
+from pallas_kernels.quantized_matmul import mosaic_sm90, reference, rounding, xla
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, turn_all
 
 NAMES = ("mosaic", "xla", "reference")
@@ -34,8 +34,8 @@ def quantized_matmul(
       weight: see there.
       dtype: type of the result; None is that of `x`.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`). "mosaic", the Hopper
-        kernel, takes int4 codes, bfloat16 activations and one device, and reads the weight of a stack in place; its
-        gradients are those of "xla".
+        kernel, takes all codes, bfloat16 activations (any, where they are rounded) and one device, and reads the weight
+        of a stack in place; its gradients are those of "xla".
 
     Raises:
       ValueError: arguments that do not fit together.
@@ -84,7 +84,8 @@ def _together(x: Array, weights: Sequence[QuantizedTensor]) -> list[list[int]]:
     together: dict[Any, list[int]] = {}
     for i, weight in enumerate(weights):
         is_alone = x.shape[0] > mosaic_sm90.MAX_ROWS_TOGETHER or hopper_unsupported(x, weight) is not None
-        kind = weight.format, _groups(weight), weight.zeros is None, weight.scales.dtype, _kernel_order(weight)
+        others = (weight.zeros is None, weight.global_scale is None, weight.activations, _kernel_order(weight))
+        kind = weight.format, _groups(weight), weight.scales.dtype, *others
         together.setdefault(i if is_alone else kind, []).append(i)
     return [*together.values()]
 
@@ -93,7 +94,9 @@ def _kernel_order(weight: QuantizedTensor) -> tuple[int, ...] | None:
     """The order of inputs that the kernel wants, for a weight whose rotation can give it."""
     if weight.rotation is None or weight.order is not None:
         return None
-    return mosaic_sm90.order_of(weight.group_size)
+    if _groups(weight) == -1 and weight.inputs % mosaic_sm90.MAX_WIDTH:  # the kernel adds zeros first
+        return None
+    return mosaic_sm90.order_of(weight.group_size, weight.format)
 
 
 class _Launch(NamedTuple):
@@ -120,7 +123,7 @@ class _Launch(NamedTuple):
     ) -> tuple[Array, ...]:
         """`[M, O]` each."""
         if self.implementation == "mosaic":
-            results = _on_hopper(turned, weights, self.order, _kernel_result(dtype))
+            results = _on_hopper(turned, weights, self.order, _kernel_result(weights[0], dtype))
         else:
             run = reference.run if self.implementation == "reference" else xla.run
             results = tuple(run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
@@ -138,14 +141,15 @@ def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any, outputs: int | Non
     """
     if x.shape[0] == 0:
         return "xla", "nothing to do"
-    if (reason := _unfit(weight)) is not None:
+    if (reason := dispatch.undivided()) is not None:
         return "xla", f"mosaic: {reason}"
     kind = dispatch.ProductKind(
         codes=weight.format,
         group_size=_groups(weight),
         zeros=weight.zeros is not None,
         scales=str(weight.scales.dtype),
-        result=str(_kernel_result(dtype)),
+        result=str(_kernel_result(weight, dtype)),
+        activations=weight.activations or "",
     )
     sizes = {"rows": x.shape[0], "outputs": outputs or weight.outputs, "inputs": weight.inputs}
     (first, *_), reason = dispatch.preferred("quantized_matmul", kind, sizes, gradients=False)
@@ -156,34 +160,41 @@ def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any, outputs: int | Non
 
 def hopper_unsupported(x: Any, weight: QuantizedTensor) -> str | None:
     """Why the Hopper kernel cannot multiply these activations `[M, I]`, already turned; None when it can."""
-    if (reason := _unfit(weight)) is not None:
+    if (reason := dispatch.undivided()) is not None:
         return reason
-    return mosaic_sm90.unsupported(x, *_stack(weight), group_size=_groups(weight))
+    if weight.activations is not None:  # their codes are what the kernel gets
+        x = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    return mosaic_sm90.unsupported(x, **_stack(weight), **_options(weight))
 
 
-def _unfit(weight: QuantizedTensor) -> str | None:
-    if weight.format != "int4":
-        return f"multiplies with int4 codes; got {weight.format}"
-    return dispatch.undivided()
-
-
-def _kernel_result(dtype: Any) -> Any:
-    """What the kernel is asked for, which rounds to bfloat16 itself."""
-    return jnp.dtype(dtype) if dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+def _kernel_result(weight: QuantizedTensor, dtype: Any) -> Any:
+    """What the kernel is asked for, which rounds to bfloat16 itself if no scales of tokens are to follow."""
+    is_last = dtype == jnp.bfloat16 and weight.activations is None
+    return jnp.dtype(jnp.bfloat16 if is_last else jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _on_hopper(
     turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], order: tuple[int, ...] | None, dtype: Any
 ) -> tuple[Array, ...]:
-    """The kernel's products `[M, O]` of activations in this order; their derivatives are XLA's."""
+    """The kernel's products `[M, O]` of activations in this order; their derivatives are XLA's.
+
+    Codes of rounded activations are bfloat16 numbers, so their products are those of eight bits, summed in float32.
+    """
 
     def products(turned, stacks):
-        operands = [mosaic_sm90.Operands(x, *stack) for x, stack in zip(turned, stacks, strict=True)]
-        options: dict[str, Any] = {"group_size": _groups(weights[0]), "dtype": dtype, "is_ordered": order is not None}
-        return mosaic_sm90.run_together(operands, **options)
+        operands = [mosaic_sm90.Operands(x, **stack) for x, stack in zip(turned, stacks, strict=True)]
+        return mosaic_sm90.run_together(operands, **_options(weights[0]), dtype=dtype, is_ordered=order is not None)
 
-    return partitioning.over_rows(products, turned, tuple(_stack(weight) for weight in weights))
+    scales: list[Any] = [None] * len(weights)
+    if weights[0].activations is not None:
+        rounded = [
+            rounding.activations(x, weights[0].activations, weight.own(weight.activation_scale))
+            for x, weight in zip(turned, weights, strict=True)
+        ]
+        turned, scales = tuple(codes.astype(jnp.bfloat16) for codes, _ in rounded), [scale for _, scale in rounded]
+    results = partitioning.over_rows(products, turned, tuple(_stack(weight) for weight in weights))
+    return tuple(x if scale is None else x * scale for x, scale in zip(results, scales, strict=True))
 
 
 def _on_hopper_fwd(turned: Any, weights: Any, order: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:
@@ -208,12 +219,16 @@ def _on_hopper_bwd(order: Any, dtype: Any, residuals: Any, cotangents: tuple[Arr
 _on_hopper.defvjp(_on_hopper_fwd, _on_hopper_bwd)
 
 
-def _stack(weight: QuantizedTensor) -> tuple[Any, Any, Any, Any]:
-    """Codes, scales and zeros with an axis of layers, and the index of the layer."""
-    parts = (weight.codes, weight.scales, weight.zeros)
+def _stack(weight: QuantizedTensor) -> dict[str, Any]:
+    """The kernel's arrays by name, with an axis of layers, and the index of the layer."""
+    parts = {name: getattr(weight, name) for name in ("codes", "scales", "zeros", "global_scale")}
     if weight.layer is not None:
-        return *parts, weight.layer
-    return *(None if part is None else part[None] for part in parts), jnp.int32(0)
+        return parts | {"layer": weight.layer}
+    return {name: None if part is None else part[None] for name, part in parts.items()} | {"layer": jnp.int32(0)}
+
+
+def _options(weight: QuantizedTensor) -> dict[str, Any]:
+    return {"group_size": _groups(weight), "format": weight.format}
 
 
 def _groups(weight: QuantizedTensor) -> int:

@@ -270,7 +270,7 @@ def test_a_product_is_of_the_kind_of_its_shape_in_the_benchmark(monkeypatch):
     calls = seen_by(monkeypatch)
     for shape in (*quantized_matmul.check_shapes(), *quantized_matmul.time_shapes()):
         kind, sizes, _ = dispatch_table.product_call(shape.name)
-        arguments = jax.eval_shape(shape.arguments)
+        arguments = shape.avals()
 
         def product(arguments, shape=shape):
             weight = shape.tensor(arguments).of_layer(0)

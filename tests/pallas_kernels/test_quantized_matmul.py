@@ -291,9 +291,9 @@ def test_calls_that_do_not_fit(plain_calls):
     with pytest.raises(NotImplementedError, match='"mosaic": needs a multiple of 16 outputs; got 8'):
         narrow = round_weight(normal(16, 8, 64), "int4", group_size=32)
         quantized_matmul(jnp.ones((2, 64), jnp.bfloat16), narrow, implementation="mosaic")
-    with pytest.raises(NotImplementedError, match='"mosaic": multiplies with int4 codes; got int8'):
+    with pytest.raises(NotImplementedError, match='"mosaic": needs a multiple of 16 inputs; got 40'):
         quantized_matmul(
-            jnp.ones((2, 64), jnp.bfloat16), round_weight(normal(16, 8, 64), "int8"), implementation="mosaic"
+            jnp.ones((2, 40), jnp.bfloat16), round_weight(normal(16, 16, 40), "int8"), implementation="mosaic"
         )
     with pytest.raises(TypeError, match="no parts"):
         weight[0]

@@ -209,7 +209,7 @@ def test_several_weights_in_one_launch_agree_with_the_oracle(interpreter, config
     results = jax.block_until_ready(mosaic_sm90.run_together(operands, **options))
     assert not interpreter.interpret.get_races().races_found, "race detected"
     for result, of_weight, call in zip(results, operands, calls, strict=True):
-        assert result.shape == (rows, call.outputs) and error(result, oracle(*of_weight)) < 1e-6
+        assert result.shape == (rows, call.outputs) and error(result, oracle(*of_weight[:5])) < 1e-6
 
 
 def test_products_of_different_kinds_have_no_launch_in_common():
@@ -406,7 +406,7 @@ def test_wrong_configurations_say_so():
     "change, reason",
     [
         ({"x": jnp.zeros((2, 256))}, "bfloat16 activations; got float32"),
-        ({"scales": jnp.zeros((3, 2, 64), jnp.bfloat16)}, "got bfloat16"),
+        ({"scales": jnp.zeros((3, 2, 64), jnp.float8_e4m3fn)}, "got float8_e4m3fn"),
         ({"codes": jnp.zeros((3, 64, 256), jnp.int8)}, "uint8 codes of 256 inputs"),
         ({"zeros": jnp.zeros((3, 2, 64), jnp.int32)}, "int8 zeros; got int32"),
         ({"group_size": 64}, "whole groups of 64"),
@@ -529,7 +529,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 from pallas_kernels import compile_gate
 
-(case,) = [case for case in compile_gate.cases(name_contains="w4a16") if case.name == sys.argv[1]]
+(case,) = [case for case in compile_gate.cases(name_contains=sys.argv[1]) if case.name == sys.argv[1]]
 with tempfile.TemporaryDirectory() as directory:
     compile_gate.compile_case(case, keep=Path(directory))
     (sass,) = Path(directory).glob("*.sass*")
@@ -548,11 +548,20 @@ print(len(loop) / len(products) / 8)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_PLUGIN, reason="needs the extra gpu-compile")
-@pytest.mark.parametrize("rows, most", [(1, 2.4), (64, 2.9), (4096, 3.6)])
-def test_the_inner_loop_is_short(rows, most):
+@pytest.mark.parametrize(
+    "kind, groups, rows, most",
+    [
+        *(("w4a16", "128 float16 zeros", rows, most) for rows, most in ((1, 2.4), (64, 2.9), (4096, 3.6))),
+        *(("w8a16 int8", "-1 float32", rows, most) for rows, most in ((1, 2.8), (64, 3.3), (4096, 3.8))),
+        *(("w8a16 fp8", "-1 float32", rows, most) for rows, most in ((1, 3.1), (64, 3.5), (4096, 4.0))),
+        *(("w8a16 fp8", "128 float32", rows, most) for rows, most in ((1, 3.1), (64, 3.6), (4096, 4.1))),
+        *(("nvfp4", "16 float8_e4m3fn", rows, most) for rows, most in ((1, 3.2), (64, 3.7), (4096, 4.4))),
+    ],
+)
+def test_the_inner_loop_is_short(kind, groups, rows, most):
     """In instructions per weight of a thread, everything counted, and none of slow kinds."""
     dtype = "bfloat16" if rows > 512 else "float32"
-    name = f"w4a16 M={rows} 4096x4096 groups of 128 float16 zeros to {dtype}"
+    name = f"{kind} M={rows} 4096x4096 groups of {groups} to {dtype}"
     result = subprocess.run([sys.executable, "-c", LOOP, name], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) <= most
@@ -561,20 +570,12 @@ def test_the_inner_loop_is_short(rows, most):
 def test_the_benchmark_times_and_checks_what_the_kernels_take():
     shapes = [*benchmark.check_shapes(), *benchmark.time_shapes()]
     assert len({shape.name for shape in shapes}) > 100
-    array = jax.ShapeDtypeStruct
     for shape in shapes:
-        grid = (shape.layers, shape.groups, shape.outputs)
-        arguments = (
-            array((shape.rows, shape.inputs), jnp.bfloat16),
-            array((shape.layers, shape.outputs, shape.inputs // 2), jnp.uint8),
-            array(grid, shape.scales),
-            array(grid, jnp.int8) if shape.zeros else None,
-            array((), jnp.int32),
-        )
         options = {"group_size": shape.group_size, "dtype": shape.dtype, "interpret": compat.interpret_params()}
-        assert mosaic_sm90.unsupported(*arguments, **options) is None, shape.name
+        layer = jax.ShapeDtypeStruct((), jnp.int32)
+        assert mosaic_sm90.unsupported(**shape.avals(), layer=layer, format=shape.codes, **options) is None, shape.name
         configs = [mosaic_sm90.heuristic_config(shape.form()), *mosaic_sm90.candidates(shape.form())]
-        assert len(configs) > 8
+        assert len(configs) > 5
         assert all(config.smem_bytes(shape.form()) <= compat.SHARED_MEMORY_BYTES for config in configs), shape.name
 
 
@@ -610,21 +611,21 @@ def hopper(monkeypatch):
     """A Hopper GPU whose kernel is XLA's path in disguise; the rows of each call that was traced."""
     traced = []
 
-    def product(x, codes, scales, zeros, layer):
+    def product(x, codes, scales, zeros, layer, global_scale, format):
         shape = (codes.shape[1], x.shape[1])
-        weight = QuantizedTensor(codes, scales, zeros, layer=layer, format="int4", shape=shape)
+        weight = QuantizedTensor(codes, scales, zeros, global_scale, layer=layer, format=format, shape=shape)
         return xla.run(x, weight.sliced())
 
-    def run_together(operands, *, group_size, dtype, is_ordered):
+    def run_together(operands, *, group_size, format, dtype, is_ordered):
         rows, inputs = operands[0].x.shape
         traced.append((rows, len(operands)) if len(operands) > 1 else rows)
         if is_ordered:
-            back = np.argsort(mosaic_sm90.order_of(group_size))
+            back = np.argsort(mosaic_sm90.order_of(group_size, format))
             operands = [
                 of_weight._replace(x=of_weight.x.reshape(rows, -1, group_size)[..., back].reshape(rows, inputs))
                 for of_weight in operands
             ]
-        return tuple(product(*of_weight).astype(dtype) for of_weight in operands)
+        return tuple(product(*of_weight, format).astype(dtype) for of_weight in operands)
 
     monkeypatch.setattr(mosaic_sm90, "run_together", run_together)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
@@ -727,7 +728,7 @@ def test_what_the_automatic_choice_says(hopper, monkeypatch):
         "xla",
         "mosaic: needs bfloat16 activations; got float32",
     )
-    other = round_weight(jnp.ones((16, 64)), "int8")
-    assert api.automatic(x, other, dtype=x.dtype) == ("xla", "mosaic: multiplies with int4 codes; got int8")
+    narrow = round_weight(jnp.ones((8, 64)), "int8")
+    assert api.automatic(x, narrow, dtype=x.dtype) == ("xla", "mosaic: needs a multiple of 16 outputs; got 8")
     monkeypatch.setattr(dispatch, "undivided", lambda: "2 devices")
     assert api.automatic(x, weight, dtype=x.dtype) == ("xla", "mosaic: 2 devices")

@@ -1,8 +1,9 @@
-"""Hopper kernels of products with four-bit weights: `decode.py` for few tokens, `prefill.py` for many.
+"""Hopper kernels of products with weights of four or eight bits: `decode.py` for few tokens, `prefill.py` for many.
 
-The weight is `(code - zero) * scale`. Both put `code - zero`, an integer of magnitude 15 at most, into bfloat16 without
-rounding, multiply on the tensor core, and scale the float32 products of each group; sums are float32. So nothing is
-rounded but the result, when it is asked for in fewer bits. `parts.py` is what they share.
+Both put codes, int4 less their zeros and nvfp4 times the scales of their blocks, into bfloat16 without rounding,
+multiply on the tensor core, and scale float32 sums: those of each group, or all with the one scale of an output. So
+nothing is rounded but the result, when it is asked for in fewer bits. `parts.py` is what they share, `codes.py` what
+differs between formats.
 
 The stack of layers is read where it lies: the layer index is a number in global memory.
 """
@@ -14,16 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, Int8, UInt8
+from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
+from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
 from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, fitted, form_of, input_order
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
 __all__ = [
     "MAX_ROWS_TOGETHER",
+    "MAX_WIDTH",
     "Config",
     "Form",
     "Operands",
@@ -37,7 +40,6 @@ __all__ = [
     "unsupported",
 ]
 
-SCALES = ("float16", "float32")
 RESULTS = ("float32", "bfloat16")
 SMALL_GROUPS = (32, 64)
 OUTPUTS = 16
@@ -61,36 +63,48 @@ def unsupported(
     layer: Any,
     *,
     group_size: int,
+    format: str = "int4",
+    global_scale: Any = None,
     config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
 ) -> str | None:
     """Why this call cannot run here, in words; None when it can. Takes what `run` takes."""
-    del layer, config
-    if (reason := _unsupported_arrays(x, codes, scales, zeros, group_size, dtype)) is not None:
+    del config
+    operands = Operands(x, codes, scales, zeros, layer, global_scale)
+    if (reason := _unsupported_arrays(operands, group_size, format, dtype)) is not None:
         return reason
     return None if interpret is not None else compat.missing_hopper()
 
 
-def _unsupported_arrays(x: Any, codes: Any, scales: Any, zeros: Any, group_size: int, dtype: Any) -> str | None:
+def _unsupported_arrays(operands: Operands, group_size: int, format: str, dtype: Any) -> str | None:
+    x, codes, scales, zeros, _, global_scale = operands
     inputs, groups = x.shape[-1], scales.shape[-2]
+    if format not in CODES:
+        return f"knows codes of {[*CODES]}; got {format!r}"
+    known = CODES[format]
     if str(x.dtype) != "bfloat16":
         return f"needs bfloat16 activations; got {x.dtype}"
     if str(jnp.dtype(dtype)) not in RESULTS:
         return f"gives float32 or bfloat16 results; asked for {jnp.dtype(dtype)}"
-    if str(scales.dtype) not in SCALES:
-        return f"needs scales in {SCALES}; got {scales.dtype}"
-    if str(codes.dtype) != "uint8" or 2 * codes.shape[-1] != inputs:
-        return f"needs uint8 codes of {inputs} inputs, two to a byte; got {codes.dtype} {tuple(codes.shape)}"
-    if zeros is not None and str(zeros.dtype) != "int8":
-        return f"needs int8 zeros; got {zeros.dtype}"
+    if str(scales.dtype) not in known.scales:
+        return f"needs {format} scales in {known.scales}; got {scales.dtype}"
+    if codes.dtype != known.dtype or codes.shape[-1] != known.bytes(inputs):
+        packed = f"{inputs} inputs{', two to a byte' if known.bits == 4 else ''}"
+        return f"needs {jnp.dtype(known.dtype)} codes of {packed}; got {codes.dtype} {tuple(codes.shape)}"
+    if zeros is not None and (str(zeros.dtype) != "int8" or format != "int4"):
+        return f"needs int8 zeros; got {zeros.dtype}" if format == "int4" else f"knows no zeros of {format} codes"
+    if global_scale is not None and str(global_scale.dtype) != "float32":
+        return f"needs a float32 scale of all weights; got {global_scale.dtype}"
     if codes.shape[-2] % OUTPUTS:  # copies of scales and zeros of one group begin and end at whole 16 bytes
         return f"needs a multiple of {OUTPUTS} outputs; got {codes.shape[-2]}"
-    if inputs % 32:
-        return f"needs a multiple of 32 inputs; got {inputs}"
+    if inputs % (unit := 16 * 8 // known.bits):  # rows of codes do
+        return f"needs a multiple of {unit} inputs; got {inputs}"
     size = inputs if group_size == -1 else group_size
     if size * groups != inputs:
         return f"needs {inputs} inputs in whole groups of {size}; got scales of {groups} groups"
+    if known.block is not None:
+        return None if size == known.block else f"needs {format} scales of {known.block} inputs; got {size}"
     if groups > 1 and size not in SMALL_GROUPS and size % MAX_WIDTH:
         return f"needs groups of {SMALL_GROUPS}, a multiple of {MAX_WIDTH} or all inputs; got {size}"
     return None
@@ -98,25 +112,29 @@ def _unsupported_arrays(x: Any, codes: Any, scales: Any, zeros: Any, group_size:
 
 def run(
     x: Float[Array, "M I"],
-    codes: UInt8[Array, "L O half"],
+    codes: Array,
     scales: Float[Array, "L G O"],
     zeros: Int8[Array, "L G O"] | None,
     layer: Int[Array, ""] | int,
     *,
     group_size: int,
+    format: str = "int4",
+    global_scale: Float[Array, "L"] | None = None,
     config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "M O"]:
-    """`x @ W[layer].T`, W the `(codes - zeros) * scales` of each output and group of inputs.
+    """`x @ W[layer].T`, W the `(codes - zeros) * scales * global_scale` of each output and group of inputs.
 
     Args:
       x: bfloat16.
-      codes: signed, two to a byte, that of the even input in the low bits.
-      scales: float16 or float32, of the G groups.
-      zeros: codes that stand for 0; None: 0.
+      codes: `[L, O, I]`, or `[L, O, I / 2]` of four bits, as a `QuantizedTensor` has them.
+      scales: of the G groups; float8_e4m3fn for nvfp4, float32, bfloat16 or float16 for the others.
+      zeros: int4 codes that stand for 0; None: 0.
       layer: index of the weight; one outside is taken for the nearest.
       group_size: inputs of a group; -1: all.
+      format: of the codes.
+      global_scale: None: 1.
       config: of the decode or of the prefill kernel; None: by the shape.
       interpret: runs the kernel on the CPU, for tests.
       dtype: of the result, float32 or bfloat16.
@@ -125,8 +143,9 @@ def run(
       NotImplementedError: shapes or dtypes that the kernels do not take.
       ValueError: `config` needs more shared memory than a CTA has.
     """
-    operands = (Operands(x, codes, scales, zeros, layer),)
-    (result,) = run_together(operands, group_size=group_size, config=config, interpret=interpret, dtype=dtype)
+    operands = (Operands(x, codes, scales, zeros, layer, global_scale),)
+    options: dict[str, Any] = {"group_size": group_size, "format": format, "config": config, "dtype": dtype}
+    (result,) = run_together(operands, **options, interpret=interpret)
     return result
 
 
@@ -134,6 +153,7 @@ def run_together(
     operands: Sequence[Operands],
     *,
     group_size: int,
+    format: str = "int4",
     config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
@@ -146,18 +166,19 @@ def run_together(
     Raises:
       NotImplementedError, ValueError: as `run`; and if the products differ in more than outputs and layers.
     """
-    for x, codes, scales, zeros, _ in operands:
-        if (reason := _unsupported_arrays(x, codes, scales, zeros, group_size, dtype)) is not None:
+    for of_weight in operands:
+        if (reason := _unsupported_arrays(of_weight, group_size, format, dtype)) is not None:
             raise NotImplementedError(f"quantized_matmul on Hopper {reason}")
-    forms = tuple(form_of(*of_weight[:-1], dtype, is_ordered) for of_weight in operands)
+    forms = tuple(form_of(of_weight, format, dtype, is_ordered) for of_weight in operands)
     first = forms[0]
     if any(form._replace(outputs=first.outputs, layers=first.layers) != first for form in forms):
         raise ValueError(f"products of one launch must differ in outputs and layers alone; got {forms}")
     if first.rows == 0:
         return tuple(jnp.zeros((0, form.outputs), dtype) for form in forms)
     if len(forms) > 1 and (first.rows > MAX_ROWS_TOGETHER or isinstance(config, PrefillConfig)):
-        options: dict[str, Any] = {"group_size": group_size, "config": config, "interpret": interpret, "dtype": dtype}
-        return tuple(run_together((of_weight,), **options, is_ordered=is_ordered)[0] for of_weight in operands)
+        options: dict[str, Any] = {"group_size": group_size, "format": format, "config": config, "dtype": dtype}
+        options |= {"interpret": interpret, "is_ordered": is_ordered}
+        return tuple(run_together((of_weight,), **options)[0] for of_weight in operands)
     if config is None:
         config = heuristic_config(first) if len(forms) == 1 else decode.heuristic_config(forms)
     if (needed := config.smem_bytes(first)) > compat.SHARED_MEMORY_BYTES:
@@ -167,16 +188,17 @@ def run_together(
         )
     operands = tuple(of_weight._replace(layer=jnp.asarray(of_weight.layer, jnp.int32)) for of_weight in operands)
     if isinstance(config, PrefillConfig):
-        return (prefill.run(*operands[0], form=first, config=config, interpret=interpret),)
+        return (prefill.run(operands[0], form=first, config=config, interpret=interpret),)
     return decode.run(operands, forms=forms, config=config, interpret=interpret)
 
 
-def order_of(group_size: int) -> tuple[int, ...] | None:
-    """The order in which the kernels want the inputs of a group, for who makes them anyway; None if they have none."""
+def order_of(group_size: int, format: str = "int4") -> tuple[int, ...] | None:
+    """The order of inputs within a group that the kernels want, for who makes them anyway; None: they have none."""
     width = min(group_size, MAX_WIDTH)
     if group_size % width or width not in (*SMALL_GROUPS, MAX_WIDTH):
         return None
-    return tuple(first + i for first in range(0, group_size, width) for i in input_order(width))
+    order = input_order(width, CODES[format])
+    return tuple(first + i for first in range(0, group_size, width) for i in order)
 
 
 def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
@@ -194,10 +216,8 @@ def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
 
 
 def compile_cases() -> Iterator[Any]:
-    """What the compile gate compiles: numbers of tokens, groups with and without zeros, and both kernels."""
-    from pallas_kernels.compile_gate import CompileCase
-
-    # M, I, O, group size, zeros, dtype of scales, dtype of results
+    """What the compile gate compiles: formats, numbers of tokens, groups with and without zeros, and both kernels."""
+    # Rows, inputs, outputs, group size, zeros, dtype of scales, dtype of results
     forms = [
         *((m, 4096, 4096, 128, True, "float16", "float32") for m in (1, 16, 32, 48, 64, 128)),
         (8, 4096, 12288, 128, False, "float16", "float32"),
@@ -207,46 +227,61 @@ def compile_cases() -> Iterator[Any]:
         *((4096, 4096, 4096, 128, zeros, "float16", dtype) for zeros in (True, False) for dtype in RESULTS),
         *((4096, 4096, 4096, g, True, "float32", "bfloat16") for g in (32, 64, -1)),
     ]
-    cases: list[tuple[Any, ...]] = [(*form, None) for form in forms]
+    for form in forms:
+        yield _compile_case("int4", *form)
     for rows in (8, 32, 64, 128):  # what else a benchmark may try; stages make no difference to the compiler
-        arguments = (rows, 4096, 4096, 128, True, "float16", "float32")
         shape = Form(rows, 4096, 4096, 4, 32, jnp.dtype("float16"), True, jnp.dtype("float32"))
-        cases += [(*arguments, config) for config in candidates(shape) if config.stages == 3]
-    layers, array = 4, jax.ShapeDtypeStruct
-    for rows, inputs, outputs, group_size, has_zeros, scale_dtype, dtype, config in cases:
+        for config in candidates(shape):
+            if config.stages == 3:
+                yield _compile_case("int4", rows, 4096, 4096, 128, True, "float16", "float32", config)
+    kinds = [("int8", -1, "float32"), ("fp8", -1, "float32"), ("fp8", 128, "float32"), ("nvfp4", 16, "float8_e4m3fn")]
+    for format, group_size, scale_dtype in kinds:
+        for rows in (1, 16, 32, 64, 128, 4096):
+            dtype = "bfloat16" if rows == 4096 else "float32"
+            yield _compile_case(format, rows, 4096, 4096, group_size, False, scale_dtype, dtype)
+    yield _compile_case("int8", 16, 4096, 4096, 32, False, "bfloat16", "float32")
+    yield _compile_case("nvfp4", 64, 4096, 4112, 16, False, "float8_e4m3fn", "bfloat16")
+    yield _compile_case("int8", 4096, 4096, 4112, -1, False, "float16", "float32")
+    for rows, counts in ((1, (4096, 1024, 1024)), (16, (12288, 12288)), (64, (4096, 1024, 1024))):
+        yield _compile_case("int4", rows, 4096, counts, 128, True, "float16", "bfloat16")
+    for format, group_size, scale_dtype in kinds:
+        yield _compile_case(format, 16, 4096, (4096, 1024, 1024), group_size, False, scale_dtype, "bfloat16")
 
-        def call(x, codes, scales, layer, *zeros, group_size=group_size, dtype=dtype, config=config):
-            parts = (x, codes, scales, *(zeros or (None,)), layer)
-            return run(*parts, group_size=group_size, dtype=dtype, config=config)
 
-        grid = (layers, 1 if group_size == -1 else inputs // group_size, outputs)
-        name = f"w4a16 M={rows} {outputs}x{inputs} groups of {group_size} {scale_dtype}"
-        name = f"{name}{' zeros' if has_zeros else ''} to {dtype}"
-        yield CompileCase(
-            name=name if config is None else f"{name} {config}",
-            function=call,
-            avals=(
-                array((rows, inputs), jnp.bfloat16),
-                array((layers, outputs, inputs // 2), jnp.uint8),
-                array(grid, scale_dtype),
-                array((), jnp.int32),
-                *([array(grid, jnp.int8)] if has_zeros else []),
-            ),
-            shipped=config is None,
-        )
-    for rows, outputs in ((1, (4096, 1024, 1024)), (16, (12288, 12288)), (64, (4096, 1024, 1024))):
+def _compile_case(
+    format: str,
+    rows: int,
+    inputs: int,
+    outputs: int | tuple[int, ...],
+    group_size: int,
+    has_zeros: bool,
+    scale_dtype: str,
+    dtype: str,
+    config: Config | PrefillConfig | None = None,
+) -> Any:
+    from pallas_kernels.compile_gate import CompileCase
 
-        def together(x, layer, *weights):
-            threes = zip(weights[0::3], weights[1::3], weights[2::3], strict=True)
-            operands = [Operands(x, codes, scales, zeros, layer) for codes, scales, zeros in threes]
-            return run_together(operands, group_size=128, dtype=jnp.bfloat16)
+    codes, layers, array = CODES[format], 4, jax.ShapeDtypeStruct
+    counts = (outputs,) if isinstance(outputs, int) else outputs
+    x, layer = array((rows, inputs), jnp.bfloat16), array((), jnp.int32)
+    of_weights: list[Any] = []
+    for count in counts:
+        grid = (layers, 1 if group_size == -1 else inputs // group_size, count)
+        zeros = array(grid, jnp.int8) if has_zeros else None
+        arrays = (array((layers, count, codes.bytes(inputs)), codes.dtype), array(grid, scale_dtype), zeros)
+        of_weights.append((*arrays, array((layers,), jnp.float32) if codes.block is not None else None))
 
-        of_weights = []
-        for count in outputs:
-            of_weights.append(array((layers, count, 2048), jnp.uint8))
-            of_weights += [array((layers, 32, count), dtype) for dtype in (jnp.float16, jnp.int8)]
-        yield CompileCase(
-            name=f"w4a16 M={rows} {'+'.join(map(str, outputs))}x4096 groups of 128 float16 zeros to bfloat16",
-            function=together,
-            avals=(array((rows, 4096), jnp.bfloat16), array((), jnp.int32), *of_weights),
-        )
+    def call(x, layer, *of_weights):
+        operands = [Operands(x, codes, scales, zeros, layer, overall) for codes, scales, zeros, overall in of_weights]
+        options: dict[str, Any] = {"group_size": group_size, "format": format, "dtype": dtype, "config": config}
+        return run_together(operands, **options)
+
+    kind = {"int4": "w4a16", "nvfp4": "nvfp4"}.get(format, f"w8a16 {format}")
+    name = f"{kind} M={rows} {'+'.join(map(str, counts))}x{inputs} groups of {group_size} {scale_dtype}"
+    name = f"{name}{' zeros' if has_zeros else ''} to {dtype}"
+    return CompileCase(
+        name=name if config is None else f"{name} {config}",
+        function=call,
+        avals=(x, layer, *of_weights),
+        shipped=config is None,
+    )

@@ -109,12 +109,13 @@ def heuristic_config(forms: Forms) -> Config:
     tokens = tokens_of(form)
     narrow_steps = form.width < parts.MAX_WIDTH
     if tokens <= 32:
+        narrow_steps = narrow_steps or form.codes.bits == 8  # 128 bytes in a row either way
         config = Config(warpgroups=4, block_k=128 if narrow_steps else 256, stages=6 if narrow_steps else 4)
         return parts.fitted(config, form)
     wide = Config(warpgroups=4, block_k=128, stages=4, cluster=2)
     if tokens <= 64 and cut_of(forms, wide).counts.max() <= 4:
         return parts.fitted(wide, form)
-    block_k = 128 if narrow_steps or tokens > 64 else 256
+    block_k = 128 if narrow_steps or tokens > 64 or form.codes.bits == 8 else 256
     return parts.fitted(Config(warpgroups=2, block_k=block_k, stages=4, cluster=2), form)
 
 
@@ -200,6 +201,11 @@ def multiply(
             output, token = lax.div(tile, i32(cut.token_tiles)), lax.rem(tile, i32(cut.token_tiles))
             return ((output - before) * cluster + rank) * config.block_o, token * tokens
 
+        def holds(weight, tile):
+            """Whether a tile is one of this weight."""
+            begin, end = (int(x) * cut.token_tiles for x in tiles[weight : weight + 2])
+            return (begin <= tile) & (tile < end)
+
         @pl.when(warpgroup < config.warpgroups)
         def compute():
             plgpu.set_max_registers(config.registers[0], action="increase")
@@ -219,6 +225,16 @@ def multiply(
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.float32), WGMMA)
                 acc = lax.fori_loop(begin, end, over_units, acc)
                 output, token = corner(tile)
+                for weight, of_weight in enumerate(forms):
+
+                    def finish(acc, weight=weight, of_weight=of_weight):
+                        output, _ = corner(tile, int(tiles[weight]))
+                        return parts.finished(acc, refs[weight], of_weight, output=output + warpgroup * ROWS)
+
+                    if len(forms) == 1:
+                        acc = finish(acc)
+                    elif of_weight.is_unfinished:
+                        acc = lax.cond(holds(weight, tile), finish, lambda acc: acc, acc)
                 where = (nth - lax.div(tile * cut.steps, i32(cut.share)), pl.ds(token, tokens))
                 parts.store(acc, result, partial_ref.at[*where, pl.ds(output + warpgroup * ROWS, ROWS)])
 
@@ -237,7 +253,6 @@ def multiply(
 
                 tile, step = lax.div(unit, i32(cut.steps)), lax.rem(unit, i32(cut.steps))
                 for weight, of_weight in enumerate(forms):
-                    first_tile, end = (int(x) * cut.token_tiles for x in tiles[weight : weight + 2])
 
                     def load(weight=weight, of_weight=of_weight):
                         output, token = corner(tile, int(tiles[weight]))
@@ -247,7 +262,7 @@ def multiply(
                     if len(forms) == 1:
                         load()
                     else:
-                        pl.when((first_tile <= tile) & (tile < end))(load)
+                        pl.when(holds(weight, tile))(load)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(last - stages, first), last)
@@ -271,4 +286,4 @@ def multiply(
         scratch_types=list(buffers.values()),
         interpret=interpret,
         **parts.cluster_options(cluster),
-    )(tuple(parts.inputs(*of_weight, form) for of_weight, form in zip(operands, forms, strict=True)))
+    )(tuple(parts.inputs(of_weight, form) for of_weight, form in zip(operands, forms, strict=True)))

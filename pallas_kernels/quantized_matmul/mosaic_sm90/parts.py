@@ -2,11 +2,10 @@
 
 Letters as in `tensor.py`, and M rows of activations.
 
-A tile of codes is 64 outputs of `width` inputs, all of one group, in shared memory in the order of global memory: two
-codes to a byte. A thread reads `width / 32` words of eight codes for each of its two rows. Of a word it takes the
-codes 0 and 4, 1 and 5, 2 and 6, 3 and 7 at once: shift, mask and flip their bits into the mantissas of two bfloat16
-numbers of exponent 7, which are then 128 + 8 + code, and subtract 128 + 8 + zero. That is one LOP3 and one
-subtraction for two weights, three shifts for eight, and exact: codes minus zeros are integers of magnitude 15 at most.
+A tile of codes is 64 outputs of `width` inputs, in shared memory in the order of global memory. A thread reads
+`width / 4` codes in a row for each of its two rows, in words of 32 bits; `codes.py` makes bfloat16 numbers of a word.
+All inputs of a product share a scale, which its float32 sums meet; or they have scales in blocks of 16, which the codes
+meet in registers; or there is one scale per output, which waits for the end, as a scale of all weights does.
 
 The layout of wgmma wants neighbouring columns in a register and the columns of a thread spread over the row. Instead
 of moving weights between threads the columns of the activations are put into the order in which the threads hold the
@@ -17,6 +16,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -29,6 +29,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array
 
 from pallas_kernels import compat
+from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES, Codes, Instructions, Integers
 
 ROWS = 64  # outputs of one compute warpgroup
 MAX_WIDTH = 128  # inputs of one product
@@ -48,16 +49,44 @@ class Form(NamedTuple):
     scale_dtype: Any
     has_zeros: bool
     dtype: Any  # of the result
+    format: str = "int4"
+    has_global_scale: bool = False
     is_ordered: bool = False  # activations are in the order of `permuted`
+
+    @property
+    def codes(self) -> Codes:
+        return CODES[self.format]
 
     @property
     def group_size(self) -> int:
         return self.inputs // self.groups
 
     @property
+    def sides(self) -> str | None:
+        """Name of the array whose bytes codes meet in registers."""
+        if self.codes.block is not None:
+            return "scales"
+        return "zeros" if self.has_zeros else None
+
+    @property
+    def scales_products(self) -> bool:
+        """Whether a product's sums meet its scales."""
+        return self.groups > 1 and self.codes.block is None
+
+    @property
+    def scales_outputs(self) -> bool:
+        """Whether the sums of an output meet its one scale at the end."""
+        return self.groups == 1 and self.codes.block is None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether anything is left to do to the sums (`finished`)."""
+        return self.scales_outputs or self.has_global_scale or self.codes.factor != 1
+
+    @property
     def width(self) -> int:
-        """Inputs of one product: of one group."""
-        return min(self.group_size, MAX_WIDTH) if self.groups > 1 else MAX_WIDTH
+        """Inputs of one product: of one group, if sums meet scales."""
+        return min(self.group_size, MAX_WIDTH) if self.scales_products else MAX_WIDTH
 
     def steps(self, block_k: int) -> int:
         """Of `block_k` inputs."""
@@ -72,9 +101,11 @@ class Operands(NamedTuple):
     scales: Any
     zeros: Any
     layer: Any
+    global_scale: Any = None
 
 
-def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float32, is_ordered: bool = False) -> Form:
+def form_of(operands: Operands, format: str, dtype: Any = jnp.float32, is_ordered: bool = False) -> Form:
+    x, codes, scales, zeros, _, global_scale = operands
     return Form(
         rows=x.shape[0],
         inputs=x.shape[1],
@@ -84,6 +115,8 @@ def form_of(x: Any, codes: Any, scales: Any, zeros: Any, dtype: Any = jnp.float3
         scale_dtype=jnp.dtype(scales.dtype),
         has_zeros=zeros is not None,
         dtype=jnp.dtype(dtype),
+        format=format,
+        has_global_scale=global_scale is not None,
         is_ordered=is_ordered,
     )
 
@@ -98,34 +131,38 @@ def permuted(x: Array, form: Form) -> Array:
         x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
     if form.is_ordered:
         return x
-    # Threads of a row, their words, high or low half of a word, code in it.
-    x = x.reshape(rows, -1, *_threads_words_codes(form.width))
+    # Threads of a row, their words, low or high half of a word, code in it.
+    x = x.reshape(rows, -1, *_threads_words_codes(form.width, form.codes))
     return jnp.transpose(x, (0, 1, *(2 + axis for axis in _ORDER))).reshape(rows, inputs)
 
 
-def input_order(width: int) -> tuple[int, ...]:
+def input_order(width: int, codes: Codes) -> tuple[int, ...]:
     """The input at each place of a product of `width` inputs, as `permuted` has them."""
-    inputs = np.arange(width).reshape(_threads_words_codes(width))
+    inputs = np.arange(width).reshape(_threads_words_codes(width, codes))
     return tuple(inputs.transpose(_ORDER).ravel().tolist())
 
 
-def _threads_words_codes(width: int) -> tuple[int, int, int, int]:
-    return 4, width // 32, 2, 4
+def _threads_words_codes(width: int, codes: Codes) -> tuple[int, int, int, int]:
+    return 4, width // (4 * codes.per_word), 2, codes.per_word // 2
 
 
 _ORDER = (1, 3, 0, 2)  # words, codes, threads, halves
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
-    """The ring of steps: codes, and for each product activations, scales and zeros."""
-    ring = (stages, block_k // form.width)
-    lines = {"scales": form.scale_dtype} | ({"zeros": jnp.int8} if form.has_zeros else {})
+    """The ring of steps: codes, and for each product activations, scales and zeros, as far as it needs them."""
+    ring, codes = (stages, block_k // form.width), form.codes
+    lines: dict[str, Any] = {"zeros": plgpu.SMEM((*ring, outputs), jnp.int8)} if form.has_zeros else {}
+    if form.scales_products:
+        lines["scales"] = plgpu.SMEM((*ring, outputs), form.scale_dtype)
+    elif codes.block is not None:
+        lines["scales"] = plgpu.SMEM((*ring, form.width // codes.block, outputs), form.scale_dtype)
     return {
-        "codes": plgpu.SMEM((stages, outputs, block_k // 2), jnp.uint8),
+        "codes": plgpu.SMEM((stages, outputs, codes.bytes(block_k)), codes.dtype),
         "x": plgpu.SMEM(
             (*ring, tokens, form.width), jnp.bfloat16, transforms=compat.swizzled(jnp.bfloat16, form.width)
         ),
-        **{name: plgpu.SMEM((*ring, outputs), dtype) for name, dtype in lines.items()},
+        **lines,
         "ready": plgpu.Barrier(num_arrivals=1 + ring[1] * (1 + len(lines)), num_barriers=stages),
         "free": _free(outputs // ROWS, stages, cluster),
     }
@@ -166,14 +203,14 @@ def load_step(
 ) -> None:
     """Starts the copies of one step, for the outputs from `output` on and the tokens from `token` on.
 
-    Scales and zeros are read from arrays of one dimension, in which a group begins at whole 16 bytes. What is read
-    beyond the last output is of no row that is kept. The CTAs of a cluster load the activations together.
+    Scales and zeros of products are read from arrays of one dimension, in which a group begins at whole 16 bytes. What
+    is read beyond the last output is of no row that is kept; scales in blocks beyond the last input are 0. The CTAs of
+    a cluster load the activations together.
     """
     together: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
-    _, subs, outputs = smem["scales"].shape
-    tokens = smem["x"].shape[2]
-    layer, barrier = jnp.clip(refs["layer"][0], 0, form.layers - 1), smem["ready"].at[slot]
-    width = smem["codes"].shape[2]
+    _, subs, tokens, _ = smem["x"].shape
+    _, outputs, width = smem["codes"].shape
+    layer, barrier = _layer(refs, form), smem["ready"].at[slot]
     codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(step * width, width)]
     plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot], barrier)
     for sub in range(subs):
@@ -182,19 +219,49 @@ def load_step(
         line = pl.ds((layer * form.groups + group) * form.outputs + output, outputs)
         x = refs["x"].at[pl.ds(token, tokens), pl.ds(first, form.width)]
         plgpu.copy_gmem_to_smem(x, smem["x"].at[slot, sub], barrier, **together)
-        for name in ("scales", "zeros") if form.has_zeros else ("scales",):
-            plgpu.copy_gmem_to_smem(refs[name].at[line], smem[name].at[slot, sub], barrier)
+        if form.codes.block is not None:
+            blocks = form.width // form.codes.block
+            box = refs["scales"].at[layer, pl.ds(lax.div(first, jnp.int32(form.codes.block)), blocks)]
+            plgpu.copy_gmem_to_smem(box.at[:, pl.ds(output, outputs)], smem["scales"].at[slot, sub], barrier)
+        for name, wanted in (("scales", form.scales_products), ("zeros", form.has_zeros)):
+            if wanted:
+                plgpu.copy_gmem_to_smem(refs[name].at[line], smem[name].at[slot, sub], barrier)
+
+
+def _layer(refs: dict, form: Form) -> Array:
+    return jnp.clip(refs["layer"][0], 0, form.layers - 1)
 
 
 def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, interpreted: bool) -> Array:
     """`acc` and the products of one step that has arrived, for the 64 outputs of a warpgroup."""
     rows = pl.ds(warpgroup * ROWS, ROWS)
-    for sub in range(smem["scales"].shape[1]):
-        zeros = smem["zeros"].at[slot, sub, rows] if form.has_zeros else None
-        weights = _weights(smem["codes"].at[slot, rows], zeros, width=form.width, sub=sub, interpreted=interpreted)
+    for sub in range(smem["x"].shape[1]):
+        sides = None if form.sides is None else smem[form.sides].at[slot, sub]
+        if sides is not None:
+            sides = sides.at[rows] if form.codes.block is None else sides.at[:, rows]
+        apart = smem["codes"].shape[1]
+        weights = _weights(smem["codes"].at[slot, rows], sides, form, sub=sub, apart=apart, interpreted=interpreted)
         product = _product(weights, smem["x"].at[slot, sub], interpreted=interpreted)
-        scales = plgpu.load(smem["scales"].at[slot, sub, rows], layout=ROW, optimized=False).astype(jnp.float32)
-        acc = acc + product * lax.broadcast_in_dim(scales, acc.shape, [0])
+        if form.scales_products:
+            scales = plgpu.load(smem["scales"].at[slot, sub, rows], layout=ROW, optimized=False)
+            product = product * lax.broadcast_in_dim(scales.astype(jnp.float32), acc.shape, [0])
+        acc = acc + product
+    return acc
+
+
+def finished(acc: Array, refs: dict, form: Form, *, output: Any) -> Array:
+    """Sums `[64, tokens]` of the outputs from `output` on with the scales that waited for them."""
+    if not form.is_unfinished:
+        return acc
+    layer = _layer(refs, form)
+    if form.scales_outputs:  # `inputs` lets the last 64 end within the array
+        first = layer * form.outputs + jnp.minimum(output, whole(form.outputs, ROWS) - ROWS)
+        scales = plgpu.load(refs["scales"].at[pl.ds(first, ROWS)], layout=ROW, optimized=False)
+        acc = acc * lax.broadcast_in_dim(scales.astype(jnp.float32), acc.shape, [0])
+    if form.has_global_scale:
+        acc = acc * (refs["global_scale"][layer] * form.codes.factor)
+    elif form.codes.factor != 1:
+        acc = acc * form.codes.factor
     return acc
 
 
@@ -210,45 +277,71 @@ def _product(weights: Array, x_ref: Any, *, interpreted: bool) -> Array:
     return pl.run_scoped(multiply, plgpu.ACC((ROWS, x_ref.shape[0]), jnp.float32))
 
 
-def inputs(x: Array, codes: Array, scales: Array, zeros: Array | None, layer: Array, form: Form) -> dict[str, Array]:
+def inputs(operands: Operands, form: Form) -> dict[str, Array]:
     """The kernel's arrays in global memory."""
-    arrays = {
-        "x": permuted(x, form),
-        "codes": codes,
-        "scales": scales.reshape(-1),
-        "layer": layer.reshape(1),
-    }
-    return arrays if zeros is None else arrays | {"zeros": zeros.reshape(-1)}
+    x, codes, scales, zeros, layer, global_scale = operands
+    arrays = {"x": permuted(x, form), "codes": codes, "layer": layer.reshape(1)}
+    if form.codes.block is not None:
+        arrays["scales"] = scales
+    elif form.scales_outputs and (beyond := -form.outputs % ROWS):
+        arrays["scales"] = jnp.pad(scales.reshape(-1), (0, beyond))
+    else:
+        arrays["scales"] = scales.reshape(-1)
+    if zeros is not None:
+        arrays["zeros"] = zeros.reshape(-1)
+    if global_scale is not None:
+        arrays["global_scale"] = global_scale
+    return arrays
 
 
-def _weights(codes_ref: Any, zeros_ref: Any, *, width: int, sub: int, interpreted: bool) -> Array:
-    """Codes minus zeros of a product, bfloat16 `[64, width]`, the columns in the order of `permuted`.
+def _weights(codes_ref: Any, sides_ref: Any, form: Form, *, sub: int, apart: int, interpreted: bool) -> Array:
+    """The codes of a product as bfloat16 `[64, width]`, the columns in the order of `permuted`.
 
     Args:
-      codes_ref: uint8 `[64, block_k / 2]` in shared memory, of a step.
-      zeros_ref: int8 `[64]`, or None.
-      width: inputs of the product, all of one group.
-      sub: its number in the step.
+      codes_ref: `[64, bytes]` in shared memory, of a step.
+      sides_ref: zeros `[64]` or scales `[blocks, 64]` of the product; None: none.
+      form: of the call.
+      sub: the product's number in the step.
+      apart: bytes from the scales of a block to those of the next.
       interpreted: whether the interpreter runs this.
     """
     rows, stride = codes_ref.shape
-    words = width // 32
-    if interpreted:
-        packed = codes_ref[:, sub * width // 2 : (sub + 1) * width // 2].astype(jnp.int32)
-        signed = [(nibble ^ 8) - 8 for nibble in (packed & 15, packed >> 4)]
-        weights = jnp.stack(signed, axis=-1).reshape(rows, 4, words, 2, 4)
-        weights = jnp.transpose(weights, (0, 2, 4, 1, 3)).reshape(rows, width)
-        if zeros_ref is not None:
-            weights = weights - zeros_ref[...].astype(jnp.int32)[:, None]
-        return weights.astype(jnp.bfloat16)
+    codes, width = form.codes, form.width
+    words = width // (4 * codes.per_word)  # of a thread, for one row
+    blocks = 1 if codes.block is None else width // (4 * codes.block)  # of a thread
+
+    def registers(on: Any, loaded: list[list[Any]], sides: list[list[Any]] | None) -> list[list[Any]]:
+        """For each of the two rows of a thread, of its words, and by block the bytes that go with them."""
+        by_row = [[codes.side] * 2] * blocks if sides is None else [codes.sides(on, both) for both in sides]
+        made: list[list[Any]] = [[], []]
+        for half in range(2):
+            for i, word in enumerate(loaded[half]):
+                made[half] += codes.pairs(on, word, by_row[i * blocks // len(loaded[half])][half])
+        return made
+
+    if interpreted:  # the words of a block, of all warps, rows of a half and threads of a row at once
+        raw = _integers(codes_ref[:, codes.bytes(sub * width) : codes.bytes((sub + 1) * width)], jnp.uint8)
+        raw = raw.astype(jnp.uint32).reshape(4, 2, 8, 4, blocks, words // blocks, 4)
+        packed = raw[..., 0] | raw[..., 1] << 8 | raw[..., 2] << 16 | raw[..., 3] << 24
+        loaded = [[packed[:, half, ..., block, :] for block in range(blocks)] for half in range(2)]
+        sides = None
+        if sides_ref is not None:  # zeros are those of all threads of a row
+            small = _integers(sides_ref[...], jnp.int8).astype(jnp.int32).astype(jnp.uint32)
+            small = small.reshape(-1, blocks, 4, 2, 8, 1).transpose(1, 3, 2, 4, 0, 5)
+            sides = [[small[block, half] for half in range(2)] for block in range(blocks)]
+        made = jnp.stack([jnp.stack(pairs) for pairs in registers(Integers(), loaded, sides)])
+        two = jnp.stack([made & 0xFFFF, made >> 16], axis=-1).astype(jnp.uint16)
+        two = two.reshape(2, blocks, codes.per_word // 2, 4, 8, 4, words // blocks, 2)
+        two = two.transpose(3, 0, 4, 1, 6, 2, 5, 7)  # warp, half, row, block, word, pair, thread, low and high
+        return lax.bitcast_convert_type(two, jnp.bfloat16).reshape(rows, width)
 
     result = plgpu.ShapeDtypeStruct((rows, width), jnp.bfloat16, layout=WGMMA)
-    arguments = (codes_ref,) if zeros_ref is None else (codes_ref, zeros_ref)
+    arguments = (codes_ref,) if sides_ref is None else (codes_ref, sides_ref)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(arguments), return_type=result)
-    def convert(ctx, codes_ref, zeros_ref=None):
+    def convert(ctx, codes_ref, sides_ref=None):
         del ctx
-        i8, i32, bf16 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32), ir.BF16Type.get()
+        i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
         constant = lambda value: mgpu.c(value, i32)  # noqa: E731
         thread = arith.remui(mgpu.thread_idx(), constant(128))
         row = arith.addi(
@@ -256,36 +349,40 @@ def _weights(codes_ref: Any, zeros_ref: Any, *, width: int, sub: int, interprete
             arith.divui(arith.remui(thread, constant(32)), constant(4)),
         )
         quarter = arith.remui(thread, constant(4))
-        codes = mgpu_utils.memref_ptr(codes_ref)
+        of_codes = mgpu_utils.memref_ptr(codes_ref)
         first = arith.addi(arith.muli(row, constant(stride)), arith.muli(quarter, constant(4 * words)))
-        bits = constant(0x43084308)
-        # As one instruction it has to be asked for: the compiler makes two of `and` and `xor` with constants.
-        ptx = f"""{{
-            .reg .b32 t;
-            lop3.b32 t, $1, 0x000F000F, $2, {0xF0 & 0xCC ^ 0xAA};
-            sub.rn.bf16x2 $0, t, $3;
-        }}"""
-        registers = np.empty((words * 4, 2), object)
+        loaded: list[list[ir.Value]] = []
         for half in range(2):
-            offset = arith.addi(first, constant(half * 8 * stride + sub * (width // 2)))
-            loaded = llvm.load(ir.VectorType.get((words,), i32), _at(codes, offset, i8), alignment=4 * words)
-            bias = bits
-            if zeros_ref is not None:
-                zeros = mgpu_utils.memref_ptr(zeros_ref)
-                zero = llvm.load(i8, _at(zeros, arith.addi(row, constant(half * 8)), i8))
-                bias = arith.addi(arith.muli(arith.extsi(i32, zero), constant(0x00010001)), bias)
-            for word in range(words):
-                eight = vector.extract(loaded, dynamic_position=[], static_position=[word])
-                for pair in range(4):
-                    two = eight if pair == 0 else arith.shrui(eight, constant(4 * pair))
-                    numbers = llvm.inline_asm(i32, [two, bits, bias], ptx, "=r,r,r,r")
-                    registers[4 * word + pair, half] = llvm.bitcast(ir.VectorType.get((2,), bf16), numbers)
+            offset = arith.addi(first, constant(half * 8 * stride + codes.bytes(sub * width)))
+            vector_type = ir.VectorType.get((words,), i32)
+            several = llvm.load(vector_type, _at(of_codes, offset, i8), alignment=4 * words)
+            loaded.append([vector.extract(several, dynamic_position=[], static_position=[i]) for i in range(words)])
+        sides = None
+        if sides_ref is not None:
+            of_sides = mgpu_utils.memref_ptr(sides_ref)
+            first_side = arith.addi(row, arith.muli(quarter, constant(blocks * apart)))
+
+            def side(block, half):
+                offset = arith.addi(first_side, constant(block * apart + half * 8))
+                return arith.extsi(i32, llvm.load(i8, _at(of_sides, offset, i8)))
+
+            sides = [[side(block, half) for half in range(2)] for block in range(blocks)]
+        bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        made = registers(Instructions(), loaded, sides)
+        by_row = [[llvm.bitcast(bf16_pair, pair) for pair in pairs] for pairs in made]
         layout = mgpu.WGMMA_LAYOUT
         return mgpu.FragmentedArray(
-            _registers=registers.reshape(layout.registers_shape((rows, width))), _layout=layout, _is_signed=None
+            _registers=np.array(by_row, object).T.reshape(layout.registers_shape((rows, width))),
+            _layout=layout,
+            _is_signed=None,
         )
 
     return convert(*arguments)
+
+
+def _integers(x: Array, dtype: Any) -> Array:
+    """The bits of elements of a byte."""
+    return jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _at(pointer: ir.Value, offset: ir.Value, element: ir.Type) -> ir.Value:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import parts
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, Operands
 
 WARPGROUPS = 2  # that compute
 BLOCK_O = WARPGROUPS * ROWS
@@ -65,17 +65,7 @@ class PrefillConfig:
 
 
 @functools.partial(jax.jit, static_argnames=("form", "config", "interpret"))
-def run(
-    x: Array,
-    codes: Array,
-    scales: Array,
-    zeros: Array | None,
-    layer: Array,
-    *,
-    form: Form,
-    config: PrefillConfig,
-    interpret,
-) -> Float[Array, "M O"]:
+def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> Float[Array, "M O"]:
     stages, block_m, cluster = config.stages, config.block_m, config.cluster
     steps = form.steps(BLOCK_K)
     interpreted = interpret is not None
@@ -101,6 +91,7 @@ def run(
 
             acc = plgpu.layout_cast(jnp.zeros((ROWS, block_m), jnp.float32), WGMMA)
             acc = lax.fori_loop(0, steps, over_steps, acc)
+            acc = parts.finished(acc, refs, form, output=output + warpgroup * ROWS)
             where = (pl.ds(token, block_m), pl.ds(output + warpgroup * ROWS, ROWS))
             parts.store(acc, smem["result"].at[warpgroup], out_ref.at[where])
 
@@ -140,5 +131,5 @@ def run(
         scratch_types=list(buffers.values()),
         interpret=interpret,
         **parts.cluster_options(cluster),
-    )(parts.inputs(x, codes, scales, zeros, layer, form))
+    )(parts.inputs(operands, form))
     return out[: form.rows, : form.outputs]
