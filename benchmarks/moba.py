@@ -171,9 +171,11 @@ def check_shapes() -> Iterator[Shape]:
     yield Shape(length=2048, block_size=512, top_k=2, head_dim=64)
 
 
-def check() -> int:
+def check(filters: list[str]) -> int:
     record = report.Record("moba-check")
     for shape in check_shapes():
+        if not any(part in shape.name for part in filters):
+            continue
         try:
             row = check_shape(shape)
             if shape.length <= 8192:
@@ -267,6 +269,7 @@ def measure(shape: Shape, peers: list[str], gradients: bool) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("--filter", nargs="+", default=[""], help="check only shapes whose name contains one of these")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["cudnn", "torch"])
     parser.add_argument("--gradients", action="store_true", help="also the gradients of q, k and v")
@@ -275,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 2
     if arguments.what == "check":
-        return check()
+        return check(arguments.filter)
     record = report.Record("moba")
     for length in arguments.lengths:
         shape = Shape(batch=2, length=length, heads=16, kv_heads=16)

@@ -98,6 +98,8 @@ INSTRUCTIONS = {
     "HGMMA": r"\b[HIQ]GMMA\.",
     "UTMALDG": r"\bUTMALDG",
     "UTMASTG": r"\bUTMASTG",
+    "LDGSTS": r"\bLDGSTS",
+    "FENCE": r"\bFENCE\.VIEW\.ASYNC",
     "MUFU.EX2": r"\bMUFU\.EX2",
     "HMMA": r"\b[HI]MMA\.",
     "I2F": r"\bI2F",

@@ -239,6 +239,16 @@ class QwenConfig:
         )  # fmt: skip
 
     @classmethod
+    def moba_tiny(cls) -> "QwenConfig":
+        """The same structure for a CPU, 0.9 million parameters: sizes are ours, to show how training and files work."""
+        moba = MobaConfig(block_size=16, top_k=4)
+        return cls(
+            vocab_size=512, dim=128, layers=4, heads=4, kv_heads=4, head_dim=32, mlp_dim=352, tied_head=True,
+            rope=RopeConfig(theta=10_000.0), layer_attention=hybrid_layers(4, window=32, moba=moba),
+            max_positions=1_024,
+        )  # fmt: skip
+
+    @classmethod
     def tiny(cls, **changes: Any) -> "QwenConfig":
         """A model for tests: Qwen3's structure, three layers, head_dim apart from dim / heads."""
         fields: dict[str, Any] = {

@@ -10,7 +10,7 @@ from jaxmodels.qwen.config import MobaConfig, QwenConfig
 
 
 def route_layers(
-    config: QwenConfig, params: Params, layers: Collection[int], *, moba: MobaConfig, key_conv: int | None = None
+    config: QwenConfig, params: Params, layers: Collection[int], *, moba: MobaConfig | None, key_conv: int | None = None
 ) -> tuple[QwenConfig, Params]:
     """Configuration and parameters with blocks to select in the given layers, rotated as before.
 
@@ -21,7 +21,7 @@ def route_layers(
       config: of the dense model.
       params: its parameters, stacked; their arrays are shared.
       layers: which layers, counted from 0; they must have full attention.
-      moba: block size and number of blocks.
+      moba: block size and number of blocks; None: the layers keep full attention and only convolve their keys.
       key_conv: taps of a convolution over the keys of these layers; None: there is none.
     """
     if config.key_conv_taps is not None and key_conv not in (None, config.key_conv_taps):

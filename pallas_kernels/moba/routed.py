@@ -236,20 +236,33 @@ def forward_head(static: Static, start: Array, length: Array, **arrays: Array) -
 
 def combine(
     blocks: Int[Array, "R ranks"],
-    place: Int[Array, "pairs"],
+    place: Int[Array, "pairs"] | None,
     parts: Float[Array, "slots Hv"],
     lses: Float[Array, "slots"],
     grid: tuple[int, ...],
     *,
     unroll: bool = False,
 ) -> tuple[Float[Array, "T G Hv"], Float[Array, "T G"]]:
-    """Adds up the partial results of each row in the order of its ranks; `place` says where those of a pair are.
+    """Adds up the partial results of each row in the order of its ranks.
 
-    What stands in a slot of no pair is never read. `unroll` makes one operation of the sum.
+    `place` says where those of a pair are; None: in the order row * ranks + rank. What stands in a slot of no pair is
+    never read. `unroll` makes one operation of the sum.
     """
-    ranks, place = blocks.shape[1], place.reshape(blocks.shape)
+    ranks = blocks.shape[1]
+    if place is None:
+        lses, of_pairs = lses.reshape(blocks.shape), parts.reshape(*blocks.shape, -1)
+
+        def part(rank):
+            return of_pairs[:, rank]
+    else:
+        at = place.reshape(blocks.shape)
+        lses = lses[at]
+
+        def part(rank):
+            return parts[at[:, rank]]
+
     has_block, precise = blocks >= 0, lses.dtype
-    lse_of = jnp.where(has_block, lses[place], -jnp.inf)
+    lse_of = jnp.where(has_block, lses, -jnp.inf)
     top = lse_of.max(axis=1)
     weights = jnp.exp(lse_of - jnp.where(top == -jnp.inf, 0.0, top)[:, None])
     total = weights.sum(axis=1)
@@ -257,7 +270,7 @@ def combine(
     shares = weights / some[:, None]
 
     def add(rank, out):
-        return out + jnp.where(has_block[:, rank][:, None], shares[:, rank][:, None] * parts[place[:, rank]], 0)
+        return out + jnp.where(has_block[:, rank][:, None], shares[:, rank][:, None] * part(rank), 0)
 
     out = jnp.zeros((blocks.shape[0], parts.shape[1]), precise)
     out = jax.lax.fori_loop(0, ranks, add, out, unroll=unroll or None)

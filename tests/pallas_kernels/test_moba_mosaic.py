@@ -6,18 +6,20 @@ in the same dtype. By default few cases run; the others are slow and last passed
 """
 
 import functools
+import importlib
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import dispatch_table
 from benchmarks import moba as benchmark
 from pallas_kernels import compat, dispatch
 from pallas_kernels.moba import api, layout, lists, moba_attention, moba_select, mosaic_sm90, routing, xla
-from pallas_kernels.moba.mosaic_sm90 import select
+from pallas_kernels.moba.mosaic_sm90 import rows, select
 
 INTERPRET = compat.interpret_params(detect_races=True)
 HOPPER = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
@@ -27,6 +29,24 @@ def arrays(batch, queries, keys, heads, kv_heads, head_dim, dtype="bfloat16", se
     rng = np.random.default_rng(seed)
     sizes = ((queries, heads), (keys, kv_heads), (keys, kv_heads))
     return tuple(jnp.asarray(rng.normal(size=(batch, *size, head_dim)), dtype) for size in sizes)
+
+
+@pytest.fixture
+def races(monkeypatch):
+    """Fails a test whose interpreted kernels race; JAX 0.11 only notes it, in a record of each kernel."""
+    callbacks = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+    records, record = [], callbacks.GPURaceDetectionState
+
+    def keep(*args, **kwargs):
+        records.append(record(*args, **kwargs))
+        return records[-1]
+
+    monkeypatch.setattr(callbacks, "GPURaceDetectionState", keep)
+    jax.clear_caches()  # the kernels are jitted: a trace of another test must not stand in for this one
+    yield
+    callbacks.reset_gpu_interpret_mode_state()
+    assert records, "no kernel was interpreted"
+    assert not any(record.races_found for record in records), "race detected"
 
 
 def distance(a, b):
@@ -51,6 +71,7 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize("shape, block_size, top_k, segments", PARAMETERS)
+@pytest.mark.usefixtures("races")
 def test_outputs_selection_and_gradients(monkeypatch, shape, block_size, top_k, segments):
     monkeypatch.setattr(mosaic_sm90, "LONGEST_PIECE", 1)  # so that lists are of several pieces, which are added up
     q, k, v = arrays(*shape)
@@ -77,6 +98,7 @@ def test_outputs_selection_and_gradients(monkeypatch, shape, block_size, top_k, 
         assert got.dtype == want.dtype and distance(got, want) < 6e-3
 
 
+@pytest.mark.usefixtures("races")
 def test_the_routing_kernel_has_the_tie_rule_and_ignores_nan():
     """Equal scores, NaN, infinities, sequences that begin anywhere, and more tiles of centroids than one."""
     rng = np.random.default_rng(0)
@@ -97,6 +119,56 @@ def test_the_routing_kernel_has_the_tie_rule_and_ignores_nan():
     scores = np.asarray(q, np.float64)[0, 59, 0] @ np.nan_to_num(np.asarray(means[0, :, 0], np.float64)).T
     assert np.unique(scores[:177]).size < 177, "there are ties"
     assert (np.asarray(found)[0, np.asarray(eligible[0]) == 0] == -1).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_lie_in_shared_memory_as_the_tensor_core_reads_them(head_dim):
+    """Tiles of 8 rows by 128 bytes; bits 4 to 6 of an address are those of the plain one xor its bits 7 to 9."""
+    num_rows, chunks = 64, head_dim * 2 // rows.CHUNK
+    tiled = np.arange(num_rows * chunks).reshape(num_rows // 8, 8, chunks // 8, 8).transpose(0, 2, 1, 3).reshape(-1)
+    plain = np.arange(tiled.size) * rows.CHUNK
+    row, chunk = np.divmod(tiled, chunks)
+    np.testing.assert_array_equal(rows.place(row, chunk, chunks), plain ^ (plain >> 7 & 7) << 4)
+    # What a thread adds to its first address is the same for each of its rows.
+    step = rows.THREADS // chunks
+    row, chunk = np.divmod(np.arange(rows.THREADS), chunks)
+    for first in range(0, num_rows, step):
+        expected = rows.place(row + first, chunk, chunks)
+        np.testing.assert_array_equal(rows.place(row, chunk, chunks) + rows.place(first, 0, chunks), expected)
+
+
+@pytest.mark.usefixtures("races")
+def test_rows_are_read_and_written_where_they_lie():
+    """The first and the last, some twice; a negative index reads zeros, though row 0 is NaN, and writes nothing."""
+    rng, num_rows = np.random.default_rng(0), 32
+    x = jnp.asarray(rng.normal(size=(100, 64)), jnp.float16).at[0].set(jnp.nan)
+    numbers = jnp.arange(num_rows, dtype=jnp.float32)
+    source = jnp.asarray(np.r_[299, 3, 2, -1, 17, 15, 21, -3, rng.integers(3, 300, num_rows - 8)], jnp.int32)
+    target = jnp.asarray(rng.permutation(50)[:num_rows], jnp.int32).at[3:6].set(-1).at[8].set(0)
+
+    def copy(x_ref, numbers_ref, source_ref, target_ref, out_ref, of_numbers_ref, smem_ref, number_smem_ref):
+        rows.start(source_ref, (x_ref, smem_ref), divisor=3, interpreted=True)
+        rows.wait(interpreted=True)
+        number_smem_ref[...] = numbers_ref[...]
+        rows.store(target_ref, (smem_ref, out_ref), (number_smem_ref, of_numbers_ref), interpreted=True)
+
+    out, of_numbers = compat.kernel(
+        copy,
+        out_type=(jax.ShapeDtypeStruct((50, 64), x.dtype), jax.ShapeDtypeStruct((50,), jnp.float32)),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=[
+            plgpu.SMEM((num_rows, 64), x.dtype, transforms=compat.swizzled(x.dtype, 64)),
+            plgpu.SMEM((num_rows,), jnp.float32),
+        ],
+        interpret=INTERPRET,
+    )(x, numbers, source, target)
+    read = np.where(np.asarray(source)[:, None] < 0, 0, np.asarray(x)[source // 3])
+    expected, of_expected = np.full((50, 64), np.nan, np.float16), np.full(50, np.nan, np.float32)
+    kept = np.asarray(target) >= 0
+    expected[target[kept]], of_expected[target[kept]] = read[kept], np.asarray(numbers)[kept]
+    np.testing.assert_array_equal(out, expected)  # the interpreter's memory begins as NaN
+    np.testing.assert_array_equal(of_numbers, of_expected)
 
 
 def test_pieces_cover_every_tile_once():

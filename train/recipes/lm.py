@@ -5,27 +5,42 @@ from pathlib import Path
 from typing import Literal
 
 from train.config import HostsConfig, MeshConfig, OptimConfig, RunConfig, to_json
-from train.recipes.text import Flat, RowsConfig, open_model, open_rows
+from train.recipes.text import (
+    Flat,
+    MobaLayersConfig,
+    Preset,
+    RowsConfig,
+    open_model,
+    open_preset,
+    open_rows,
+    route,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class LM:
     """Train or fine-tune an autoregressive language model on text.
 
-    Starts from a Hugging Face directory and writes one:
+    Starts from a Hugging Face directory, or from random weights of a preset, and writes such a directory:
 
     python -m train lm --init DIR --data FILES --directory runs/mine --steps 2000
+    python -m train lm --preset moba-340m --tokenizer DIR --data FILES --directory runs/mine --steps 2000
 
     The same command continues an interrupted run. Several hosts: the same command on each of them, with
     --coordinator, --num-processes and --process-id, or under srun without.
     """
 
-    init: str
-    """Hugging Face directory (or org/name) with config.json, tokenizer.json and weights."""
     data: tuple[Path, ...]
     """Files or directories of text, JSONL or Parquet; or one directory of packed rows."""
+    init: str | None = None
+    """Hugging Face directory (or org/name) with config.json, tokenizer.json and weights. Either this or a preset."""
+    preset: Preset | None = None
+    """Start from random weights of a known architecture, with the vocabulary of --tokenizer."""
+    tokenizer: str | None = None
+    """Directory (or org/name) with the tokenizer.json and tokenizer_config.json of a preset's vocabulary."""
+    moba: MobaLayersConfig = dataclasses.field(default_factory=MobaLayersConfig)
     random_weights: bool = False
-    """Start from random weights of that configuration; the directory then needs none."""
+    """Start from random weights of the configuration in --init; the directory then needs none."""
     rows: RowsConfig = dataclasses.field(default_factory=RowsConfig)
     run: Flat[RunConfig] = dataclasses.field(default_factory=RunConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -50,6 +65,15 @@ class LM:
     """Dtype of the exported weights; None: that of the initial ones."""
 
     def __post_init__(self):
+        if (self.init is None) == (self.preset is None):
+            given = "neither" if self.init is None else "both"
+            raise ValueError(f"give --init DIR or --preset NAME, one of them; got {given}")
+        if self.preset is None and self.tokenizer is not None:
+            raise ValueError("--tokenizer belongs to --preset; with --init the tokenizer is that of the directory")
+        if self.preset is not None and self.tokenizer is None:
+            raise ValueError(f"--preset {self.preset} needs --tokenizer DIR, which gives the vocabulary")
+        if self.preset is not None and self.random_weights:
+            raise ValueError("--random-weights belongs to --init; a preset has no other weights")
         if self.z_loss < 0:
             raise ValueError(f"z_loss must not be negative; got {self.z_loss}")
         if self.loss_chunk is not None and self.loss_chunk < 1:
@@ -77,7 +101,13 @@ def main(config: LM) -> int:
     distributed.initialize(config.hosts)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.run.batch_size, config.run.accumulate)
-    model = open_model(config.init, mesh, random_weights=config.random_weights)
+    if config.preset is not None:
+        assert config.tokenizer is not None  # checked above
+        model = open_preset(config.preset, config.tokenizer)
+    else:
+        assert config.init is not None
+        model = open_model(config.init, mesh, random_weights=config.random_weights)
+    model = route(model, config.moba)
     rows = open_rows(config.data, config.rows, model, config.run.directory)
     skip = None
     if config.skip_threshold is not None:
@@ -95,8 +125,11 @@ def main(config: LM) -> int:
         rows.batches(config.run, mesh),
         identity={
             "recipe": "lm",
-            "init": config.init,
-            "random_weights": config.random_weights,
+            **(
+                {"init": config.init, "random_weights": config.random_weights}
+                if config.preset is None
+                else {"preset": config.preset}
+            ),
             "model": to_json(model.lm.config),
             "data": rows.identity,
             "z_loss": config.z_loss,

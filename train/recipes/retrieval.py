@@ -19,7 +19,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from train.config import MeshConfig, OptimConfig, RunConfig, to_json
 from train.machine import command_line, machine
@@ -93,17 +93,17 @@ class Retrieval:
 
 
 class RecallRows:
-    """Endless batches of the task, drawn from (seed, number of the batch)."""
+    """Endless batches of the task, drawn from (seed, number of the batch); see `Recall.rows` for `text`."""
 
-    def __init__(self, task: "Recall", count: int, seed: int):
-        self.task, self.count, self.seed, self.index = task, count, seed, 0
+    def __init__(self, task: "Recall", count: int, seed: int, text: Any = None):
+        self.task, self.count, self.seed, self.text, self.index = task, count, seed, text, 0
 
     def __next__(self):
         import numpy as np
 
         rng = np.random.default_rng((self.seed, self.task.length, self.index))
         self.index += 1
-        return {"tokens": self.task.rows(rng, self.count)}
+        return {"tokens": self.task.rows(rng, self.count, self.text)}
 
     def get_state(self):
         return {"index": self.index}
@@ -112,8 +112,12 @@ class RecallRows:
         self.index = state["index"]
 
 
-def make_recall_loss(lm: Any, task: "Recall", skip: "SkipAttention | None" = None) -> "LossFn":
-    """-log p of the answers (nats), summed over questions. Metrics: "accuracy"; with `skip` also "sparsity"."""
+def make_recall_loss(lm: Any, task: "Recall", skip: "SkipAttention | None" = None, *, text: bool = False) -> "LossFn":
+    """-log p of the answers (nats), summed over questions. Metrics: "accuracy"; with `skip` also "sparsity".
+
+    With `text` the tokens between the pairs are predicted too, and their mean -log p ("text_nll") counts as much as
+    that of the answers.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -122,14 +126,23 @@ def make_recall_loss(lm: Any, task: "Recall", skip: "SkipAttention | None" = Non
         tokens = batch["tokens"]
         hidden = lm.hidden(params, tokens, skip=skip, skip_stats=skip is not None)
         logits = lm.head(params, hidden.states[:, task.questions])
-        answers = tokens[:, task.questions.start + 1 :: 2]
+        answers = tokens[:, task.questions + 1]
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), answers[..., None], axis=-1)
         correct = (jnp.argmax(logits, axis=-1) == answers).astype(jnp.float32)
         metrics: dict[str, Any] = {"accuracy": jnp.sum(correct)}
         if skip is not None:
             counts = hidden.skip_stats.skipped, hidden.skip_stats.visited
             metrics["sparsity"] = tuple(jnp.sum(count.astype(jnp.float32)) for count in counts)
-        return jnp.sum(nll), jnp.float32(answers.size), metrics
+        loss_sum = jnp.sum(nll)
+        if text:
+            following = tokens[:, 1 : task.context]
+            log_p = jax.nn.log_softmax(lm.head(params, hidden.states[:, : task.context - 1]))
+            text_nll = -jnp.take_along_axis(log_p, following[..., None], axis=-1)[..., 0]
+            counted = following > task.num_keys + task.num_values
+            total, count = jnp.sum(jnp.where(counted, text_nll, 0.0)), jnp.sum(counted.astype(jnp.float32))
+            metrics["text_nll"] = total, count
+            loss_sum += total / jnp.maximum(count, 1.0) * answers.size
+        return loss_sum, jnp.float32(answers.size), metrics
 
     return loss_fn
 
@@ -145,7 +158,7 @@ def main(config: Retrieval) -> int:
 
     started = time.perf_counter()
     sizes = config.keys, config.values, config.noise
-    tasks = [Recall(length, min(config.pairs, (length - 1) // 4), *sizes) for length in config.lengths]
+    tasks = [Recall(length, min(config.pairs, Recall.most_pairs(length)), *sizes) for length in config.lengths]
     task = tasks[-1]
     if task.num_pairs != config.pairs:
         raise ValueError(f"pairs must be at most {task.num_pairs} in rows of {task.length} tokens; got {config.pairs}")
@@ -220,12 +233,17 @@ def train_stage(
     config: Any,
     mesh: Any,
     skip: "SkipAttention | None" = None,
+    text: Any = None,
+    compute_dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Any:
-    """The weights after one run, from `params` or random ones; None when it was interrupted."""
+    """The weights after one run, from `params` or random ones; None when it was interrupted.
+
+    `text` stands between the pairs and is learned too; what it is belongs into the `identity`.
+    """
     from train.loop import fit, weights_of
 
     run = RunConfig(
-        stage.directory, stage.steps, stage.batch_size, seed=stage.seed,
+        stage.directory, stage.steps, stage.batch_size, compute_dtype=compute_dtype, seed=stage.seed,
         log_every=max(1, stage.steps // 10), checkpoint_every=stage.steps,
     )  # fmt: skip
     optim = OptimConfig(stage.learning_rate, warmup_steps=min(100, stage.steps // 5), weight_decay=0.01)
@@ -233,9 +251,10 @@ def train_stage(
     identity = identity | {"task": to_json(task), "model": to_json(lm.config)}
     if skip is not None:
         identity["skip"] = to_json(dataclasses.asdict(skip))
+    loss_fn = make_recall_loss(lm, task, skip, text=text is not None)
     result = fit(
-        run, optim, mesh, weights_of(lm, mesh, create, seed=stage.seed), make_recall_loss(lm, task, skip),
-        RecallRows(task, stage.batch_size, stage.seed), identity=identity, config=config,
+        run, optim, mesh, weights_of(lm, mesh, create, seed=stage.seed), loss_fn,
+        RecallRows(task, stage.batch_size, stage.seed, text), identity=identity, config=config,
     )  # fmt: skip
     return None if result.interrupted else result.state.params
 
@@ -249,7 +268,7 @@ def make_answers(lm: Any, task: "Recall") -> Any:
     def answers(params, tokens, skip, mask):
         hidden = lm.hidden(params, tokens, mask=mask, skip=skip, skip_stats=skip is not None)
         said = jnp.argmax(lm.head(params, hidden.states[:, task.questions]), axis=-1)
-        correct = (said == tokens[:, task.questions.start + 1 :: 2]).mean(axis=1)
+        correct = (said == tokens[:, task.questions + 1]).mean(axis=1)
         stats = hidden.skip_stats
         return correct, (jnp.zeros(2) if stats is None else jnp.stack([stats.skipped.sum(), stats.visited.sum()]))
 

@@ -17,7 +17,25 @@ if TYPE_CHECKING:  # importing a recipe must stay quick: `--help` imports it
     from train.config import RunConfig
     from train.data import RowStore
 
-__all__ = ["Flat", "RowsConfig", "StartModel", "TextRows", "open_model", "open_rows"]
+__all__ = [
+    "Flat",
+    "MobaLayersConfig",
+    "Preset",
+    "RowsConfig",
+    "StartModel",
+    "TextRows",
+    "open_model",
+    "open_preset",
+    "open_rows",
+    "route",
+]
+
+Preset = Literal[
+    "moba-tiny", "moba-340m", "moba-1b", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-0.6b", "qwen3-4b", "qwen3-8b"
+]
+"""Architectures to start from with random weights: class methods of `jaxmodels.qwen.QwenConfig`."""
+VOCAB_MULTIPLE = 128
+"""Rows of a new embedding come in so many, which devices share evenly and tiles of products fill."""
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]
@@ -45,6 +63,30 @@ class RowsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MobaLayersConfig:
+    """Layers of a dense model that select blocks from now on (docs/moba.md)."""
+
+    layers: tuple[int, ...] = ()
+    """Which, counted from 0; they must have full attention. None named: the model stays as it is."""
+    block_size: int = 128
+    """Keys of a block."""
+    top_k: int = 8
+    """Blocks that each query selects, its own among them."""
+    key_conv: int | None = None
+    """Taps of a convolution over the keys of these layers, which begin at 0; None: there is none."""
+
+    def __post_init__(self):
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"moba.layers must be different ones; got {self.layers}")
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ValueError(f"moba.{field.name} must be at least 1; got {value}")
+            if not self.layers and value != field.default:
+                raise ValueError(f"moba.{field.name}={value} does nothing without moba.layers")
+
+
+@dataclasses.dataclass(frozen=True)
 class StartModel:
     """The model a run starts from.
 
@@ -53,7 +95,7 @@ class StartModel:
         create: its weights; None: random ones.
         tokenizer: never None.
         generation: kept for the export.
-        hf_config: content of its config.json.
+        hf_config: content of its config.json; empty for a preset.
         dtype: name of the dtype its weights are stored in.
     """
 
@@ -144,6 +186,54 @@ def open_model(
     dtype = loaded.params["embed"].dtype.name
     weights = [loaded.params]  # handed over once, so that the run does not keep a second copy alive
     return StartModel(loaded.lm, weights.pop, loaded.tokenizer, loaded.generation, dict(loaded.hf_config), dtype)
+
+
+def open_preset(preset: Preset, tokenizer: str) -> StartModel:
+    """The architecture of a preset, to be filled with random weights, for the vocabulary of a tokenizer.
+
+    The embedding has a row for each token, rounded up to a multiple of 128; beginning, end and padding are those that
+    the tokenizer names.
+
+    Args:
+        preset: which.
+        tokenizer: directory (or org/name) with tokenizer.json and tokenizer_config.json; weights are not read.
+
+    Raises:
+        ValueError: there is no tokenizer, or it names no end token.
+    """
+    from jaxmodels.checkpoints.huggingface import resolve
+    from jaxmodels.qwen import QwenConfig, build
+    from jaxmodels.tokenizer import Tokenizer
+
+    directory = resolve(tokenizer)
+    found = Tokenizer.from_directory(directory)
+    if not found.eos_ids:
+        raise ValueError(f"{directory}: tokenizer_config.json names no eos_token, which separates documents")
+    config = dataclasses.replace(
+        getattr(QwenConfig, preset.replace("-", "_").replace(".", "_"))(),
+        vocab_size=-(-found.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        eos_ids=found.eos_ids,
+        bos_id=found.bos_id,
+        pad_id=found.pad_id,
+    )
+    return StartModel(build(config), None, found, None, {}, "float32")
+
+
+def route(model: StartModel, moba: MobaLayersConfig) -> StartModel:
+    """The model with blocks to select in the named layers; see `jaxmodels.qwen.route_layers`."""
+    if not moba.layers:
+        return model
+    import jax
+
+    from jaxmodels.qwen import MobaConfig, build, route_layers
+
+    def routed(params: Any) -> Any:
+        blocks = MobaConfig(moba.block_size, moba.top_k)
+        return route_layers(model.lm.config, params, moba.layers, moba=blocks, key_conv=moba.key_conv)
+
+    config, _ = routed(jax.eval_shape(lambda: model.lm.init(jax.random.key(0))))
+    create = model.create
+    return dataclasses.replace(model, lm=build(config), create=create and (lambda: routed(create())[1]))
 
 
 def open_rows(

@@ -1,8 +1,9 @@
 """Hopper kernels of block-routed attention: `select.py` routes, `attend.py` attends to the routed blocks, `backward.py`
 has their gradients.
 
-What is between them stays in XLA: the lists of queries per block, the gathering of queries into tiles, and the sum of a
-query's partial results. The own blocks are left to `flash_attention`.
+What is between them stays in XLA: the lists of queries per block, and the sum of a query's partial results. The kernels
+read queries where they lie, and write the results of each pair of a query and a rank to a place of its own. The own
+blocks are left to `flash_attention`.
 
 A block of more than 128 keys is attended as several of 128, which the same queries chose.
 """
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.attention.mosaic_sm90.parts import LOG2E
@@ -110,9 +111,8 @@ class _Tiles(NamedTuple):
     block_size: int
     keys: Int[Array, "C_keys"] | None  # of all candidates, one after the other; None: they lie so
     lists: lists.BlockLists
-    tiles: lists.Tiles
-    row: Int[Array, "slots"]
-    is_pair: Bool[Array, "slots"]
+    block: Int[Array, "tiles"]  # -1 beyond the last tile
+    pair: Int[Array, "slots"]  # row * ranks + rank, of each slot of the tiles; -1 for none
 
     @classmethod
     def of(cls, static: Static, start: Array, **arrays: Array) -> "_Tiles":
@@ -137,15 +137,17 @@ class _Tiles(NamedTuple):
             # Blocks of packed rows begin anywhere, those of a swizzled copy at multiples of 8.
             keys=None if static.aligned else (start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1),
             lists=of_blocks,
-            tiles=tiles,
-            row=of_blocks.entries.at[slot].get(mode="clip") // head.blocks.shape[1],
-            is_pair=(offset < tiles.size[:, None]).reshape(-1),
+            block=jnp.where(jnp.arange(num_tiles) < tiles.total, tiles.block, -1),
+            pair=jnp.where((offset < tiles.size[:, None]).reshape(-1), of_blocks.entries.at[slot].get(mode="clip"), -1),
         )
 
-    def of_rows(self, x: Array, otherwise: float = 0.0) -> Array:
-        """Rows in the order of the slots."""
-        is_pair = self.is_pair.reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(is_pair, x[self.row], jnp.asarray(otherwise, x.dtype))
+    @property
+    def ranks(self) -> int:
+        return self.head.blocks.shape[1]
+
+    def of_slots(self, x: Float[Array, "R"], otherwise: float) -> Float[Array, "slots"]:
+        """A number of each row in the order of the slots."""
+        return jnp.where(self.pair < 0, jnp.asarray(otherwise, x.dtype), x[jnp.maximum(self.pair, 0) // self.ranks])
 
     def of_keys(self, x: Array) -> Array:
         if self.keys is None:
@@ -164,18 +166,19 @@ def forward_head(
     """As `routed.forward_head`; every candidate in use has `block_size` keys."""
     del length
     here = _Tiles.of(static, start, **arrays)
-    head, tiles = here.head, here.tiles
+    head = here.head
     parts, lses = attend.run(
-        here.of_rows(head.q),
+        head.q,
+        here.pair,
         here.of_keys(head.k),
         here.of_keys(head.v),
-        tiles.block,
-        tiles.total,
+        here.block,
+        ranks=here.ranks,
         block_size=here.block_size,
         scale=static.scale,
         interpret=interpret,
     )
-    return routed.combine(head.blocks, tiles.place, parts, lses, arrays["q"].shape[:2], unroll=True)
+    return routed.combine(head.blocks, None, parts, lses, arrays["q"].shape[:2], unroll=True)
 
 
 def backward_head(
@@ -191,14 +194,16 @@ def backward_head(
 ) -> tuple[Float[Array, "T G H"], Float[Array, "S H"], Float[Array, "S H"]]:
     """As `routed.backward_head`."""
     here = _Tiles.of(static, start, **arrays)
-    head, tiles = here.head, here.tiles
-    stats = [here.of_rows(lse.reshape(-1) * LOG2E, jnp.inf), here.of_rows(delta.reshape(-1))]
-    rows = (here.of_rows(head.q), here.of_rows(d_out.reshape(head.q.shape)), jnp.stack(stats))
+    head = here.head
+    stats = [here.of_slots(lse.reshape(-1) * LOG2E, jnp.inf), here.of_slots(delta.reshape(-1), 0.0)]
+    of_rows = (head.q, d_out.reshape(head.q.shape), jnp.stack(stats), here.pair)
     keys = (here.of_keys(head.k), here.of_keys(head.v))
-    options: dict[str, Any] = {"block_size": here.block_size, "scale": static.scale, "interpret": interpret}
-    dq = backward.query_gradients(*rows, *keys, tiles.block, tiles.total, **options)
-    pieces = lists.pieces(here.lists, attend.TILE, tiles.block.shape[0], LONGEST_PIECE)
-    parts = backward.key_gradients(*rows, *keys, pieces, **options)
+    options: dict[str, Any] = {"ranks": here.ranks, "block_size": here.block_size, "scale": static.scale}
+    options["interpret"] = interpret
+    dq = backward.query_gradients(*of_rows, *keys, here.block, **options)
+    dq = dq.reshape(*head.blocks.shape, -1)
+    pieces = lists.pieces(here.lists, attend.TILE, here.block.shape[0], LONGEST_PIECE)
+    parts = backward.key_gradients(*of_rows, *keys, pieces, **options)
 
     def add(nth, sums):
         piece = jnp.minimum(pieces.begin + nth, parts[0].shape[0] - 1)
@@ -208,10 +213,9 @@ def backward_head(
     # Most lists are one piece, so the first is no addition.
     dk, dv = (part[pieces.begin].astype(jnp.float32) for part in parts)
     dk, dv = jax.lax.fori_loop(1, pieces.per_block.max(), add, (dk, dv))
-    place = tiles.place.reshape(head.blocks.shape)
     dq_rows = jnp.zeros(head.q.shape, jnp.float32)
     for rank in range(head.blocks.shape[1]):  # written out it is one operation
-        dq_rows += jnp.where(head.blocks[:, rank][:, None] >= 0, dq[place[:, rank]], 0)
+        dq_rows += jnp.where(head.blocks[:, rank][:, None] >= 0, dq[:, rank], 0)
     split = start.shape[0], static.block_size
     dk, dv = (
         routed.to_keys(x.reshape(*split, -1), start, length, like, aligned=static.aligned)
@@ -240,19 +244,22 @@ def compile_cases() -> Iterator[Any]:
                 avals=(array((1, queries, 4, head_dim), dtype), array((1, 512, 2, head_dim), dtype), layout),
             )
         for block_size in (64, 128):
-            options = {"block_size": block_size, "scale": 0.1}
+            options = {"ranks": 7, "block_size": block_size, "scale": 0.1}
             tiles = array((64,), jnp.int32)
             of_pieces: Any = [array((32,), jnp.int32)] * 5
-            rows, keys = (array((count, head_dim), dtype) for count in (64 * attend.TILE, queries))
-            gradient = (rows, rows, array((2, rows.shape[0]), jnp.float32), keys, keys)
+            rows = keys = array((queries, head_dim), dtype)
+            slots = array((tiles.shape[0] * attend.TILE,), jnp.int32)
+            gradient = (rows, rows, array((2, *slots.shape), jnp.float32), slots, keys, keys)
             pieces = lists.Pieces(*of_pieces)
             for name, function, avals in (
-                ("attend", attend.run, (rows, keys, keys, tiles, array((), jnp.int32))),
-                ("dq", backward.query_gradients, (*gradient, tiles, array((), jnp.int32))),
+                ("attend", attend.run, (rows, slots, keys, keys, tiles)),
+                ("dq", backward.query_gradients, (*gradient, tiles)),
                 ("dk dv", backward.key_gradients, (*gradient, pieces)),
             ):
                 yield CompileCase(
                     name=f"moba {name} block={block_size} H={head_dim}",
                     function=functools.partial(function, **options),
                     avals=avals,
+                    # Rows come past the registers, and the tensor core may read them only behind a fence.
+                    required=("HGMMA", "UTMALDG", "LDGSTS", "FENCE"),
                 )

@@ -1,8 +1,9 @@
-"""The kernel of routed blocks: 128 gathered queries against the one block of keys that all of them chose.
+"""The kernel of routed blocks: 128 queries against the one block of keys that all of them chose.
 
-A tile is one CTA: two warpgroups of 64 queries share keys and values. There is one block and hence no loop: scores,
-softmax, product, and a partial output with its log-sum-exp. Several CTAs share a multiprocessor, so that one loads
-while another multiplies. Tiles beyond the last write nothing, and what stands there is never read.
+A tile is one CTA: two warpgroups of 64 queries, read where they lie (`rows.py`), share keys and values. There is one
+block and hence no loop: scores, softmax, product, and a partial output with its log-sum-exp. Several CTAs share a
+multiprocessor, so that one loads while another multiplies. Tiles beyond the last write nothing, and what stands there
+is never read.
 """
 
 import functools
@@ -16,53 +17,58 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.attention.mosaic_sm90.parts import LOG2E, WGMMA, accumulate
+from pallas_kernels.moba.mosaic_sm90 import rows
 
 WARPGROUPS, ROWS = 2, 64
 TILE = WARPGROUPS * ROWS
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
 def run(
-    q: Float[Array, "slots H"],
+    q: Float[Array, "R H"],
+    pair: Int[Array, "slots"],
     k: Float[Array, "C_keys H"],
     v: Float[Array, "C_keys H"],
     block: Int[Array, "tiles"],
-    total: Int[Array, ""],
     *,
+    ranks: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "slots H"], Float[Array, "slots"]]:
+) -> tuple[Float[Array, "pairs H"], Float[Array, "pairs"]]:
     """Partial outputs in the dtype of `q`, and natural log-sum-exps.
 
     Args:
-      q: queries in tiles of 128.
+      q: queries.
+      pair: of each slot, in tiles of 128: query * ranks + rank, where its results go; negative is none. What is not
+        written holds anything.
       k: keys, those of one block after the other; what is beyond the last block is not read.
       v: values.
-      block: of each tile.
-      total: tiles in use; they come first.
+      block: of each tile; negative for tiles that are not in use.
+      ranks: places for results of each query.
       block_size: 64 or 128.
       scale: of scores.
       interpret: runs the kernel on the CPU, for tests.
     """
     num_tiles, head_dim, dtype = block.shape[0], q.shape[1], q.dtype
-    shape, log2_scale = (ROWS, block_size), scale * LOG2E
+    shape, log2_scale, interpreted = (ROWS, block_size), scale * LOG2E, interpret is not None
 
-    def moba_attend(refs, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, q_ready, kv_ready):
+    def moba_attend(refs, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, kv_ready):
         warpgroup, tile = lax.axis_index("warpgroup"), lax.axis_index("tile")
-        rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+        slots, block = pl.ds(tile * TILE + warpgroup * ROWS, ROWS), refs["block"][tile]
 
-        @pl.when(tile < refs["total"][0])
+        @pl.when(block >= 0)
         def _():
-            plgpu.copy_gmem_to_smem(refs["q"].at[rows], q_smem.at[warpgroup], q_ready.at[warpgroup])
-
             @pl.when(warpgroup == 0)
             def _():
-                keys = pl.ds(refs["block"][tile] * block_size, block_size)
+                keys = pl.ds(block * block_size, block_size)
                 plgpu.copy_gmem_to_smem(refs["k"].at[keys], k_smem, kv_ready.at[0])
                 plgpu.copy_gmem_to_smem(refs["v"].at[keys], v_smem, kv_ready.at[1])
 
-            plgpu.barrier_wait(q_ready.at[warpgroup])
+            rows.start(
+                refs["pair"].at[slots], (refs["q"], q_smem.at[warpgroup]), divisor=ranks, interpreted=interpreted
+            )
+            rows.wait(interpreted=interpreted)
             plgpu.barrier_wait(kv_ready.at[0])
 
             def multiply(acc_ref):
@@ -77,21 +83,22 @@ def run(
             sums = p.sum(axis=1)
             plgpu.barrier_wait(kv_ready.at[1])
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA)
-            (acc,) = accumulate([(zeros, lambda: p.astype(dtype), v_smem)], interpreted=interpret is not None)
+            (acc,) = accumulate([(zeros, lambda: p.astype(dtype), v_smem)], interpreted=interpreted)
             inverse = jnp.where(sums == 0.0, 0.0, 1.0 / jnp.where(sums == 0.0, 1.0, sums))
             q_smem[warpgroup] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
             lse_smem[warpgroup] = jnp.where(sums == 0.0, -jnp.inf, (top + jnp.log2(sums)) * (1.0 / LOG2E))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_ref.at[rows])
-            plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[rows])
-            plgpu.wait_smem_to_gmem(0)
+            results = ((q_smem.at[warpgroup], out_ref), (lse_smem.at[warpgroup], lse_ref))
+            rows.store(refs["pair"].at[slots], *results, interpreted=interpreted)
 
     def matrices(*shape):
         return plgpu.SMEM(shape, dtype, transforms=compat.swizzled(dtype, shape[-1]))
 
     return compat.kernel(
         moba_attend,
-        out_type=(jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape[:1], jnp.float32)),
+        out_type=(
+            jax.ShapeDtypeStruct((q.shape[0] * ranks, head_dim), dtype),
+            jax.ShapeDtypeStruct((q.shape[0] * ranks,), jnp.float32),
+        ),
         grid=(num_tiles,),
         grid_names=("tile",),
         num_threads=WARPGROUPS,
@@ -101,9 +108,8 @@ def run(
             matrices(block_size, head_dim),
             matrices(block_size, head_dim),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=WARPGROUPS),
             plgpu.Barrier(num_barriers=2),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )({"q": q, "k": k, "v": v, "block": block, "total": total.reshape(1)})
+    )({"q": q, "pair": pair, "k": k, "v": v, "block": block})

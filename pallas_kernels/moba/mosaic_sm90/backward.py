@@ -1,12 +1,14 @@
 """The backward kernels of routed blocks, over the tiles of the forward pass; no atomics.
 
 Both compute the probabilities anew from the log-sum-exps of whole rows, `p = exp2(s * scale * log2(e) - lse * log2(e))`
-and then `ds = p * (do v^T - delta)`. Slots of no pair have lse = +inf, so that p = 0, and rows of zeros.
+and then `ds = p * (do v^T - delta)`. Slots of no pair have lse = +inf, so that p = 0, and rows of zeros. Queries and
+`do` are read where they lie (`rows.py`), their statistics in the order of the slots.
 
 `query_gradients`: one CTA per tile, as the forward kernel: a partial dQ for each of its pairs.
 
 `key_gradients`: one CTA per piece of a list, 64 keys of the block for each of its compute warpgroups, which walk the
-queries of the piece 64 at a time; a warpgroup more issues the copies. A list is one piece but for the longest ones, of
+queries of the piece 64 at a time; a warpgroup more makes the copies, those of a step while the ones of the step before
+arrive. A list is one piece but for the longest ones, of
 blocks that most queries choose. Tiles are transposed, rows are keys: P^T and dS^T are the left operands, in registers.
 
 P and dS are rounded to the input dtype before their products, and so are the partial results.
@@ -25,49 +27,52 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import compat
 from pallas_kernels.attention.mosaic_sm90.parts import COLUMN, LOG2E, ROW, WGMMA, accumulate, opaque
 from pallas_kernels.moba.lists import Pieces
+from pallas_kernels.moba.mosaic_sm90 import rows
 from pallas_kernels.moba.mosaic_sm90.attend import ROWS, TILE, WARPGROUPS
 
 STAGES = 3
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
 def query_gradients(
-    q: Float[Array, "slots H"],
-    d_out: Float[Array, "slots H"],
+    q: Float[Array, "R H"],
+    d_out: Float[Array, "R H"],
     stats: Float[Array, "2 slots"],
+    pair: Int[Array, "slots"],
     k: Float[Array, "C_keys H"],
     v: Float[Array, "C_keys H"],
     block: Int[Array, "tiles"],
-    total: Int[Array, ""],
     *,
+    ranks: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
-) -> Float[Array, "slots H"]:
+) -> Float[Array, "pairs H"]:
     """Partial dQ. Arguments as in `attend.run`; `stats` are lse * log2(e) and delta."""
     num_tiles, head_dim, dtype = block.shape[0], q.shape[1], q.dtype
-    shape, log2_scale = (ROWS, block_size), scale * LOG2E
+    shape, log2_scale, interpreted = (ROWS, block_size), scale * LOG2E, interpret is not None
 
-    def moba_dq(refs, dq_ref, q_smem, do_smem, k_smem, v_smem, own_ready, kv_ready):
+    def moba_dq(refs, dq_ref, q_smem, do_smem, k_smem, v_smem, kv_ready):
         warpgroup, tile = lax.axis_index("warpgroup"), lax.axis_index("tile")
-        rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+        slots, block = pl.ds(tile * TILE + warpgroup * ROWS, ROWS), refs["block"][tile]
 
-        @pl.when(tile < refs["total"][0])
+        @pl.when(block >= 0)
         def _():
-            for name, ref in (("q", q_smem), ("do", do_smem)):
-                plgpu.copy_gmem_to_smem(refs[name].at[rows], ref.at[warpgroup], own_ready.at[warpgroup])
-
             @pl.when(warpgroup == 0)
             def _():
-                keys = pl.ds(refs["block"][tile] * block_size, block_size)
+                keys = pl.ds(block * block_size, block_size)
                 plgpu.copy_gmem_to_smem(refs["k"].at[keys], k_smem, kv_ready.at[0])
                 plgpu.copy_gmem_to_smem(refs["v"].at[keys], v_smem, kv_ready.at[1])
 
+            own = ((refs["q"], q_smem.at[warpgroup]), (refs["do"], do_smem.at[warpgroup]))
+            rows.start(refs["pair"].at[slots], *own, divisor=ranks, interpreted=interpreted)
             log2_sum_exp, delta = (
-                lax.broadcast_in_dim(plgpu.load(refs["stats"].at[which, rows], layout=ROW, optimized=False), shape, [0])
+                lax.broadcast_in_dim(
+                    plgpu.load(refs["stats"].at[which, slots], layout=ROW, optimized=False), shape, [0]
+                )
                 for which in range(2)
             )
-            plgpu.barrier_wait(own_ready.at[warpgroup])
+            rows.wait(interpreted=interpreted)
             plgpu.barrier_wait(kv_ready.at[0])
 
             def score_gradients(s_ref, dp_ref):
@@ -82,16 +87,14 @@ def query_gradients(
             accumulator = plgpu.ACC(shape, jnp.float32)
             ds = pl.run_scoped(score_gradients, accumulator, accumulator)
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), WGMMA)
-            (dq,) = accumulate([(zeros, lambda: ds, k_smem)], interpreted=interpret is not None)
+            (dq,) = accumulate([(zeros, lambda: ds, k_smem)], interpreted=interpreted)
             q_smem[warpgroup] = (dq * scale).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], dq_ref.at[rows])
-            plgpu.wait_smem_to_gmem(0)
+            rows.store(refs["pair"].at[slots], (q_smem.at[warpgroup], dq_ref), interpreted=interpreted)
 
     own, keys = (_matrices(dtype, *size, head_dim) for size in ((WARPGROUPS, ROWS), (block_size,)))
     return compat.kernel(
         moba_dq,
-        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
+        out_type=jax.ShapeDtypeStruct((q.shape[0] * ranks, head_dim), dtype),
         grid=(num_tiles,),
         grid_names=("tile",),
         num_threads=WARPGROUPS,
@@ -101,23 +104,24 @@ def query_gradients(
             own,
             keys,
             keys,
-            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
             plgpu.Barrier(num_barriers=2),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )({"q": q, "do": d_out, "stats": stats, "k": k, "v": v, "block": block, "total": total.reshape(1)})
+    )({"q": q, "do": d_out, "stats": stats, "pair": pair, "k": k, "v": v, "block": block})
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
 def key_gradients(
-    q: Float[Array, "slots H"],
-    d_out: Float[Array, "slots H"],
+    q: Float[Array, "R H"],
+    d_out: Float[Array, "R H"],
     stats: Float[Array, "2 slots"],
+    pair: Int[Array, "slots"],
     k: Float[Array, "C_keys H"],
     v: Float[Array, "C_keys H"],
     pieces: Pieces,
     *,
+    ranks: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -125,15 +129,15 @@ def key_gradients(
     """dK and dV of each piece. Pieces beyond the last write nothing."""
     num_pieces, head_dim, dtype = pieces.block.shape[0], q.shape[1], q.dtype
     warpgroups = block_size // ROWS
-    tile, log2_scale, i32 = (ROWS, ROWS), scale * LOG2E, jnp.int32
+    tile, log2_scale, i32, interpreted = (ROWS, ROWS), scale * LOG2E, jnp.int32, interpret is not None
 
     def moba_dk_dv(refs, dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem, stats_smem, own_ready, ready, free):
         warpgroup, piece = lax.axis_index("warpgroup"), lax.axis_index("piece")
-        steps = refs["size"][piece] * (TILE // ROWS)
+        first, steps = refs["first"][piece] * TILE, refs["size"][piece] * (TILE // ROWS)
 
         @pl.when(warpgroup < warpgroups)
         def compute():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(232, action="increase")
             keys = pl.ds(refs["block"][piece] * block_size + warpgroup * ROWS, ROWS)
             for name, ref in (("k", k_smem), ("v", v_smem)):
                 plgpu.copy_gmem_to_smem(refs[name].at[keys], ref.at[warpgroup], own_ready.at[warpgroup])
@@ -163,7 +167,7 @@ def key_gradients(
 
                 dv, dk = accumulate(
                     [(dv, lambda: p.astype(dtype), do_smem.at[slot]), (dk, ds, q_smem.at[slot])],
-                    interpreted=interpret is not None,
+                    interpreted=interpreted,
                 )
                 plgpu.barrier_arrive(free.at[slot])
                 return dk, dv
@@ -177,14 +181,17 @@ def key_gradients(
                 k_smem[warpgroup] = (dk * scale).astype(dtype)
                 v_smem[warpgroup] = dv.astype(dtype)
                 plgpu.commit_smem()
-                rows = pl.ds(warpgroup * ROWS, ROWS)
-                plgpu.copy_smem_to_gmem(k_smem.at[warpgroup], dk_ref.at[piece, rows])
-                plgpu.copy_smem_to_gmem(v_smem.at[warpgroup], dv_ref.at[piece, rows])
+                half = pl.ds(warpgroup * ROWS, ROWS)
+                plgpu.copy_smem_to_gmem(k_smem.at[warpgroup], dk_ref.at[piece, half])
+                plgpu.copy_smem_to_gmem(v_smem.at[warpgroup], dv_ref.at[piece, half])
                 plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == warpgroups)
         def load():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(40, action="decrease")
+
+            def announce(i):
+                plgpu.barrier_arrive(ready.at[lax.rem(i, i32(STAGES))])
 
             @pl.loop(0, steps)
             def fill(i):
@@ -195,13 +202,20 @@ def key_gradients(
                     plgpu.barrier_wait(free.at[slot])
                     plgpu.commit_smem()  # the statistics of this slot were read by ordinary loads
 
-                rows = pl.ds(refs["first"][piece] * TILE + i * ROWS, ROWS)
-                for source, target in (
-                    (refs["q"].at[rows], q_smem),
-                    (refs["stats"].at[:, rows], stats_smem),
-                    (refs["do"].at[rows], do_smem),
-                ):
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+                slots = pl.ds(first + i * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(refs["stats"].at[:, slots], stats_smem.at[slot], ready.at[slot])
+                copies = ((refs["q"], q_smem.at[slot]), (refs["do"], do_smem.at[slot]))
+                rows.start(refs["pair"].at[slots], *copies, divisor=ranks, interpreted=interpreted)
+
+                @pl.when(i > 0)
+                def _():
+                    rows.wait(pending=1, interpreted=interpreted)
+                    announce(i - 1)
+
+            @pl.when(steps > 0)
+            def _():
+                rows.wait(interpreted=interpreted)
+                announce(steps - 1)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
@@ -224,7 +238,7 @@ def key_gradients(
             ring,
             plgpu.SMEM((STAGES, 2, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
-            plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=STAGES),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -234,6 +248,7 @@ def key_gradients(
             "q": q,
             "do": d_out,
             "stats": stats,
+            "pair": pair,
             "k": k,
             "v": v,
             "block": pieces.block,

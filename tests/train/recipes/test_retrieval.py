@@ -60,6 +60,14 @@ def test_loss_is_that_of_the_answers():
     other, _, metrics = make_recall_loss(lm, task, skip)(params, {"tokens": tokens}, jax.random.key(0))
     skipped, visited = metrics["sparsity"]
     assert 0 < skipped < visited and float(other) != float(loss)
+    # Of the tokens before the questions those that are neither key nor value, as much in all as the answers.
+    both, _, metrics = make_recall_loss(lm, task, text=True)(params, {"tokens": tokens}, jax.random.key(0))
+    place = np.nonzero(tokens[:, 1 : task.context] > task.num_keys + task.num_values)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    text_nll = -logs[place[0], place[1], tokens[place[0], place[1] + 1]]
+    assert metrics["text_nll"][1] == len(text_nll) > 20
+    assert float(metrics["text_nll"][0]) == pytest.approx(text_nll.sum(), rel=1e-4)
+    assert float(both) == pytest.approx(expected + 12 * text_nll.mean(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
