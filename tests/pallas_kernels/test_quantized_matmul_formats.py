@@ -477,7 +477,7 @@ def test_every_code_by_itself_on_a_gpu(format, rows):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", benchmark.check_formats(), ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [*benchmark.check_formats()], ids=lambda shape: shape.name)
 def test_on_a_gpu(shape):
     if (reason := compat.missing_hopper()) is not None:
         pytest.skip(reason)
