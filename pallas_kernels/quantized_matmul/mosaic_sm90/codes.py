@@ -41,6 +41,7 @@ class Machine(Protocol):
     def right(self, a: Any, bits: int) -> Any: ...
     def add(self, a: Any, b: Any) -> Any: ...
     def times(self, a: Any, b: int) -> Any: ...
+    def modulo(self, a: Any, b: int) -> Any: ...
     def bytes_of(self, a: Any, b: Any, selector: int) -> Any: ...
     def subtract_pairs(self, a: Any, b: Any) -> Any: ...
     def multiply_pairs(self, a: Any, b: Any) -> Any: ...
@@ -184,6 +185,9 @@ class Instructions:
     def times(self, a: Any, b: int) -> ir.Value:
         return arith.muli(a, _constant(b))
 
+    def modulo(self, a: Any, b: int) -> ir.Value:
+        return arith.remui(a, _constant(b))
+
     def bytes_of(self, a: Any, b: Any, selector: int) -> ir.Value:
         return self._asm("prmt.b32 $0, $1, $2, $3;", a, b, selector)
 
@@ -235,6 +239,9 @@ class Integers:
 
     def times(self, a: Any, b: int) -> Any:
         return a * jnp.uint32(b)
+
+    def modulo(self, a: Any, b: int) -> Any:
+        return a % jnp.uint32(b)
 
     def bytes_of(self, a: Any, b: Any, selector: int) -> Any:
         result = jnp.zeros_like(a | b)

@@ -14,9 +14,9 @@ weights (`permuted`): a sum over inputs does not depend on their order.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -239,7 +239,7 @@ def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, i
         sides = None if form.sides is None else smem[form.sides].at[slot, sub]
         if sides is not None:
             sides = sides.at[rows] if form.codes.block is None else sides.at[:, rows]
-        apart = smem["codes"].shape[1]
+        apart = ROWS if interpreted else smem["codes"].shape[1]  # the interpreter makes an array of what a view shows
         weights = _weights(smem["codes"].at[slot, rows], sides, form, sub=sub, apart=apart, interpreted=interpreted)
         product = _product(weights, smem["x"].at[slot, sub], interpreted=interpreted)
         if form.scales_products:
@@ -310,29 +310,41 @@ def _weights(codes_ref: Any, sides_ref: Any, form: Form, *, sub: int, apart: int
     words = width // (4 * codes.per_word)  # of a thread, for one row
     blocks = 1 if codes.block is None else width // (4 * codes.block)  # of a thread
 
-    def registers(on: Any, loaded: list[list[Any]], sides: list[list[Any]] | None) -> list[list[Any]]:
-        """For each of the two rows of a thread, of its words, and by block the bytes that go with them."""
-        by_row = [[codes.side] * 2] * blocks if sides is None else [codes.sides(on, both) for both in sides]
+    def registers(on: Any, thread: Any, load_words: Callable, load_side: Callable) -> list[list[Any]]:
+        """For each of the two rows of a thread, which are eight apart; the loads take bytes into their arrays."""
+        row = on.add(on.times(on.right(thread, 5), 16), on.right(on.modulo(thread, 32), 2))
+        quarter = on.modulo(thread, 4)
+
+        def side(block, half):
+            """Zeros are of a row; scales are of a thread's own blocks."""
+            offset = on.add(row, block * apart + half * 8)
+            return load_side(offset if codes.block is None else on.add(offset, on.times(quarter, blocks * apart)))
+
+        by_block = [[codes.side] * 2] * blocks
+        if sides_ref is not None:
+            by_block = [codes.sides(on, [side(block, half) for half in range(2)]) for block in range(blocks)]
         made: list[list[Any]] = [[], []]
+        first = on.add(on.times(row, stride), on.times(quarter, 4 * words))
         for half in range(2):
-            for i, word in enumerate(loaded[half]):
-                made[half] += codes.pairs(on, word, by_row[i * blocks // len(loaded[half])][half])
+            loaded = load_words(on.add(first, half * 8 * stride + codes.bytes(sub * width)))
+            for i, word in enumerate(loaded):
+                made[half] += codes.pairs(on, word, by_block[i * blocks // words][half])
         return made
 
-    if interpreted:  # the words of a block, of all warps, rows of a half and threads of a row at once
-        raw = _integers(codes_ref[:, codes.bytes(sub * width) : codes.bytes((sub + 1) * width)], jnp.uint8)
-        raw = raw.astype(jnp.uint32).reshape(4, 2, 8, 4, blocks, words // blocks, 4)
-        packed = raw[..., 0] | raw[..., 1] << 8 | raw[..., 2] << 16 | raw[..., 3] << 24
-        loaded = [[packed[:, half, ..., block, :] for block in range(blocks)] for half in range(2)]
-        sides = None
-        if sides_ref is not None:  # zeros are those of all threads of a row
-            small = _integers(sides_ref[...], jnp.int8).astype(jnp.int32).astype(jnp.uint32)
-            small = small.reshape(-1, blocks, 4, 2, 8, 1).transpose(1, 3, 2, 4, 0, 5)
-            sides = [[small[block, half] for half in range(2)] for block in range(blocks)]
-        made = jnp.stack([jnp.stack(pairs) for pairs in registers(Integers(), loaded, sides)])
+    if interpreted:  # all threads at once
+
+        def load_words(offset):
+            of_codes = lax.bitcast_convert_type(_bits(codes_ref, jnp.uint8).reshape(-1, 4), jnp.uint32)
+            return [of_codes[offset // 4 + i] for i in range(words)]
+
+        def load_side(offset):
+            return _bits(sides_ref, jnp.int8)[offset].astype(jnp.int32).astype(jnp.uint32)
+
+        thread = lax.broadcasted_iota(jnp.uint32, (128,), 0)
+        made = jnp.stack([jnp.stack(pairs) for pairs in registers(Integers(), thread, load_words, load_side)])
         two = jnp.stack([made & 0xFFFF, made >> 16], axis=-1).astype(jnp.uint16)
-        two = two.reshape(2, blocks, codes.per_word // 2, 4, 8, 4, words // blocks, 2)
-        two = two.transpose(3, 0, 4, 1, 6, 2, 5, 7)  # warp, half, row, block, word, pair, thread, low and high
+        # Half, register, warp, row, quarter, low and high: in the order of wgmma's left operand.
+        two = two.reshape(2, width // 8, 4, 8, 4, 2).transpose(2, 0, 3, 1, 4, 5)
         return lax.bitcast_convert_type(two, jnp.bfloat16).reshape(rows, width)
 
     result = plgpu.ShapeDtypeStruct((rows, width), jnp.bfloat16, layout=WGMMA)
@@ -342,33 +354,19 @@ def _weights(codes_ref: Any, sides_ref: Any, form: Form, *, sub: int, apart: int
     def convert(ctx, codes_ref, sides_ref=None):
         del ctx
         i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
-        constant = lambda value: mgpu.c(value, i32)  # noqa: E731
-        thread = arith.remui(mgpu.thread_idx(), constant(128))
-        row = arith.addi(
-            arith.muli(arith.divui(thread, constant(32)), constant(16)),
-            arith.divui(arith.remui(thread, constant(32)), constant(4)),
-        )
-        quarter = arith.remui(thread, constant(4))
-        of_codes = mgpu_utils.memref_ptr(codes_ref)
-        first = arith.addi(arith.muli(row, constant(stride)), arith.muli(quarter, constant(4 * words)))
-        loaded: list[list[ir.Value]] = []
-        for half in range(2):
-            offset = arith.addi(first, constant(half * 8 * stride + codes.bytes(sub * width)))
+        of_codes, *of_sides = (mgpu_utils.memref_ptr(ref) for ref in (codes_ref, sides_ref) if ref is not None)
+
+        def load_words(offset):
             vector_type = ir.VectorType.get((words,), i32)
             several = llvm.load(vector_type, _at(of_codes, offset, i8), alignment=4 * words)
-            loaded.append([vector.extract(several, dynamic_position=[], static_position=[i]) for i in range(words)])
-        sides = None
-        if sides_ref is not None:
-            of_sides = mgpu_utils.memref_ptr(sides_ref)
-            first_side = arith.addi(row, arith.muli(quarter, constant(blocks * apart)))
+            return [vector.extract(several, dynamic_position=[], static_position=[i]) for i in range(words)]
 
-            def side(block, half):
-                offset = arith.addi(first_side, constant(block * apart + half * 8))
-                return arith.extsi(i32, llvm.load(i8, _at(of_sides, offset, i8)))
+        def load_side(offset):
+            return arith.extsi(i32, llvm.load(i8, _at(of_sides[0], offset, i8)))
 
-            sides = [[side(block, half) for half in range(2)] for block in range(blocks)]
+        thread = arith.remui(mgpu.thread_idx(), mgpu.c(128, i32))
         bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        made = registers(Instructions(), loaded, sides)
+        made = registers(Instructions(), thread, load_words, load_side)
         by_row = [[llvm.bitcast(bf16_pair, pair) for pair in pairs] for pairs in made]
         layout = mgpu.WGMMA_LAYOUT
         return mgpu.FragmentedArray(
@@ -380,9 +378,9 @@ def _weights(codes_ref: Any, sides_ref: Any, form: Form, *, sub: int, apart: int
     return convert(*arguments)
 
 
-def _integers(x: Array, dtype: Any) -> Array:
-    """The bits of elements of a byte."""
-    return jax.lax.bitcast_convert_type(x, dtype)
+def _bits(ref: Any, dtype: Any) -> Array:
+    """The bytes of an array of such elements, one after the other."""
+    return lax.bitcast_convert_type(ref[...], dtype).reshape(-1)
 
 
 def _at(pointer: ir.Value, offset: ir.Value, element: ir.Type) -> ir.Value:
