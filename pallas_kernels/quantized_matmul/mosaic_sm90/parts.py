@@ -152,11 +152,13 @@ _ORDER = (1, 3, 0, 2)  # words, codes, threads, halves
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
     """The ring of steps: codes, and for each product activations, scales and zeros, as far as it needs them."""
     ring, codes = (stages, block_k // form.width), form.codes
-    lines: dict[str, Any] = {"zeros": plgpu.SMEM((*ring, outputs), jnp.int8)} if form.has_zeros else {}
+    lines: dict[str, Any] = {}
     if form.scales_products:
         lines["scales"] = plgpu.SMEM((*ring, outputs), form.scale_dtype)
     elif codes.block is not None:
         lines["scales"] = plgpu.SMEM((*ring, form.width // codes.block, outputs), form.scale_dtype)
+    if form.has_zeros:
+        lines["zeros"] = plgpu.SMEM((*ring, outputs), jnp.int8)
     return {
         "codes": plgpu.SMEM((stages, outputs, codes.bytes(block_k)), codes.dtype),
         "x": plgpu.SMEM(
