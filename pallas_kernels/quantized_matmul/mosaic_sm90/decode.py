@@ -254,15 +254,15 @@ def multiply(
                 tile, step = lax.div(unit, i32(cut.steps)), lax.rem(unit, i32(cut.steps))
                 for weight, of_weight in enumerate(forms):
 
-                    def load(weight=weight, of_weight=of_weight):
+                    def load_here(weight=weight, of_weight=of_weight):
                         output, token = corner(tile, int(tiles[weight]))
                         where = {"step": step, "slot": slot, "output": output, "token": token}
                         parts.load_step(refs[weight], smem, of_weight, **where, cluster=cluster)
 
                     if len(forms) == 1:
-                        load()
+                        load_here()
                     else:
-                        pl.when(holds(weight, tile))(load)
+                        pl.when(holds(weight, tile))(load_here)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(last - stages, first), last)

@@ -330,14 +330,16 @@ def _weights(codes_ref: Any, sides_ref: Any, form: Form, *, sub: int, apart: int
         for half in range(2):
             loaded = load_words(on.add(first, half * 8 * stride + codes.bytes(sub * width)))
             for i, word in enumerate(loaded):
-                made[half] += codes.pairs(on, word, by_block[i * blocks // words][half])
+                made[half] += codes.pairs(on, word, by_block[i * blocks // len(loaded)][half])
         return made
 
-    if interpreted:  # all threads at once
+    if interpreted:  # all threads and all words of a block at once
+        of_block = words // blocks
 
         def load_words(offset):
             of_codes = lax.bitcast_convert_type(_bits(codes_ref, jnp.uint8).reshape(-1, 4), jnp.uint32)
-            return [of_codes[offset // 4 + i] for i in range(words)]
+            word = lax.broadcasted_iota(jnp.uint32, (of_block, 128), 0)
+            return [of_codes[offset // 4 + block * of_block + word] for block in range(blocks)]
 
         def load_side(offset):
             return _bits(sides_ref, jnp.int8)[offset].astype(jnp.int32).astype(jnp.uint32)
@@ -345,8 +347,8 @@ def _weights(codes_ref: Any, sides_ref: Any, form: Form, *, sub: int, apart: int
         thread = lax.broadcasted_iota(jnp.uint32, (128,), 0)
         made = jnp.stack([jnp.stack(pairs) for pairs in registers(Integers(), thread, load_words, load_side)])
         two = jnp.stack([made & 0xFFFF, made >> 16], axis=-1).astype(jnp.uint16)
-        # Half, register, warp, row, quarter, low and high: in the order of wgmma's left operand.
-        two = two.reshape(2, width // 8, 4, 8, 4, 2).transpose(2, 0, 3, 1, 4, 5)
+        # Half, block, pair, word, warp, row, quarter, low and high: in the order of wgmma's left operand.
+        two = two.reshape(2, blocks, codes.per_word // 2, of_block, 4, 8, 4, 2).transpose(4, 0, 5, 1, 3, 2, 6, 7)
         return lax.bitcast_convert_type(two, jnp.bfloat16).reshape(rows, width)
 
     result = plgpu.ShapeDtypeStruct((rows, width), jnp.bfloat16, layout=WGMMA)
