@@ -13,11 +13,12 @@ gradients with those of the portable path in float32.
 profiler's sum over all kernels of a call. Peers are dense attention in the same process, "xla" is the portable path,
 which has the formulation of the first MoBA release: routed and own blocks apart, merged by log-sum-exp.
 
-What to expect at 65,536 tokens, written before the first run. Per head 459 thousand pairs of a query and a past block:
-117 MB of gathered queries are written and read, and as much of partial outputs: 0.47 GB, for 32 heads 15 GB or 4 ms of
-an assumed 4 TB/s. The products are 1.0 TFLOP, 2 to 3 ms. Routing scores 0.14 TFLOP and takes the best 7
-of some 256 in 1 to 2 ms. Sorts and lists of 15 million pairs 2 to 6 ms. Together 10 to 16 ms; dense attention 54. What
-was measured stands in the README of the operation. The kernels have since come to read queries in place.
+An estimate for 65,536 tokens, by arithmetic and written before the first run; nothing in it was measured. Per head 459
+thousand pairs of a query and a past block: 117 MB of gathered queries are written and read, and as much of partial
+outputs: 0.47 GB, for 32 heads 15 GB or 4 ms of an assumed 4 TB/s. The products are 1.0 TFLOP, 2 to 3 ms. Routing scores
+0.14 TFLOP and takes the best 7 of some 256 in 1 to 2 ms. Sorts and lists of 15 million pairs 2 to 6 ms. Together 10 to
+16 ms; the 35 TFLOP of dense attention take 54 at an assumed 650 TFLOP/s. What was measured stands in the README of the
+operation. The kernels have since come to read queries in place.
 """
 
 import argparse
