@@ -88,6 +88,14 @@ def swizzled(dtype: Any, minor: int) -> tuple[Any, ...]:
     return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
 
+def whole_atoms(rows: int) -> int:
+    """The least number of rows, from `rows` on, of which the TMA takes a `swizzled` matrix: eights, or fewer than 8.
+
+    It fills the rest of a tile with zeros.
+    """
+    return rows if rows < 8 else -(-rows // 8) * 8
+
+
 def shared_memory_bytes(buffers: Any) -> int:
     """Shared memory of a tree of `plgpu.SMEM` types; the allocator aligns each buffer to 1 KiB.
 

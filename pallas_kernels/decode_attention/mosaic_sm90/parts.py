@@ -116,7 +116,7 @@ def pack(q: Array, form: Form) -> Float[Array, "B K rows H"]:
     """Queries as rows of their key head."""
     q = q.reshape(form.batch, form.num_queries, form.num_kv_heads, form.group, form.head_dim)
     q = jnp.swapaxes(q, 1, 2).reshape(form.batch, form.num_kv_heads, form.rows, form.head_dim)
-    return q if form.rows < 8 else pad_axis(q, 2, form.padded_rows)  # the TMA fills fewer rows than a swizzle atom's
+    return pad_axis(q, 2, compat.whole_atoms(form.rows) if form.alternate else form.padded_rows)
 
 
 def slot_positions(operands: Operands, form: Form, num_slots: int) -> Int[Array, "B num_slots"]:
@@ -140,8 +140,7 @@ def own_inputs(operands: Operands, form: Form) -> dict[str, Array]:
     else:
         index = jnp.arange(form.num_queries)
         own_v = jnp.where((index < own_lengths[:, None])[:, :, None, None], own_v, 0)
-    # In whole swizzle atoms, or less than one; TMA fills the rest of the tile with zeros.
-    length = -(-form.num_queries // 8) * 8 if form.num_queries > 8 else form.num_queries
+    length = compat.whole_atoms(form.num_queries)
     return {
         "own_k": pad_axis(operands.own_k, 1, length),
         "own_v": pad_axis(own_v, 1, length),

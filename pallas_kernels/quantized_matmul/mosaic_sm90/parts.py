@@ -122,11 +122,8 @@ def form_of(operands: Operands, format: str, dtype: Any = jnp.float32, is_ordere
 
 
 def permuted(x: Array, form: Form) -> Array:
-    """Activations in the order in which threads hold the weights; inputs in whole products, 8 rows or more in eights.
-
-    The TMA fills fewer rows itself.
-    """
-    rows, inputs = form.rows if form.rows < 8 else whole(form.rows, 8), whole(form.inputs, form.width)
+    """Activations in the order in which threads hold the weights; inputs in whole products, rows in whole atoms."""
+    rows, inputs = compat.whole_atoms(form.rows), whole(form.inputs, form.width)
     if x.shape != (rows, inputs):
         x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
     if form.is_ordered:
