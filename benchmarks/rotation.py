@@ -9,11 +9,14 @@ profiler's sum over all kernels of one layer.
 
 What to expect: parameters of one rotation of 4096 channels are 16 KB of angles and 64 KB of pairs for each of two
 bytes, eight steps of two shared memory accesses and a barrier take about 1 us, reading what the first step needs 1 us,
-and starting a kernel 2 us: 3 to 5 us for up to 16 rows, for one rotation as for three.
+and starting a kernel 2 us: 3 to 5 us for up to 16 rows, for one rotation as for three. Rows that the kernel makes of a norm
+cost it one more read of whole rows by every CTA, 8 KB each at 4096 channels: about 1 us, where XLA has two kernels of
+1.2 us more.
 """
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +28,7 @@ import numpy as np
 from benchmarks import report
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import order_of
-from pallas_kernels.rotation import Turn, pairwise_rotations
+from pallas_kernels.rotation import Gated, Normed, Rows, Turn, pairwise_rotations
 
 LIMITS = {"float32": 1e-5, "bfloat16": 3e-3}  # relative error in the L2 norm
 
@@ -42,23 +45,26 @@ class Shape:
     dtype: str = "bfloat16"
     layers: int = 2
     is_ordered: bool = False  # results in the order that the products with int4 weights want
+    source: str = ""  # what the kernel makes the rows of: "", "normed", "gated"
 
     @property
     def name(self) -> str:
         return (
             f"M={self.rows} I={self.channels} x{self.rotations} {self.steps} steps in groups of {self.group_size} "
-            f"{self.dtype}{' ordered' if self.is_ordered else ''}"
+            f"{self.dtype}{' ' * bool(self.source)}{self.source}{' ordered' if self.is_ordered else ''}"
         )
 
     @property
     def order(self) -> tuple[int, ...] | None:
         return order_of(self.group_size) if self.is_ordered else None
 
-    def arguments(self) -> tuple[Any, list[Turn]]:
-        """Rows, and turns of float16 parameters without the index of a layer."""
+    def arguments(self) -> tuple[Rows, list[Turn]]:
+        """Rows, and turns of float16 parameters without the index of a layer; without steps they have none."""
         rng = np.random.default_rng(0)
 
         def one() -> Turn:
+            if not self.steps:
+                return Turn(None, None)
             shape = (self.layers, self.steps, self.channels // self.group_size, self.group_size)
             pairs = np.argsort(rng.random(shape), axis=-1).reshape(self.layers, self.steps, self.channels)
             return Turn(
@@ -67,8 +73,15 @@ class Shape:
                 channel_scales=jnp.asarray(rng.uniform(0.2, 3, (self.layers, self.channels)), jnp.float16),
             )
 
-        x = jnp.asarray(rng.normal(size=(self.rows, self.channels)), self.dtype)
-        return x, [one() for _ in range(self.rotations)]
+        def rows() -> Any:
+            return jnp.asarray(rng.normal(size=(self.rows, self.channels)), self.dtype)
+
+        made_of: dict[str, Callable[[], Rows]] = {
+            "": rows,
+            "normed": lambda: Normed(rows() * 3, jnp.asarray(rng.normal(size=self.channels), self.dtype), 1e-6),
+            "gated": lambda: Gated(rows() * 4, rows()),
+        }
+        return made_of[self.source](), [one() for _ in range(self.rotations)]
 
     def call(self, implementation: str) -> Callable[..., tuple[Any, ...]]:
         """`call(x, turns, layer)`."""
@@ -81,16 +94,30 @@ class Shape:
         return run
 
 
-def expected(x: np.ndarray, turn: Turn, layer: int, group_size: int) -> np.ndarray:
-    """By the definition, in NumPy and float64, all pairs of a step at once."""
-    theta, pairs, scales = (np.asarray(part[layer]) for part in turn[:3])
-    x = x * scales.astype(np.float64)
-    first = np.arange(x.shape[-1] // 2) * 2 // group_size * group_size
-    for r in range(len(pairs)):
-        i, j = first + pairs[r, 0::2], first + pairs[r, 1::2]
-        cos, sin = np.cos(theta[r].astype(np.float64)), np.sin(theta[r].astype(np.float64))
-        a, b = x[:, i].copy(), x[:, j].copy()
-        x[:, i], x[:, j] = cos * a + sin * b, cos * b - sin * a
+def expected(rows: Rows, turn: Turn, layer: int, shape: Shape) -> np.ndarray:
+    """By the definition, in NumPy and float64, all pairs of a step at once; rows that are made have their dtype."""
+    wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)  # noqa: E731
+    if isinstance(rows, Normed):
+        x = wide(rows.x)
+        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + rows.epsilon) * wide(rows.weight)
+    elif isinstance(rows, Gated):
+        gate = wide(rows.gate)
+        x = gate / (1 + np.exp(-gate)) * wide(rows.up)
+    else:
+        x = wide(rows)
+    if shape.source:
+        x = wide(jnp.asarray(x).astype(shape.dtype))
+    if turn.pairs is not None:
+        theta, pairs, scales = (np.asarray(part[layer]) for part in turn[:3])
+        x = x * scales.astype(np.float64)
+        first = np.arange(x.shape[-1] // 2) * 2 // shape.group_size * shape.group_size
+        for r in range(len(pairs)):
+            i, j = first + pairs[r, 0::2], first + pairs[r, 1::2]
+            cos, sin = np.cos(theta[r].astype(np.float64)), np.sin(theta[r].astype(np.float64))
+            a, b = x[:, i].copy(), x[:, j].copy()
+            x[:, i], x[:, j] = cos * a + sin * b, cos * b - sin * a
+    if shape.order is not None:
+        x = x.reshape(shape.rows, -1, shape.group_size)[..., shape.order].reshape(x.shape)
     return x
 
 
@@ -102,9 +129,7 @@ def check_shape(shape: Shape) -> dict[str, Any]:
     again = [call(x, turns, jnp.int32(layer)) for _ in range(3)]
     errors = []
     for turn, result in zip(turns, results, strict=True):
-        right = expected(np.asarray(x.astype(jnp.float32), np.float64), turn, layer, shape.group_size)
-        if shape.order is not None:
-            right = right.reshape(shape.rows, -1, shape.group_size)[..., shape.order].reshape(right.shape)
+        right = expected(x, turn, layer, shape)
         errors.append(np.linalg.norm(np.asarray(result.astype(jnp.float32)) - right) / np.linalg.norm(right))
     row: dict[str, Any] = {"shape": shape.name, "error": float(np.max(errors)), "limit": LIMITS[shape.dtype]}
     same = [bool((a == b).all()) for repeat in again for a, b in zip(repeat, results, strict=True)]
@@ -125,12 +150,22 @@ def check_shapes() -> Iterator[Shape]:
         yield Shape(rows=rows, rotations=3, channels=2048)
         for group_size in (32, 64, 128, 256):
             yield Shape(rows=rows, rotations=2, group_size=group_size, is_ordered=True)
+            for source in ("normed", "gated"):
+                yield Shape(rows=rows, rotations=2, group_size=group_size, is_ordered=True, source=source)
+                yield Shape(rows=rows, steps=0, group_size=group_size, is_ordered=True, source=source)
+    for rows, channels, dtype in itertools.product((1, 5, 16), (1024, 2560, 12288), LIMITS):
+        for source in ("normed", "gated"):
+            yield Shape(rows=rows, channels=channels, source=source, dtype=dtype)
+            yield Shape(rows=rows, channels=channels, source=source, dtype=dtype, steps=0)
 
 
 def time_shapes() -> Iterator[Shape]:
     for rows in (1, 8, 16, 64, 256, 1024, 4096):
         yield Shape(rows=rows, rotations=3, layers=16)
         yield Shape(rows=rows, channels=12288, layers=16)
+    for rows, steps in itertools.product((1, 8, 16, 64), (0, 8)):
+        yield Shape(rows=rows, rotations=3 if steps else 1, steps=steps, layers=16, is_ordered=True, source="normed")
+        yield Shape(rows=rows, channels=12288, steps=steps, layers=16, is_ordered=True, source="gated")
 
 
 def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
@@ -141,7 +176,15 @@ def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
         rows = x
         for layer in range(shape.layers):
             results = jax.lax.optimization_barrier(call(rows, turns, jnp.int32(layer)))
-            rows = (x + 1e-30 * sum(result[:, :1] for result in results)).astype(x.dtype)
+            # One operation, of the first operand that has rows.
+            after = lambda x, results=results: (x + 1e-30 * sum(r[:, :1] for r in results)).astype(x.dtype)  # noqa: E731
+            match x:
+                case Normed():
+                    rows = dataclasses.replace(x, x=after(x.x))
+                case Gated():
+                    rows = dataclasses.replace(x, gate=after(x.gate))
+                case _:
+                    rows = after(x)
         return results
 
     return run

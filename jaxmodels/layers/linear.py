@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized_matmul import QuantizedTensor, quantized_matmuls
+from pallas_kernels.rotation import Rows, made
 
 FEW_ROWS = 64
 """On a CPU, products with at most this many rows run with the weight as the left operand (see `linear`)."""
 
 
 def linear(
-    x: Float[Array, "..."],
+    x: Rows,
     weight: Float[Array, "..."] | QuantizedTensor,
     equation: str,
     *,
@@ -32,7 +33,7 @@ def linear(
     times faster at 2 to 32 rows (README of jaxmodels/qwen). The barrier keeps XLA from swapping the operands back.
 
     Args:
-      x: activations, leading axes and then the contracted ones.
+      x: activations, leading axes and then the contracted ones; `Normed` or `Gated` ones with one contracted axis.
       weight: weight of the layer, output axes and then the contracted ones; in any format (`quantized_matmul`).
       equation: the two operands in the letters of the legend; `...` stands for the leading axes.
       dtype: type of the result, also of the accumulation; None means that of `x`.
@@ -42,7 +43,7 @@ def linear(
 
 
 def linears(
-    x: Float[Array, "..."],
+    x: Rows,
     weights: Sequence[Float[Array, "..."] | QuantizedTensor],
     equations: Sequence[str],
     *,
@@ -53,25 +54,27 @@ def linears(
     Quantized weights are multiplied together where a kernel can, and what they do to their activations first is done
     for all of them together.
     """
-    operands = [_operand(x, weight, equation) for weight, equation in zip(weights, equations, strict=True)]
+    shapes = [_shapes(x, weight, equation) for weight, equation in zip(weights, equations, strict=True)]
     dtype = dtype or x.dtype
     products: dict[int, Array] = {}
     quantized = {i: weight for i, weight in enumerate(weights) if isinstance(weight, QuantizedTensor)}
     if quantized:
-        rows = operands[min(quantized)].rows
+        rows = x.reshape(shapes[min(quantized)].rows)
         products |= zip(quantized, quantized_matmuls(rows, [*quantized.values()], dtype=dtype), strict=True)
+    if len(quantized) < len(weights):
+        x = made(x)
     for i, weight in enumerate(weights):
         if not isinstance(weight, QuantizedTensor):
-            products[i] = _product(operands[i].rows, weight, dtype)
-    return tuple(products[i].reshape(operand.shape) for i, operand in enumerate(operands))
+            products[i] = _product(x.reshape(shapes[i].rows), weight, dtype)
+    return tuple(products[i].reshape(shape.result) for i, shape in enumerate(shapes))
 
 
-class _Operand(NamedTuple):
-    rows: Array  # activations, with the contracted axes merged
-    shape: tuple[int, ...]  # of the result
+class _Shapes(NamedTuple):
+    rows: tuple[int, ...]  # of the activations with the contracted axes merged
+    result: tuple[int, ...]
 
 
-def _operand(x: Array, weight: Array | QuantizedTensor, equation: str) -> _Operand:
+def _shapes(x: Rows, weight: Array | QuantizedTensor, equation: str) -> _Shapes:
     """Checks that the operands fit the equation."""
     inputs, output = equation.split("->")
     x_axes, weight_axes = inputs.split(",")
@@ -88,11 +91,10 @@ def _operand(x: Array, weight: Array | QuantizedTensor, equation: str) -> _Opera
         raise ValueError(f"{equation}: x {x.shape} and weight {weight.shape} differ in the contracted axes")
     if isinstance(weight, QuantizedTensor) and weight.num_inputs != len(contracted):
         raise ValueError(f"{equation}: {len(contracted)} contracted axes; the weight has {weight.num_inputs}")
-    rows = x.reshape(*lead_shape, math.prod(weight.shape[len(produced) :]))
-    return _Operand(rows, (*lead_shape, *produced_shape))
+    return _Shapes((*lead_shape, math.prod(weight.shape[len(produced) :])), (*lead_shape, *produced_shape))
 
 
-# A backward pass keeps the operands as they came. Of a weight that a scan consumes that is no second copy; of its
+# A backward pass keeps the shapes as they came. Of a weight that a scan consumes that is no second copy; of its
 # reshaped form it would be.
 @functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable, static_argnums=(2,))
 def _product(x: Array, weight: Array, dtype: jnp.dtype) -> Array:

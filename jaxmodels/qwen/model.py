@@ -37,6 +37,7 @@ from pallas_kernels.attention.skip import SkipStats
 from pallas_kernels.masks import Causal, Mask, SlidingWindow
 from pallas_kernels.moba import key_conv, moba_attention
 from pallas_kernels.quantized_matmul import QuantizedTensor
+from pallas_kernels.rotation import Gated, Normed, Rows
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -214,7 +215,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, attention: LayerAttention
+        self, x: Rows, attend: Attend, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[Float[Array, "B T D"], KV, tuple]:
         weights = (self.q[...], self.k[...], self.v[...])
         q, k, v = linears(x, weights, ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"))
@@ -241,15 +242,9 @@ class Mlp(nnx.Module):
         self.up = weight(rngs, (F, D), ("mlp", "embed"), dtype)
         self.down = weight(rngs, (D, F), ("embed", "mlp"), dtype)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Rows) -> Float[Array, "B T D"]:
         gate, up = linears(x, (self.gate[...], self.up[...]), ("BTD,FD->BTF", "BTD,FD->BTF"))
-        return linear(gated_silu(gate, up), self.down[...], "BTF,DF->BTD")
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def gated_silu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-    """`silu(gate) * up`; a backward pass keeps the two operands and none of the steps between."""
-    return jax.nn.silu(gate) * up
+        return linear(Gated(gate, up), self.down[...], "BTF,DF->BTD")
 
 
 class Block(nnx.Module):
@@ -266,12 +261,11 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[Float[Array, "B T D"], KV, tuple]:
         with jax.named_scope("attention"):
-            y, kv, about = self.attention(
-                rms_norm(x, self.attention_norm[...], self.norm_eps), attend, layer=layer, attention=attention
-            )
+            normed = Normed(x, self.attention_norm[...], self.norm_eps)
+            y, kv, about = self.attention(normed, attend, layer=layer, attention=attention)
             x = x + y
         with jax.named_scope("mlp"):
-            x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.norm_eps))
+            x = x + self.mlp(Normed(x, self.mlp_norm[...], self.norm_eps))
         return constrain(x, ("batch", None, None)), kv, about
 
 

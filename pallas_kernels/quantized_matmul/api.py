@@ -12,12 +12,14 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, partitioning
 from pallas_kernels.quantized_matmul import mosaic_sm90, reference, rounding, xla
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, turn_all
+from pallas_kernels.rotation import Gated, Normed, Rows
+from pallas_kernels.rotation import api as rotation_api
 
 NAMES = ("mosaic", "xla", "reference")
 
 
 def quantized_matmul(
-    x: Float[Array, "*rows I"],
+    x: Rows,
     weight: QuantizedTensor,
     *,
     dtype: Any = None,
@@ -30,7 +32,8 @@ def quantized_matmul(
     codes) and rounded once. Differentiable in `x` and in the floating parts of the weight, but for rounded activations.
 
     Args:
-      x: activations; float32, bfloat16 or float16.
+      x: activations `[*rows, I]`; float32, bfloat16 or float16. `Normed` and `Gated` are left to the kernel that rotates
+        and orders activations, where it is chosen.
       weight: see there.
       dtype: type of the result; None is that of `x`.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`). "mosaic", the Hopper
@@ -46,7 +49,7 @@ def quantized_matmul(
 
 
 def quantized_matmuls(
-    x: Float[Array, "*rows I"],
+    x: Rows,
     weights: Sequence[QuantizedTensor],
     *,
     dtype: Any = None,
@@ -68,7 +71,7 @@ def quantized_matmuls(
                 f"x must be floating and end with {weight.inputs} inputs; got {x.dtype} of shape {x.shape}"
             )
     dtype = jnp.dtype(dtype or x.dtype)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
     products: dict[int, Array] = {}
     launches = [_Launch.of(members, rows, weights, dtype, implementation) for members in _together(rows, weights)]
     orders = {i: launch.order for launch in launches for i in launch.members}
@@ -79,24 +82,29 @@ def quantized_matmuls(
     return tuple(products[i].reshape(*x.shape[:-1], weight.outputs) for i, weight in enumerate(weights))
 
 
-def _together(x: Array, weights: Sequence[QuantizedTensor]) -> list[list[int]]:
+def _together(x: Rows, weights: Sequence[QuantizedTensor]) -> list[list[int]]:
     """Which products a kernel can make together, by their numbers."""
     together: dict[Any, list[int]] = {}
     for i, weight in enumerate(weights):
         is_alone = x.shape[0] > mosaic_sm90.MAX_ROWS_TOGETHER or hopper_unsupported(x, weight) is not None
-        others = (weight.zeros is None, weight.global_scale is None, weight.activations, _kernel_order(weight))
+        others = (weight.zeros is None, weight.global_scale is None, weight.activations, _kernel_order(x, weight))
         kind = weight.format, _groups(weight), weight.scales.dtype, *others
         together.setdefault(i if is_alone else kind, []).append(i)
     return [*together.values()]
 
 
-def _kernel_order(weight: QuantizedTensor) -> tuple[int, ...] | None:
-    """The order of inputs that the kernel wants, for a weight whose rotation can give it."""
-    if weight.rotation is None or weight.order is not None:
+def _kernel_order(x: Rows, weight: QuantizedTensor) -> tuple[int, ...] | None:
+    """The order of inputs that the kernel wants, if a kernel is going to write the activations that can give it."""
+    if weight.order is not None or weight.inputs % mosaic_sm90.MAX_WIDTH and _groups(weight) == -1:  # it adds zeros
         return None
-    if _groups(weight) == -1 and weight.inputs % mosaic_sm90.MAX_WIDTH:  # the kernel adds zeros first
+    if weight.rotation is not None:
+        return mosaic_sm90.order_of(weight.group_size, weight.format)
+    if not isinstance(x, Normed | Gated):
         return None
-    return mosaic_sm90.order_of(weight.group_size, weight.format)
+    order = mosaic_sm90.order_of(min(weight.group_size, mosaic_sm90.MAX_WIDTH), weight.format)
+    if order is None or rotation_api.automatic(x, (weight.as_turn(),), group_size=len(order))[0] != "mosaic":
+        return None
+    return order
 
 
 class _Launch(NamedTuple):
@@ -108,7 +116,7 @@ class _Launch(NamedTuple):
 
     @classmethod
     def of(
-        cls, members: list[int], x: Array, weights: Sequence[QuantizedTensor], dtype: Any, implementation: str | None
+        cls, members: list[int], x: Rows, weights: Sequence[QuantizedTensor], dtype: Any, implementation: str | None
     ) -> "_Launch":
         first = weights[members[0]]
         if implementation is None:
@@ -116,7 +124,7 @@ class _Launch(NamedTuple):
             implementation, _ = automatic(x, first, dtype=dtype, outputs=outputs)
         elif implementation == "mosaic" and (reason := hopper_unsupported(x, first)) is not None:
             raise NotImplementedError(f'quantized_matmul "mosaic": {reason}')
-        return cls(members, implementation, _kernel_order(first) if implementation == "mosaic" else None)
+        return cls(members, implementation, _kernel_order(x, first) if implementation == "mosaic" else None)
 
     def products(
         self, turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any
@@ -130,7 +138,7 @@ class _Launch(NamedTuple):
         return tuple(result.astype(dtype) for result in results)
 
 
-def automatic(x: Any, weight: QuantizedTensor, *, dtype: Any, outputs: int | None = None) -> tuple[str, str]:
+def automatic(x: Rows, weight: QuantizedTensor, *, dtype: Any, outputs: int | None = None) -> tuple[str, str]:
     """The implementation that a call without a name takes, and why no other, in words.
 
     Args:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized_matmul import nibbles
-from pallas_kernels.rotation import Turn, pairwise_rotation, pairwise_rotations
+from pallas_kernels.rotation import Rows, Turn, made, pairwise_rotation, pairwise_rotations
 
 Format = Literal["int4", "int8", "fp8", "nvfp4"]
 Activations = Literal["int8", "fp8"]
@@ -115,9 +115,9 @@ class QuantizedTensor:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), stacked)
 
     def as_turn(self) -> Turn:
-        """The rotation, with scales of inputs and the index of the layer."""
-        assert self.rotation is not None
-        return Turn(self.rotation.theta, self.rotation.pairs, self.input_scales, self.layer)
+        """The rotation, if any, with scales of inputs and the index of the layer."""
+        theta, pairs = self.rotation or (None, None)
+        return Turn(theta, pairs, self.input_scales, self.layer)
 
     def check(self, name: str = "weight") -> None:
         """Raises ValueError, naming the part, when shapes, dtypes and fields do not fit together."""
@@ -165,7 +165,7 @@ class QuantizedTensor:
 
 
 def turn_all(
-    x: Float[Array, "*rows I"],
+    x: Rows,
     weights: Sequence[QuantizedTensor],
     orders: Sequence[tuple[int, ...] | None] | None = None,
 ) -> tuple[Float[Array, "*rows I"], ...]:
@@ -174,27 +174,33 @@ def turn_all(
     bfloat16 stays bfloat16, rounded once after float32; anything else that is changed becomes float32, since scaled and
     rotated channels may outgrow float16. Rotations in groups of one size run together.
 
-    `orders` are of the channels within each group of a weight with a rotation, beyond the weight's own order.
+    `orders` are of the channels within each group of inputs, beyond the weight's own order. Where a weight has one, or
+    a rotation, the activations may be left to be made by what rotates them (`Rows`).
     """
     turned: dict[int, Array] = {}
     together: dict[Any, list[int]] = {}
+    plain: list[int] = []
     for i, (weight, order) in enumerate(zip(weights, orders or [None] * len(weights), strict=True)):
-        if weight.input_scales is None and weight.rotation is None and weight.order is None:
-            turned[i] = x
-        elif weight.rotation is not None:
-            together.setdefault((weight.group_size, order), []).append(i)
+        if weight.rotation is None and order is None:
+            plain.append(i)
         else:
-            turned[i] = _wide(x)
+            together.setdefault((len(order) if order else weight.group_size, order), []).append(i)
+    is_narrow = x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64)
     for (group_size, order), members in together.items():
         turns = [weights[i].as_turn() for i in members]
-        turned |= zip(members, pairwise_rotations(_wide(x), turns, group_size=group_size, order=order), strict=True)
+        rows = _wide(made(x)) if is_narrow else x
+        turned |= zip(members, pairwise_rotations(rows, turns, group_size=group_size, order=order), strict=True)
+    if plain:
+        x = made(x)
+    for i in plain:
+        turned[i] = x
+        if (scales := weights[i].input_scales) is not None:
+            turned[i] = (_wide(x) * weights[i].own(scales).astype(jnp.float32)).astype(_wide(x).dtype)
 
-    def finished(x: Array, weight: QuantizedTensor) -> Array:
-        if weight.input_scales is not None and weight.rotation is None:
-            x = (x * weight.own(weight.input_scales).astype(jnp.float32)).astype(x.dtype)
-        return x if weight.order is None else x[..., weight.own(weight.order)]
+    def in_order(x: Array, weight: QuantizedTensor) -> Array:
+        return x if weight.order is None else _wide(x)[..., weight.own(weight.order)]
 
-    return tuple(finished(turned[i], weight) for i, weight in enumerate(weights))
+    return tuple(in_order(turned[i], weight) for i, weight in enumerate(weights))
 
 
 def _wide(x: Array) -> Array:

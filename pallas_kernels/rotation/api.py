@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, partitioning
 from pallas_kernels.rotation import mosaic_sm90, reference, xla
+from pallas_kernels.rotation.source import Gated, Normed, Rows, made
 from pallas_kernels.rotation.turn import Turn
 
 NAMES = ("mosaic", "xla", "reference")
@@ -54,7 +55,7 @@ def pairwise_rotation(
 
 
 def pairwise_rotations(
-    x: Float[Array, "*rows I"],
+    x: Rows,
     turns: Sequence[Turn],
     *,
     group_size: int,
@@ -62,6 +63,9 @@ def pairwise_rotations(
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*rows I"], ...]:
     """`pairwise_rotation` of the same rows by each of the turns, which the Hopper kernel does in one launch.
+
+    The rows may be `Normed` or `Gated`: the kernel then makes them itself, rounded to their dtype like `made` of them. A
+    turn may have no rotation, only scales or nothing, and so be there for its rows and their order.
 
     A turn whose arrays are stacked along a first axis has the index of its layer. Channel t of each group of a result
     is channel `order[t]` of the rotated group; None: channel t.
@@ -72,7 +76,7 @@ def pairwise_rotations(
 
 
 def _run(
-    x: Array,
+    x: Rows,
     turns: tuple[Turn, ...],
     *,
     group_size: int,
@@ -84,9 +88,15 @@ def _run(
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
     if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating with at least one axis; got {x.dtype} of shape {x.shape}")
+    if isinstance(x, Normed) and x.weight.shape != x.shape[-1:]:
+        raise ValueError(f"the weight of a norm must have shape {x.shape[-1:]}; got {x.weight.shape}")
+    if isinstance(x, Gated) and (x.gate.shape != x.up.shape or x.gate.dtype != x.up.dtype):
+        raise ValueError(
+            f"gate and up must be alike; got {x.gate.dtype} {x.gate.shape} and {x.up.dtype} {x.up.shape}"
+        )
     for turn in turns:
         _check(turn, x.shape[-1], group_size)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
     if implementation is None:
         implementation, _ = automatic(rows, turns, group_size=group_size, inverse=inverse)
     elif implementation == "mosaic" and (
@@ -97,23 +107,25 @@ def _run(
         results = _on_hopper(rows, turns, group_size, order)
     else:
         run = reference.run if implementation == "reference" else xla.run
-        results = tuple(_plain(run, rows, turn, group_size, order, inverse=inverse) for turn in turns)
+        results = _plain(run, rows, turns, group_size, order, inverse=inverse)
     return tuple(result.reshape(x.shape) for result in results)
 
 
 def _check(turn: Turn, channels: int, group_size: int) -> None:
-    stack = () if turn.layer is None else turn.pairs.shape[:1]
-    theta, pairs = turn.theta.shape[len(stack) :], turn.pairs.shape[len(stack) :]
     if group_size < 2 or group_size % 2 or channels % group_size:
         raise ValueError(f"group_size must be even and divide the {channels} channels of x; got {group_size}")
+    stack = () if turn.layer is None else next((part.shape[:1] for part in turn[:3] if part is not None), ())
+    if turn.channel_scales is not None and turn.channel_scales.shape != (*stack, channels):
+        raise ValueError(f"channel_scales must have shape {(*stack, channels)}; got {turn.channel_scales.shape}")
+    if turn.pairs is None and turn.theta is None:
+        return
+    theta, pairs = turn.theta.shape[len(stack) :], turn.pairs.shape[len(stack) :]
     if len(pairs) != 2 or pairs[1] != channels or not jnp.issubdtype(turn.pairs.dtype, jnp.integer):
         raise ValueError(
             f"pairs must be integers of shape [R, {channels}]; got {turn.pairs.dtype} of shape {turn.pairs.shape}"
         )
     if theta != (pairs[0], channels // 2):
         raise ValueError(f"theta must have shape {(*stack, pairs[0], channels // 2)}; got {turn.theta.shape}")
-    if turn.channel_scales is not None and turn.channel_scales.shape != (*stack, channels):
-        raise ValueError(f"channel_scales must have shape {(*stack, channels)}; got {turn.channel_scales.shape}")
 
 
 def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool = False) -> tuple[str, str]:
@@ -122,7 +134,8 @@ def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool
         return "xla", "nothing to do"
     if (reason := dispatch.undivided()) is not None:
         return "xla", f"mosaic: {reason}"
-    kind = dispatch.RotationKind(group_size, turns[0].pairs.shape[-2], str(x.dtype))
+    source = type(x).__name__.lower() if isinstance(x, (Normed, Gated)) else ""
+    kind = dispatch.RotationKind(group_size, turns[0].steps, str(x.dtype), source)
     sizes = {"rows": x.shape[0], "channels": x.shape[1], "rotations": len(turns)}
     (first, *_), reason = dispatch.preferred("pairwise_rotation", kind, sizes, gradients=False)
     if first == "mosaic":
@@ -133,24 +146,31 @@ def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool
 
 
 def _plain(
-    run: Any, x: Array, turn: Turn, group_size: int, order: tuple[int, ...] | None, *, inverse: bool = False
-) -> Array:
+    run: Any, rows: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None, *, inverse: bool
+) -> tuple[Array, ...]:
+    x = made(rows)
     precise = jnp.promote_types(x.dtype, jnp.float32)
-    theta, pairs, scales = turn[:3]
-    if turn.layer is not None:
-        pick = lambda part: jax.lax.dynamic_index_in_dim(part, turn.layer, keepdims=False)  # noqa: E731
-        theta, pairs, scales = jax.tree.map(pick, (theta, pairs, scales))
-    rotated = x.astype(precise)
-    if scales is not None:
-        rotated = rotated * scales.astype(precise)
-    rotated = run(rotated, theta.astype(precise), pairs, group_size, inverse=inverse).astype(x.dtype)
-    if order is None:
-        return rotated
-    return rotated.reshape(x.shape[0], -1, group_size)[..., jnp.asarray(order)].reshape(x.shape)
+
+    def turned(turn: Turn) -> Array:
+        theta, pairs, scales = turn[:3]
+        if turn.layer is not None:
+            pick = lambda part: jax.lax.dynamic_index_in_dim(part, turn.layer, keepdims=False)  # noqa: E731
+            theta, pairs, scales = jax.tree.map(pick, (theta, pairs, scales))
+        result = x.astype(precise)
+        if scales is not None:
+            result = result * scales.astype(precise)
+        if pairs is not None:
+            result = run(result, theta.astype(precise), pairs, group_size, inverse=inverse)
+        result = result.astype(x.dtype)
+        if order is None:
+            return result
+        return result.reshape(x.shape[0], -1, group_size)[..., jnp.asarray(order)].reshape(x.shape)
+
+    return tuple(turned(turn) for turn in turns)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _on_hopper(x: Array, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Array, ...]:
+def _on_hopper(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Array, ...]:
     """The kernel's results; its derivatives are XLA's."""
     stacks = tuple(turn if turn.layer is not None else _stack_of_one(turn) for turn in turns)
     return partitioning.over_rows(
@@ -159,7 +179,7 @@ def _on_hopper(x: Array, turns: tuple[Turn, ...], group_size: int, order: tuple[
 
 
 def _on_hopper_fwd(
-    x: Array, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None
+    x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None
 ) -> tuple[Any, Any]:
     return _on_hopper(x, turns, group_size, order), (x, turns)
 
@@ -168,7 +188,7 @@ def _on_hopper_bwd(
     group_size: int, order: tuple[int, ...] | None, residuals: Any, cotangents: tuple[Array, ...]
 ) -> Any:
     def plain(x, turns):
-        return tuple(_plain(xla.run, x, turn, group_size, order) for turn in turns)
+        return _plain(xla.run, x, turns, group_size, order, inverse=False)
 
     return jax.vjp(plain, *residuals)[1](cotangents)
 

@@ -4,6 +4,9 @@ A CTA rotates one group of channels of at most 16 rows, for one of the rotations
 of channels in each step, so steps are in place and have one barrier between them. Its angles and pairs of all steps are
 read before the first, for one latency in all. Stacks of layers are read where they lie.
 
+The rows may be made here too, of a norm or a gated unit. For a norm every CTA sums the squares of its whole rows by
+itself, of fewer rows then: that reads them often, from the L2 cache, and saves a kernel.
+
 A pair lies where the parameters say, which Pallas has no loads for: the body is written in MLIR. The interpreter runs
 another body, which shares grid, tiles and layers with it.
 """
@@ -11,8 +14,8 @@ another body, which shares grid, tiles and layers with it.
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +25,16 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.rotation import xla
+from pallas_kernels.rotation.source import Gated, Normed, Rows, made
 from pallas_kernels.rotation.turn import Turn
 
 TILE = 16  # rows of a CTA
+NORM_TILE = 4  # of one that reads all of its rows
 THREADS = 128
 ACTIVATIONS = ("bfloat16", "float32")
 PARAMETERS = ("float32", "bfloat16", "float16")
@@ -45,8 +50,13 @@ def unsupported(
         return f"needs rows in {' or '.join(ACTIVATIONS)}; got {x.dtype}"
     if 2 * THREADS % group_size:
         return f"needs groups of a power of two up to {2 * THREADS} channels; got {group_size}"
+    if isinstance(x, Normed):
+        if x.shape[-1] % THREADS:
+            return f"needs norms over a multiple of {THREADS} channels; got {x.shape[-1]}"
+        if str(x.weight.dtype) not in PARAMETERS:
+            return f"needs weights of norms in {', '.join(PARAMETERS)}; got {x.weight.dtype}"
     for turn in turns:
-        if str(turn.pairs.dtype) not in ("int16", "int32"):
+        if turn.pairs is not None and str(turn.pairs.dtype) not in ("int16", "int32"):
             return f"needs pairs in int16 or int32; got {turn.pairs.dtype}"
         for part in (turn.theta, turn.channel_scales):
             if part is not None and str(part.dtype) not in PARAMETERS:
@@ -56,7 +66,7 @@ def unsupported(
 
 @functools.partial(jax.jit, static_argnames=("group_size", "order", "interpret"))
 def run(
-    x: Float[Array, "M I"],
+    x: Rows,
     turns: Sequence[Turn],
     *,
     group_size: int,
@@ -66,7 +76,7 @@ def run(
     """The rows `x` rotated by each of the turns, in the dtype of `x`; see `pairwise_rotations`.
 
     Args:
-      x: rows.
+      x: rows `[M, I]`, or what they are made of.
       turns: stacks `[L, ...]`, each with the index of its layer; one outside is taken for the nearest.
       group_size: channels of a group.
       order: of the results within each group; None: as they were.
@@ -79,36 +89,44 @@ def run(
         raise NotImplementedError(f"pairwise_rotation on Hopper {reason}")
     rows, channels = x.shape
     if rows == 0 or not turns:
-        return tuple(x for _ in turns)
-    tile = min(rows, TILE)
+        return tuple(jnp.zeros(x.shape, x.dtype) for _ in turns)
+    tile = min(rows, NORM_TILE if isinstance(x, Normed) else TILE)
     padded = -(-rows // tile) * tile
     if padded != rows:
-        x = jnp.pad(x, ((0, padded - rows), (0, 0)))
+        pad = lambda x: jnp.pad(x, ((0, padded - rows), (0, 0)))  # noqa: E731
+        x = pad(x) if isinstance(x, Array) else x.on_rows(pad)
 
-    def rotation(x_ref, turns, order_refs, *refs):
-        *out_refs, buffer = refs
+    def rotation(x_refs, turns, order_refs, *refs):
+        *out_refs, buffer, sums = refs
         group, nth, row = (lax.axis_index(name) for name in ("group", "nth", "tile"))
         columns = pl.ds(group * group_size, group_size)
         here = (pl.ds(row * tile, tile), columns)
+        source = _Tile.of(x_refs, pl.ds(row * tile, tile), columns, sums)
         for i, (turn, out_ref) in enumerate(zip(turns, out_refs, strict=True)):
 
             @pl.when(nth == i)
             def _(turn=turn, out_ref=out_ref):
-                layer = jnp.clip(turn.layer[0], 0, turn.pairs.shape[0] - 1)
-                scales = None if turn.channel_scales is None else turn.channel_scales.at[layer, columns]
-                theta = turn.theta.at[layer, :, pl.ds(group * (group_size // 2), group_size // 2)]
-                own = Turn(theta, turn.pairs.at[layer, :, columns], scales, None)
+                own = Turn(None, None)
+                for name, part in turn._replace(layer=None)._asdict().items():
+                    if part is not None:
+                        own_part = pl.ds(group * (group_size // 2), group_size // 2) if name == "theta" else columns
+                        middle = () if name == "channel_scales" else (slice(None),)
+                        layer = jnp.clip(turn.layer[0], 0, part.shape[0] - 1)
+                        own = own._replace(**{name: part.at[layer, *middle, own_part]})
                 body = _interpreted if interpret is not None else _rotate
-                body(x_ref.at[here], own, order_refs, out_ref.at[here], buffer)
+                body(source, own, order_refs, out_ref.at[here], buffer)
 
     results = compat.kernel(
         rotation,
-        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * len(turns),
+        out_type=[jax.ShapeDtypeStruct((padded, channels), x.dtype)] * len(turns),
         grid=(channels // group_size, len(turns), padded // tile),
         grid_names=("group", "nth", "tile"),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM((_whole(tile, group_size), group_size), jnp.float32)],
+        scratch_types=[
+            plgpu.SMEM((_whole(tile, group_size), group_size), jnp.float32),
+            plgpu.SMEM((THREADS // 32, tile), jnp.float32),
+        ],
         interpret=interpret,
     )(
         x,
@@ -124,58 +142,92 @@ def _whole(rows: int, group_size: int) -> int:
     return -(-rows // at_once) * at_once
 
 
-def _interpreted(x_ref: Any, turn: Turn, order_refs: Any, out_ref: Any, buffer: Any) -> None:
+class _Tile(NamedTuple):
+    """Some rows of one group of channels, all in global memory but for the sums."""
+
+    here: tuple[Any, ...]  # the operands with rows `[rows, group size]`
+    weight: Any = None  # of a norm, of the group
+    whole: Any = None  # of a norm: the rows with all channels
+    sums: Any = None  # of a norm: shared memory for the sums of each warp
+    epsilon: float = 0.0  # of a norm
+
+    @classmethod
+    def of(cls, refs: Any, rows: Any, columns: Any, sums: Any) -> "_Tile":
+        if isinstance(refs, Normed):
+            return cls((refs.x.at[rows, columns],), refs.weight.at[columns], refs.x.at[rows], sums, refs.epsilon)
+        if isinstance(refs, Gated):
+            return cls((refs.gate.at[rows, columns], refs.up.at[rows, columns]))
+        return cls((refs.at[rows, columns],))
+
+
+def _interpreted(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer: Any) -> None:
     del buffer
-    x = x_ref[...].astype(jnp.float32)
+    operands = [ref[...] for ref in tile.here]
+    if len(operands) == 2:
+        x = made(Gated(*operands))
+    elif tile.whole is not None:
+        x32 = tile.whole[...].astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(x32 * x32, axis=1, keepdims=True) + tile.epsilon)
+        x = (operands[0].astype(jnp.float32) * scale * tile.weight[...].astype(jnp.float32)).astype(operands[0].dtype)
+    else:
+        (x,) = operands
+    x = x.astype(jnp.float32)
     if turn.channel_scales is not None:
         x = x * turn.channel_scales[...].astype(jnp.float32)
-    theta, pairs = turn.theta[...].astype(jnp.float32), turn.pairs[...]
-    rotated = xla.by_steps(x, theta, pairs, x.shape[-1], inverse=False).astype(out_ref.dtype)
+    if turn.pairs is not None:
+        theta, pairs = turn.theta[...].astype(jnp.float32), turn.pairs[...]
+        x = xla.by_steps(x, theta, pairs, x.shape[-1], inverse=False)
+    x = x.astype(out_ref.dtype)
     for order_ref in order_refs:
-        rotated = rotated[:, order_ref[...]]
-    out_ref[...] = rotated
+        x = x[:, order_ref[...]]
+    out_ref[...] = x
 
 
-def _rotate(x_ref: Any, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: Any) -> None:
-    """One group of channels of some rows, all in global memory but for the buffer."""
-    rows, size = x_ref.shape
-    channels, steps = out_ref.ref.shape[1], turn.theta.shape[0]
+def _rotate(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: Any) -> None:
+    """One group of channels of some rows."""
+    rows, size = tile.here[0].shape
+    channels, steps = out_ref.ref.shape[1], 0 if turn.pairs is None else turn.pairs.shape[0]
     half, sweeps = size // 2, buffer_ref.shape[0] * size // (2 * THREADS)
-    has_scales = turn.channel_scales is not None
-    refs = [x_ref, turn.theta, turn.pairs, out_ref, buffer_ref]
-    refs += [*([turn.channel_scales] if has_scales else []), *order_refs]
+    refs = {f"x{i}": ref for i, ref in enumerate(tile.here)} | {"out": out_ref, "buffer": buffer_ref}
+    refs |= {"weight": tile.weight, "whole": tile.whole, "sums": tile.sums} | turn._asdict()
+    refs |= {"order": order_refs[0]} if order_refs else {}
+    names = [name for name, ref in refs.items() if ref is not None]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-    def body(ctx, x_ref, theta_ref, pairs_ref, out_ref, buffer_ref, *others):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(names))
+    def body(ctx, *given):
         del ctx
-        scales_ref, order_ref = others[0] if has_scales else None, others[-1] if order_refs else None
+        arrays = dict(zip(names, given, strict=True))
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         constant = lambda value: mgpu.c(value, i32)  # noqa: E731
         add = lambda a, b: arith.addi(a, constant(b) if isinstance(b, int) else b)  # noqa: E731
         scaled = lambda a, factor: arith.muli(a, constant(factor))  # noqa: E731
         thread = arith.remui(mgpu.thread_idx(), constant(THREADS))
         lane_row, pair = arith.divui(thread, constant(half)), arith.remui(thread, constant(half))
-        base = {ref: mgpu_utils.memref_ptr(ref) for ref in (x_ref, theta_ref, pairs_ref, out_ref, buffer_ref)}
+        base = {name: mgpu_utils.memref_ptr(ref) for name, ref in arrays.items()}
+        element_of = {name: ir.MemRefType(ref.type).element_type for name, ref in arrays.items()}
 
-        def place(ref, offset):
-            element = ir.MemRefType(ref.type).element_type
-            return mgpu_utils.getelementptr(base[ref], [offset], element), element
+        def place(name, offset):
+            return mgpu_utils.getelementptr(base[name], [offset], element_of[name])
 
-        def read(ref, offset):
+        def read(name, offset):
             """A number as float32 or int32."""
-            pointer, element = place(ref, offset)
-            value = llvm.load(element, pointer)
+            element = element_of[name]
+            value = llvm.load(element, place(name, offset))
             if isinstance(element, ir.IntegerType):
                 return value if element.width == 32 else arith.extsi(i32, value)
             return value if element == f32 else arith.extf(f32, value)
+
+        def rounded(value):
+            """As an array of the dtype of the rows would have it."""
+            element = element_of["x0"]
+            return value if element == f32 else arith.extf(f32, arith.truncf(element, value))
 
         # Angles and pairs of all steps. A cosine of the fast unit is right to 2^-20 within pi.
         turns = []
         for r in range(steps):
             first = add(scaled(pair, 2), r * channels)
-            i, j = read(pairs_ref, first), read(pairs_ref, add(first, 1))
-            turns.append((i, j, read(theta_ref, add(pair, r * (channels // 2)))))
-        base |= {ref: mgpu_utils.memref_ptr(ref) for ref in others}
+            i, j = read("pairs", first), read("pairs", add(first, 1))
+            turns.append((i, j, read("theta", add(pair, r * (channels // 2)))))
 
         # A thread's channels and rows of one sweep over the buffer, two of them; the last rows may repeat the last one.
         def elements():
@@ -184,21 +236,31 @@ def _rotate(x_ref: Any, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: A
                 row, channel = arith.divui(index, constant(size)), arith.remui(index, constant(size))
                 yield index, add(scaled(arith.minui(row, constant(rows - 1)), channels), channel), channel
 
-        loaded = []
-        for index, offset, channel in elements():
-            value = read(x_ref, offset)
-            if scales_ref is not None:
-                value = arith.mulf(value, read(scales_ref, channel))
-            loaded.append((index, value))
-        for index, value in loaded:
-            llvm.store(value, place(buffer_ref, index)[0])
+        operands = [name for name in names if name in ("x0", "x1")]
+        loaded = [[read(name, offset) for name in operands] for _, offset, _ in elements()]
+        if "whole" in names:
+            factors = _norm_factors(place, element_of["whole"], thread, rows, channels, tile.epsilon)
+            for n, (index, _, channel) in enumerate(elements()):
+                row = arith.minui(arith.divui(index, constant(size)), constant(rows - 1))
+                factor = factors[0]
+                for r in range(1, rows):
+                    is_row = arith.cmpi(arith.CmpIPredicate.eq, row, constant(r))
+                    factor = arith.select(is_row, factors[r], factor)
+                normed = arith.mulf(arith.mulf(loaded[n][0], factor), read("weight", channel))
+                loaded[n] = [rounded(normed)]
+        elif "x1" in names:
+            loaded = [[rounded(arith.mulf(_silu(gate), up))] for gate, up in loaded]
+        for (index, _, channel), (value,) in zip(elements(), loaded, strict=True):
+            if "channel_scales" in names:
+                value = arith.mulf(value, read("channel_scales", channel))
+            llvm.store(value, place("buffer", index))
 
         for i, j, angle in turns:
             cos, sin = _cos_sin(angle)
             mgpu_utils.warpgroup_barrier()
             for sweep in range(sweeps):
                 first = scaled(add(lane_row, sweep * (THREADS // half)), size)
-                at_i, at_j = (place(buffer_ref, add(first, channel))[0] for channel in (i, j))
+                at_i, at_j = (place("buffer", add(first, channel)) for channel in (i, j))
                 a, b = llvm.load(f32, at_i), llvm.load(f32, at_j)
                 llvm.store(arith.addf(arith.mulf(cos, a), arith.mulf(sin, b)), at_i)
                 llvm.store(arith.subf(arith.mulf(cos, b), arith.mulf(sin, a)), at_j)
@@ -206,16 +268,62 @@ def _rotate(x_ref: Any, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: A
 
         shift = None
         for n, (index, offset, channel) in enumerate(elements()):
-            if order_ref is not None:
+            if "order" in names:
                 if size > THREADS or n == 0:  # else every element of a thread has the same channel
-                    shift = arith.subi(read(order_ref, channel), channel)
+                    shift = arith.subi(read("order", channel), channel)
                 index = arith.addi(index, shift)
-            pointer, element = place(out_ref, offset)
-            value = llvm.load(f32, place(buffer_ref, index)[0])
-            llvm.store(value if element == f32 else arith.truncf(element, value), pointer)
+            value = llvm.load(f32, place("buffer", index))
+            element = element_of["out"]
+            llvm.store(value if element == f32 else arith.truncf(element, value), place("out", offset))
         return ()
 
-    body(*refs)
+    body(*(refs[name] for name in names))
+
+
+def _norm_factors(
+    place: Callable, element: ir.Type, thread: ir.Value, rows: int, channels: int, epsilon: float
+) -> list[ir.Value]:
+    """`1 / sqrt(mean(x²) + epsilon)` of each row, by all threads: their own shares, those of a warp, of all warps."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    vector_size = math.gcd(channels // THREADS, 16 // (mgpu_utils.bitwidth(element) // 8))
+    per_thread = channels // (THREADS * vector_size)
+    narrow, wide = (ir.VectorType.get((vector_size,), kind) for kind in (element, f32))
+    total = [mgpu.c(0.0, f32)] * rows
+    for row, n in itertools.product(range(rows), range(per_thread)):
+        first = arith.muli(arith.addi(thread, mgpu.c(n * THREADS, i32)), mgpu.c(vector_size, i32))
+        pointer = place("whole", arith.addi(first, mgpu.c(row * channels, i32)))
+        values = llvm.load(narrow, pointer, alignment=vector_size * mgpu_utils.bitwidth(element) // 8)
+        values = values if element == f32 else arith.extf(wide, values)
+        for i in range(vector_size):
+            value = vector.extract(values, dynamic_position=[], static_position=[i])
+            total[row] = arith.addf(total[row], arith.mulf(value, value))
+    for row, distance in itertools.product(range(rows), (16, 8, 4, 2, 1)):
+        total[row] = arith.addf(total[row], mgpu_utils.shfl_bfly(total[row], distance))
+    warp, warps = arith.divui(thread, mgpu.c(32, i32)), THREADS // 32
+    for row in range(rows):  # every lane writes what all of the warp have
+        llvm.store(total[row], place("sums", arith.addi(arith.muli(warp, mgpu.c(rows, i32)), mgpu.c(row, i32))))
+    mgpu_utils.warpgroup_barrier()
+    factors = []
+    for row in range(rows):
+        parts = [llvm.load(f32, place("sums", mgpu.c(w * rows + row, i32))) for w in range(warps)]
+        mean = arith.mulf(functools.reduce(arith.addf, parts), mgpu.c(1 / channels, f32))
+        shifted = arith.addf(mean, mgpu.c(epsilon, f32))
+        factors.append(llvm.inline_asm(f32, [shifted], "rsqrt.approx.f32 $0, $1;", "=f,f"))
+    return factors
+
+
+def _silu(gate: ir.Value) -> ir.Value:
+    """`gate / (1 + exp(-gate))`."""
+    f32 = ir.F32Type.get()
+    ptx = f"""{{
+        .reg .f32 t;
+        mul.rn.f32 t, $1, {_hexadecimal(-1 / math.log(2))};
+        ex2.approx.f32 t, t;
+        add.rn.f32 t, t, {_hexadecimal(1.0)};
+        rcp.approx.f32 t, t;
+        mul.rn.f32 $0, $1, t;
+    }}"""
+    return llvm.inline_asm(f32, [gate], ptx, "=f,f")
 
 
 def _cos_sin(angle: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -242,7 +350,7 @@ def _hexadecimal(value: float) -> str:
 
 
 def compile_cases() -> Iterator[Any]:
-    """What the compile gate compiles: one and several rotations, few and many rows, dtypes of parameters."""
+    """What the compile gate compiles: one and several rotations, few and many rows, dtypes of parameters, sources."""
     from pallas_kernels.compile_gate import CompileCase
 
     array = jax.ShapeDtypeStruct
@@ -252,20 +360,30 @@ def compile_cases() -> Iterator[Any]:
         *((8, 4096, size, 1, dtype) for size, dtype in itertools.product((32, 64, 128, 256), ("float16", "float32"))),
     ]
     layers, steps = 4, 8
-    for (rows, channels, group_size, turns, dtype), is_ordered in itertools.product(
-        dict.fromkeys(shapes), (False, True)
-    ):
-        one = Turn(
-            theta=array((layers, steps, channels // 2), dtype),
-            pairs=array((layers, steps, channels), jnp.int16),
-            channel_scales=array((layers, channels), dtype),
-            layer=array((), jnp.int32),
-        )
-        yield CompileCase(
-            name=f"rotation M={rows} I={channels} groups of {group_size} x{turns} {dtype}" + " ordered" * is_ordered,
+
+    def case(rows, channels, group_size, turns, dtype, *, is_ordered, source="", steps=steps):
+        one = Turn(None, None, layer=array((), jnp.int32))
+        if steps:
+            one = Turn(
+                theta=array((layers, steps, channels // 2), dtype),
+                pairs=array((layers, steps, channels), jnp.int16),
+                channel_scales=array((layers, channels), dtype),
+                layer=array((), jnp.int32),
+            )
+        x, weight = array((rows, channels), jnp.bfloat16), array((channels,), jnp.bfloat16)
+        made_of = {"": x, " normed": Normed(x, weight, 1e-6), " gated": Gated(x, x)}
+        return CompileCase(
+            name=f"rotation M={rows} I={channels} groups of {group_size} x{turns} {steps} steps {dtype}{source}"
+            + " ordered" * is_ordered,
             function=functools.partial(
                 run, group_size=group_size, order=tuple(range(group_size))[::-1] if is_ordered else None
             ),
-            avals=(array((rows, channels), jnp.bfloat16), [one] * turns),
+            avals=(made_of[source], [one] * turns),
             required=(),
         )
+
+    for shape, is_ordered in itertools.product(dict.fromkeys(shapes), (False, True)):
+        yield case(*shape, is_ordered=is_ordered)
+    for rows, source, steps_ in itertools.product((1, 16), (" normed", " gated"), (0, steps)):
+        yield case(rows, 4096, 128, 3 if steps_ else 1, "float16", is_ordered=True, source=source, steps=steps_)
+    yield case(8, 2560, 64, 1, "float16", is_ordered=True, source=" normed")

@@ -23,6 +23,10 @@ SHAPES = [
     benchmark.Shape(rows=5, channels=256, group_size=256, steps=2, layers=3),
     benchmark.Shape(rows=33, channels=8, group_size=2, steps=1, rotations=3, layers=3),
     benchmark.Shape(rows=3, channels=128, group_size=64, steps=2, rotations=2, layers=3, is_ordered=True),
+    benchmark.Shape(rows=6, channels=256, group_size=32, steps=2, rotations=2, layers=3, source="normed"),
+    benchmark.Shape(rows=1, channels=256, steps=0, rotations=2, layers=3, source="normed", is_ordered=True),
+    benchmark.Shape(rows=17, channels=128, group_size=64, steps=2, layers=3, source="gated", dtype="float32"),
+    benchmark.Shape(rows=3, channels=128, steps=0, layers=3, source="gated", is_ordered=True),
 ]
 
 
@@ -32,9 +36,7 @@ def of_layer(turns, layer):
 
 def check(shape, results, x, turns, layer):
     for turn, result in zip(turns, results, strict=True):
-        right = benchmark.expected(np.asarray(x, np.float64), turn, layer, shape.group_size)
-        if shape.order is not None:
-            right = right.reshape(shape.rows, -1, shape.group_size)[..., shape.order].reshape(right.shape)
+        right = benchmark.expected(x, turn, layer, shape)
         error = np.linalg.norm(np.asarray(result, np.float64) - right) / np.linalg.norm(right)
         assert result.dtype == x.dtype and error < benchmark.LIMITS[shape.dtype]
 
@@ -111,7 +113,7 @@ def hopper(monkeypatch):
 
     def run(x, turns, *, group_size, order):
         launches.append(len(turns))
-        return tuple(api._plain(api.xla.run, x, turn, group_size, order) for turn in turns)
+        return api._plain(api.xla.run, x, turns, group_size, order, inverse=False)
 
     monkeypatch.setattr(mosaic_sm90, "run", run)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
