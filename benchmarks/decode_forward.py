@@ -2,18 +2,18 @@
 
     python -m benchmarks.decode_forward --preset qwen3_8b --lengths 1024 8192 --block 32
 
-One forward reads every weight and the live cache once, so its floor is those bytes over the measured copy
-bandwidth. An autoregressive step is forward + append + argmax; a denoising step is a forward over `block` tokens
-that only reads the cache, plus the argmax and the log-sum-exp of every position. Both run as users run them: one
-jitted call per step, cache donated. The profile lists every device operation above 2 %. `--attention` forces an
-implementation of the attention to the cache; without it the automatic choice runs. `--weights` takes the linears of
-all blocks in several formats in turn: int4 in groups of 128 with zeros, and the same behind ParoQuant's scales and
-rotations ("paroquant"); embedding and head stay bfloat16.
+One forward reads every weight and the live cache once, so its floor is those bytes over the measured copy bandwidth. An
+autoregressive step is forward + append + argmax; a denoising step is a forward over `block` tokens that only reads the
+cache, plus the argmax and the log-sum-exp of every position; one jitted call each, cache donated. A "chunk" is several
+autoregressive steps in one call, as the text engine decodes, and its times are those of one of its steps: the host's
+part, up to 2 ms per call, is then shared by all. The profile lists every device operation above 2 %. `--attention`
+forces an implementation of the attention to the cache; without it the automatic choice runs. `--weights` takes the
+linears of all blocks in several formats in turn: int4 in groups of 128 with zeros, and the same behind ParoQuant's
+scales and rotations ("paroquant"); embedding and head stay bfloat16.
 """
 
 import argparse
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 
@@ -32,7 +32,8 @@ from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
 
 # The layers scanned, written out over slices of the stacked arrays, and written out over arrays of their own.
 PATHS = ("scanned", "unrolled", "unstacked")
-STEPS = ("ar", "block")
+STEPS = ("ar", "chunk", "block")
+CHUNK = 8  # steps of one call
 WEIGHTS = ("bfloat16", "int4", "paroquant")
 GROUP_SIZE, ROTATIONS = 128, 8  # of "int4" and "paroquant"
 
@@ -97,13 +98,16 @@ def measure(
     )
     cache = filled(cache)
 
-    @functools.partial(jax.jit, donate_argnums=1)
     def ar_step(params, cache, token):
         hidden = lm.hidden(params, token[:, None], cache=cache, unroll=unroll)
         cache = cache.append(hidden.kv)
         # The cache keeps its length, so that every repeat does the same work.
         cache = cache.replace(lengths=cache.lengths - 1)
         return cache, jnp.argmax(lm.head(params, hidden.states[:, -1]), axis=-1).astype(jnp.int32)
+
+    def chunk(params, cache, token):
+        carry = (cache, token)
+        return jax.lax.scan(lambda carry, _: (ar_step(params, *carry), None), carry, None, length=CHUNK)[0]
 
     @jax.jit
     def denoise(params, cache, tokens):
@@ -117,26 +121,47 @@ def measure(
     floor_ms = 1e3 * read / bandwidth
     state = {"cache": cache, "token": jnp.zeros((batch,), jnp.int32)}
 
-    def call_ar():
-        state["cache"], state["token"] = ar_step(params, state["cache"], state["token"])
-        return state["token"]
+    def decode(function):
+        function = jax.jit(function, donate_argnums=1)
+
+        def call():
+            state["cache"], state["token"] = function(params, state["cache"], state["token"])
+            return state["token"]
+
+        return call
 
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (batch, block)), jnp.int32)
-    calls = {"ar": ("ar", call_ar), "block": (f"block {block}", lambda: denoise(params, state["cache"], tokens))}
-    for name, call in (calls[step] for step in steps):
+    calls = {
+        "ar": ("ar", decode(ar_step), 1),
+        "chunk": (f"chunk {CHUNK}", decode(chunk), CHUNK),
+        "block": (f"block {block}", lambda: denoise(params, state["cache"], tokens), 1),
+    }
+    for name, call, forwards in (calls[step] for step in steps):
         row = {"step": name, "layers": path, "batch": batch, "length": length, "floor_ms": floor_ms}
-        row |= report.timed(call)
+        row |= {key: value / forwards if key.endswith("_ms") else value for key, value in report.timed(call).items()}
         row["percent_of_floor_bandwidth"] = 100 * floor_ms / row["median_ms"]
         if profile:
-            row["profile"] = report.device_profile(call)
+            row["profile"] = _of_one(report.device_profile(call), forwards)
+        device = f"  device {row['profile']['device_ms']:.3f} ms" if profile else ""
         print(
             f"batch {batch} length {length:6d} {name:10s} {path:8s} {row['median_ms']:8.3f} ms "
-            f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  floor {floor_ms:.3f} ms",
+            f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  floor {floor_ms:.3f} ms{device}",
             flush=True,
         )
         for operation in row.get("profile", {}).get("operations", []):
             print(f"    {100 * operation['share']:5.1f} %  {operation['ms']:8.4f} ms  {operation['name'][:100]}")
         yield row
+
+
+def _of_one(profile: dict, forwards: int) -> dict:
+    """The profile of one of the forwards of a call."""
+    per_call = ("device_ms", "span_ms", "ms", "launches")
+    one = {key: value / forwards if key in per_call else value for key, value in profile.items()}
+    one["operations"] = [
+        {key: value / forwards if key in per_call else value for key, value in operation.items()}
+        for operation in profile["operations"]
+    ]
+    return one
 
 
 def params_embedding_bytes(params) -> int:
@@ -173,7 +198,6 @@ def main() -> None:
             for batch, length, choice in itertools.product(arguments.batches, arguments.lengths, choices):
                 if arguments.attention:
                     decode_api.automatic = lambda *_, choice=choice, **__: (choice, "")  # models name no implementation
-                print(f"attention: {choice}")
                 for row in measure(
                     lm, weights, batch=batch, length=length, block=arguments.block, steps=arguments.steps, path=path,
                     profile=on_gpu, bandwidth=bandwidth,

@@ -337,9 +337,8 @@ class Pair:
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(dlm.params))
         # The engine calls the device once per as many tokens as the stream: neither waits more for the host.
         self.engine = TextEngine.from_pretrained(ar, capacity=capacity, chunk=self.block)
-        params = dlm.lm.unstack(dlm.params) if on_cpu else dlm.params
         self.stream: BlockStream = BlockStream(
-            dlm.lm, params, BlockDecoding.for_model(dlm.config), batch=1, capacity=capacity
+            dlm.lm, dlm.lm.for_decoding(dlm.params), BlockDecoding.for_model(dlm.config), batch=1, capacity=capacity
         )
 
     @classmethod

@@ -153,7 +153,7 @@ class ARDecoder:
 
     Args:
       lm: jaxmodels CausalLM.
-      params: its parameters; stacked ones are unstacked on a CPU, where slices of them would be copied.
+      params: its parameters, which it takes `for_decoding`.
       batch: slots, that is requests in flight.
       capacity: cache slots per request: prompt and new tokens. None: with a window.
       window: each token sees the first `num_sinks` tokens and the latest `window` ones, itself among them; the cache
@@ -236,8 +236,7 @@ class ARDecoder:
         self.prefill_rows, self.prefill_chunk, self.buckets = prefill_rows, prefill_chunk, buckets
         self.max_eos, self.kv_codes = max_eos, kv_codes
         self.on_compile = on_compile
-        on_cpu = jax.tree.leaves(params)[0].devices().pop().platform == "cpu"
-        self.params = lm.unstack(params) if on_cpu and isinstance(params["layers"], dict) else params
+        self.params = lm.for_decoding(params)
         leaves, structure = jax.tree.flatten(self.params)
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
         codes = None if kv_codes is None else kv_codes.format

@@ -36,7 +36,7 @@ class DiffusionDecoder:
 
     Args:
       lm: jaxmodels CausalLM whose configuration names a mask token.
-      params: its parameters; stacked ones are unstacked on a CPU, as for autoregressive decoding.
+      params: its parameters, which it takes `for_decoding`.
       decoding: static settings; None: those of the model's configuration.
       batch: slots, that is requests in flight.
       capacity: cache slots per request: prompt and new tokens.
@@ -78,10 +78,9 @@ class DiffusionDecoder:
         self.prefill_rows = min(prefill_rows, batch)
         # A chunk that is watched is finished before the next one starts: its text comes first.
         self.in_flight = 1 if on_step is None else 0
-        on_cpu = jax.tree.leaves(params)[0].devices().pop().platform == "cpu"
         self.stream = BlockStream(
             lm,
-            lm.unstack(params) if on_cpu and isinstance(params["layers"], dict) else params,
+            lm.for_decoding(params),
             self.decoding,
             batch=batch,
             capacity=capacity,

@@ -15,6 +15,8 @@ checkpoints):
 import dataclasses
 import functools
 import itertools
+import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +40,8 @@ from pallas_kernels.masks import Causal, Mask, SlidingWindow
 from pallas_kernels.moba import key_conv, moba_attention
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.rotation import Gated, Normed, Rows
+
+log = logging.getLogger(__name__)
 
 _ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -358,6 +362,28 @@ class CausalLM:
         leaves, treedef = jax.tree.flatten(params["layers"])
         per_layer = zip(*(views(leaf) for leaf in leaves), strict=True)
         return params | {"layers": tuple(jax.tree.unflatten(treedef, layer) for layer in per_layer)}
+
+    def for_decoding(self, params: Params) -> Params:
+        """The parameters in the form that decoding loops read fastest; call it once, outside of jit.
+
+        Where a loop over steps would copy a slice of a stacked weight before it multiplies, which XLA does on CPUs and
+        GPUs, they are unstacked. Quantized weights stay stacked: their kernels read slices in place. On a GPU the
+        arrays of layers are copies; where memory has no room for both, parameters stay as they are, with a warning.
+        """
+        if not isinstance(params["layers"], dict):
+            return params
+        leaves = jax.tree.leaves(params["layers"])
+        device = leaves[0].devices().pop()
+        if device.platform != "cpu":
+            is_quantized = lambda node: isinstance(node, QuantizedTensor)  # noqa: E731
+            if any(map(is_quantized, jax.tree.leaves(params["layers"], is_leaf=is_quantized))):
+                return params
+            memory = device.memory_stats() or {}
+            needed = sum(leaf.addressable_data(0).nbytes for leaf in leaves)
+            if needed > memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0):
+                log.warning("no room for %.1f GB of weights by layer: decoding copies them in each step", needed / 1e9)
+                return params
+        return self.unstack(params)
 
     def apply(
         self,

@@ -32,8 +32,8 @@ def quantized_matmul(
     codes) and rounded once. Differentiable in `x` and in the floating parts of the weight, but for rounded activations.
 
     Args:
-      x: activations `[*rows, I]`; float32, bfloat16 or float16. `Normed` and `Gated` are left to the kernel that rotates
-        and orders activations, where it is chosen.
+      x: activations `[*rows, I]`; float32, bfloat16 or float16. `Normed` and `Gated` are left to the kernel that
+        rotates and orders activations, where it is chosen.
       weight: see there.
       dtype: type of the result; None is that of `x`.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`). "mosaic", the Hopper
@@ -95,7 +95,7 @@ def _together(x: Rows, weights: Sequence[QuantizedTensor]) -> list[list[int]]:
 
 def _kernel_order(x: Rows, weight: QuantizedTensor) -> tuple[int, ...] | None:
     """The order of inputs that the kernel wants, if a kernel is going to write the activations that can give it."""
-    if weight.order is not None or weight.inputs % mosaic_sm90.MAX_WIDTH and _groups(weight) == -1:  # it adds zeros
+    if weight.order is not None or (_groups(weight) == -1 and weight.inputs % mosaic_sm90.MAX_WIDTH):  # it adds zeros
         return None
     if weight.rotation is not None:
         return mosaic_sm90.order_of(weight.group_size, weight.format)

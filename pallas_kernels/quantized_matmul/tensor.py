@@ -114,6 +114,11 @@ class QuantizedTensor:
             return stacked
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), stacked)
 
+    @property
+    def rotates(self) -> bool:
+        """Whether it scales or rotates activations."""
+        return self.rotation is not None or self.input_scales is not None
+
     def as_turn(self) -> Turn:
         """The rotation, if any, with scales of inputs and the index of the layer."""
         theta, pairs = self.rotation or (None, None)
@@ -187,9 +192,12 @@ def turn_all(
             together.setdefault((len(order) if order else weight.group_size, order), []).append(i)
     is_narrow = x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64)
     for (group_size, order), members in together.items():
-        turns = [weights[i].as_turn() for i in members]
+        # Weights that only ask for the order share one result.
+        turns = {i if weights[i].rotates else None: weights[i].as_turn() for i in members}
         rows = _wide(made(x)) if is_narrow else x
-        turned |= zip(members, pairwise_rotations(rows, turns, group_size=group_size, order=order), strict=True)
+        results = pairwise_rotations(rows, [*turns.values()], group_size=group_size, order=order)
+        of_turn = dict(zip(turns, results, strict=True))
+        turned |= {i: of_turn[i if weights[i].rotates else None] for i in members}
     if plain:
         x = made(x)
     for i in plain:

@@ -64,8 +64,8 @@ def pairwise_rotations(
 ) -> tuple[Float[Array, "*rows I"], ...]:
     """`pairwise_rotation` of the same rows by each of the turns, which the Hopper kernel does in one launch.
 
-    The rows may be `Normed` or `Gated`: the kernel then makes them itself, rounded to their dtype like `made` of them. A
-    turn may have no rotation, only scales or nothing, and so be there for its rows and their order.
+    The rows may be `Normed` or `Gated`: the kernel then makes them itself, rounded to their dtype like `made` of them.
+    A turn may have no rotation, only scales or nothing, and so be there for its rows and their order.
 
     A turn whose arrays are stacked along a first axis has the index of its layer. Channel t of each group of a result
     is channel `order[t]` of the rotated group; None: channel t.
@@ -91,9 +91,7 @@ def _run(
     if isinstance(x, Normed) and x.weight.shape != x.shape[-1:]:
         raise ValueError(f"the weight of a norm must have shape {x.shape[-1:]}; got {x.weight.shape}")
     if isinstance(x, Gated) and (x.gate.shape != x.up.shape or x.gate.dtype != x.up.dtype):
-        raise ValueError(
-            f"gate and up must be alike; got {x.gate.dtype} {x.gate.shape} and {x.up.dtype} {x.up.shape}"
-        )
+        raise ValueError(f"gate and up must be alike; got {x.gate.dtype} {x.gate.shape} and {x.up.dtype} {x.up.shape}")
     for turn in turns:
         _check(turn, x.shape[-1], group_size)
     rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
@@ -178,9 +176,7 @@ def _on_hopper(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[i
     )
 
 
-def _on_hopper_fwd(
-    x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None
-) -> tuple[Any, Any]:
+def _on_hopper_fwd(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Any, Any]:
     return _on_hopper(x, turns, group_size, order), (x, turns)
 
 

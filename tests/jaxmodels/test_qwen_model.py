@@ -12,6 +12,7 @@ import pytest
 
 from jaxmodels.cache import KVCache
 from jaxmodels.layers import RopeConfig, linear, rope_tables
+from jaxmodels.quantization.whole import round_params
 from jaxmodels.qwen import CausalLM, LayerAttention, QwenConfig, build, sliding_windows
 from jaxmodels.qwen.model import Run, layer_runs
 from pallas_kernels.masks import Causal, Full
@@ -227,6 +228,33 @@ def test_unstack_makes_views_on_a_cpu():
     assert [view.unsafe_buffer_pointer() for view in views] == [start + i * stacked.nbytes // 3 for i in range(3)]
     del params, stacked  # the views keep the memory alive
     np.testing.assert_array_equal(views[2], lm.init(jax.random.key(0))["layers"]["mlp"]["up"][2])
+
+
+class Gpu:
+    platform = "gpu"
+
+    def __init__(self, free):
+        self.free = free
+
+    def memory_stats(self):
+        return {"bytes_limit": 10**9, "bytes_in_use": 10**9 - self.free}
+
+
+def test_decoding_takes_one_array_per_layer_where_slices_would_be_copied(monkeypatch, caplog):
+    lm = build(QwenConfig.tiny())
+    params = lm.init(jax.random.key(0))
+    quantized = round_params(lm, params, "int8")
+    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]))
+    is_by_layer = lambda params: isinstance(lm.for_decoding(params)["layers"], tuple)  # noqa: E731
+    assert is_by_layer(params) and is_by_layer(quantized) and is_by_layer(lm.unstack(params))
+
+    def gpu(free):
+        monkeypatch.setattr(type(params["embed"]), "devices", lambda _: {Gpu(free)})
+
+    gpu(free=layers)
+    assert is_by_layer(params) and not is_by_layer(quantized) and not caplog.records
+    gpu(free=layers - 1)
+    assert not is_by_layer(params) and "no room for 0.0 GB of weights by layer" in caplog.text
 
 
 def test_init_is_random_and_in_the_dtype():
