@@ -31,11 +31,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import parts
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, Operands, whole
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, Forms, Operands, whole
 
 MAX_TOKENS = 128  # of a tile
-
-Forms = tuple[Form, ...]  # of the weights of a launch; they differ in their outputs and layers alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +150,7 @@ def cut_of(forms: Forms, config: Config) -> Cut:
 
 def first_tiles(forms: Forms, config: Config) -> np.ndarray:
     """First tile of outputs of each weight, and how many all have."""
-    return np.cumsum([0, *(-(-form.outputs // (config.block_o * config.cluster)) for form in forms)])
+    return parts.first_tiles(forms, config.block_o * config.cluster)
 
 
 def first_columns(forms: Forms, config: Config) -> list[int]:

@@ -93,6 +93,14 @@ class Form(NamedTuple):
         return -(-self.inputs // block_k)
 
 
+Forms = tuple[Form, ...]  # of the weights of a launch; they differ in their outputs and layers alone
+
+
+def first_tiles(forms: Forms, outputs: int) -> np.ndarray:
+    """First tile of so many outputs of each weight, and how many all have."""
+    return np.cumsum([0, *(-(-form.outputs // outputs) for form in forms)])
+
+
 class Operands(NamedTuple):
     """The arrays of one product; see `run`."""
 
