@@ -19,6 +19,8 @@ is written to waits for the writers, and a barrier of the cluster at the end kee
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,7 +36,7 @@ from pallas_kernels.quantized_matmul.mosaic_sm90 import parts
 from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, Forms, Operands, whole
 
 MAX_TOKENS = 32
-AUTOMATIC_TOKENS = 16  # with more, narrow tiles read activations too often
+AUTOMATIC_TOKENS = 16  # with more, tiles of 128 outputs read more bytes of activations than of weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,17 @@ def heuristic_config(forms: Forms) -> ClusterConfig:
     return parts.fitted(max(sizes, key=lambda config: busy(forms, config)), form)
 
 
+def candidates(form: Form) -> Iterator[ClusterConfig]:
+    """The configurations that a benchmark may try, each with the longest ring."""
+    if form.rows > MAX_TOKENS:
+        return
+    for warpgroups, turns in ((4, 2), (4, 1), (2, 1)):
+        for block_k, cluster in itertools.product((256, 128), (4, 8, 2)):
+            config = ClusterConfig(warpgroups=warpgroups, turns=turns, block_k=block_k, stages=2, cluster=cluster)
+            if config.smem_bytes(form) <= compat.SHARED_MEMORY_BYTES:
+                yield parts.fitted(dataclasses.replace(config, stages=8), form)
+
+
 def busy(forms: Forms, config: ClusterConfig) -> float:
     """The share of clusters that have a tile, in the mean of the rounds."""
     tiles, most = first_tiles(forms, config)[-1], config.num_sms // config.cluster
@@ -180,13 +193,17 @@ def multiply(
             """Whether a tile is one of this weight."""
             return (int(tiles[weight]) <= tile) & (tile < int(tiles[weight + 1]))
 
+        def first_output(weight, tile):
+            """Of a tile, in its weight."""
+            return (tile - int(tiles[weight])) * config.block_o
+
         def finish(acc, tile, row):
             for place in range(1, config.parties):
                 acc = acc + plgpu.load(smem["received"].at[row, place - 1], layout=WGMMA)
             for weight, of_weight in enumerate(forms):
 
                 def of_this(acc, weight=weight, of_weight=of_weight):
-                    output = (tile - int(tiles[weight])) * config.block_o + row * ROWS
+                    output = first_output(weight, tile) + row * ROWS
                     return parts.finished(acc, refs[weight], of_weight, output=output)
 
                 if len(forms) == 1:
@@ -236,32 +253,34 @@ def multiply(
         @pl.when(warpgroup == config.warpgroups)
         def load():
             plgpu.set_max_registers(config.registers[1], action="decrease")
-            units = rounds * share
 
-            @pl.loop(0, units)
-            def over_units(unit):
-                slot = lax.rem(unit, i32(slots))
+            @pl.loop(0, rounds)
+            def over_tiles(round):
+                tile = tile_of(round)
 
-                @pl.when(unit >= slots)
-                def _():
-                    plgpu.barrier_wait(smem["free"].at[slot])
-                    plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
+                @pl.loop(0, share)
+                def over_steps(step):
+                    unit = round * share + step
+                    slot = lax.rem(unit, i32(slots))
 
-                tile, step = tile_of(lax.div(unit, share)), first_step + lax.rem(unit, share)
-                for weight, of_weight in enumerate(forms):
+                    @pl.when(unit >= slots)
+                    def _():
+                        plgpu.barrier_wait(smem["free"].at[slot])
+                        plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
 
-                    def load_here(weight=weight, of_weight=of_weight):
-                        output = (tile - int(tiles[weight])) * config.block_o
-                        where = {"step": step, "slot": slot, "output": output, "token": 0}
-                        parts.load_step(refs[weight], smem, of_weight, **where, cluster=1)
+                    for weight, of_weight in enumerate(forms):
 
-                    if len(forms) == 1:
-                        load_here()
-                    else:
-                        pl.when(holds(weight, tile))(load_here)
+                        def load_here(weight=weight, of_weight=of_weight):
+                            where = {"step": first_step + step, "slot": slot, "output": first_output(weight, tile)}
+                            parts.load_step(refs[weight], smem, of_weight, **where, token=0, cluster=1)
+
+                        if len(forms) == 1:
+                            load_here()
+                        else:
+                            pl.when(holds(weight, tile))(load_here)
 
             # Every completion of a barrier must be observed before the kernel ends.
-            @pl.loop(jnp.maximum(units - slots, 0), units)
+            @pl.loop(jnp.maximum(rounds * share - slots, 0), rounds * share)
             def _(unit):
                 plgpu.barrier_wait(smem["free"].at[lax.rem(unit, i32(slots))])
 
