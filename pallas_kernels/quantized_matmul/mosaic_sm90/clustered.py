@@ -143,7 +143,7 @@ def candidates(form: Form) -> Iterator[ClusterConfig]:
 
 def busy(forms: Forms, config: ClusterConfig) -> float:
     """The share of clusters that have a tile, in the mean of the rounds."""
-    tiles, most = first_tiles(forms, config)[-1], config.num_sms // config.cluster
+    tiles, most = int(first_tiles(forms, config)[-1]), config.num_sms // config.cluster
     return tiles / whole(tiles, most)
 
 
