@@ -10,11 +10,12 @@ send their sums straight into the shared memory of the owner (st.async), where e
 them. The first warpgroup of the owner adds them to its own in the order of places, whatever order they came in, applies
 the scales that waited and writes the finished tile. Nothing depends on timing, and there is nothing to add afterwards.
 
-Why places are free when they are written again. Every warpgroup of the owner waits for all parties of its tile before
-it goes on. Say that party S sends to owner O for the second time, C tiles after the first. In between S was itself the
-owner of a tile and waited for O's sums of it, and O had sent those after it had read all its places. So no barrier
-says that places are free; `test_places_are_free_when_they_are_written_again` goes through the possible orders. Whoever
-is written to waits for the writers, and a barrier of the cluster at the end keeps writers until all is received.
+Why places are free when they are written again. No warpgroup of the owner goes on before the first one of them has read
+all its places of the tile. Say that party S sends to owner O for the second time, C tiles after the first. If S is a
+warpgroup of O, it went on only then. If not, then S's CTA was itself the owner in between, S went on only when O's sums
+were there, and O had sent those after it had read all its places. So no barrier of the cluster says that places are
+free; `test_places_are_free_when_they_are_written_again` tries orders. Whoever is written to waits for the writers, and
+a barrier of the cluster at the end keeps writers until all is received.
 """
 
 import dataclasses
@@ -99,14 +100,17 @@ class ClusterConfig:
     def buffers(self, form: Form) -> dict[str, Any]:
         """What the kernel allocates per CTA, by name."""
         tokens = tokens_of(form)
-        ring = parts.buffers(
+        made = parts.buffers(
             form, stages=self.slots, block_k=self.block_k, outputs=self.block_o, tokens=tokens, cluster=1
         )
-        return ring | {
+        made |= {
             "received": sums(self.rows, self.parties - 1, tokens),
             "arrived": plgpu.Barrier(num_arrivals=self.parties - 1, num_barriers=self.rows),
             "done": plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=self.warpgroups),
         }
+        if self.turns > 1:
+            made["read"] = plgpu.Barrier(num_arrivals=1, num_barriers=self.rows)
+        return made
 
     def smem_bytes(self, form: Form) -> int:
         return compat.shared_memory_bytes(list(self.buffers(form).values()))
@@ -122,12 +126,16 @@ def tokens_of(form: Form) -> int:
 
 
 def heuristic_config(forms: Forms) -> ClusterConfig:
-    """Narrow tiles, and the cluster that leaves fewer multiprocessors idle; the smaller of equals."""
+    """Narrow tiles, and the cluster that leaves fewer multiprocessors idle; the smaller of equals.
+
+    No CTA of a cluster of more than two is without a step.
+    """
     form = forms[0]
     narrow_steps = form.width < parts.MAX_WIDTH or form.codes.bits == 8  # 128 bytes in a row either way
     config = ClusterConfig(block_k=128 if narrow_steps else 256, stages=8)
-    sizes = [dataclasses.replace(config, cluster=cluster) for cluster in (4, 8)]
-    return parts.fitted(max(sizes, key=lambda config: busy(forms, config)), form)
+    sizes = [cluster for cluster in (4, 8) if cluster <= form.steps(config.block_k)] or [2]
+    configs = [dataclasses.replace(config, cluster=cluster) for cluster in sizes]
+    return parts.fitted(max(configs, key=lambda config: busy(forms, config)), form)
 
 
 def candidates(form: Form) -> Iterator[ClusterConfig]:
@@ -197,9 +205,16 @@ def multiply(
             """Of a tile, in its weight."""
             return (tile - int(tiles[weight])) * config.block_o
 
-        def finish(acc, tile, row):
+        def added(acc, row):
+            """With the sums of all other parties."""
+            plgpu.barrier_wait(smem["arrived"].at[row])
             for place in range(1, config.parties):
                 acc = acc + plgpu.load(smem["received"].at[row, place - 1], layout=WGMMA)
+            if turns > 1:
+                plgpu.barrier_arrive(smem["read"].at[row])
+            return acc
+
+        def finish(acc, tile, row):
             for weight, of_weight in enumerate(forms):
 
                 def of_this(acc, weight=weight, of_weight=of_weight):
@@ -242,10 +257,9 @@ def multiply(
                 else:
                     pl.when(place > 0)(lambda: send(acc, smem, **to))
 
-                @pl.when(rank == owner)
-                def _():
-                    plgpu.barrier_wait(smem["arrived"].at[row])
-                    pl.when(place == 0)(lambda: finish(acc, tile_of(round), row))
+                pl.when(place == 0)(lambda: finish(added(acc, row), tile_of(round), row))
+                if turns > 1:
+                    pl.when((rank == owner) & (place > 0))(lambda: plgpu.barrier_wait(smem["read"].at[row]))
 
             plgpu.barrier_arrive(smem["done"])
             plgpu.barrier_wait(smem["done"])
