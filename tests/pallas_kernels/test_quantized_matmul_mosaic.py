@@ -442,7 +442,7 @@ def test_clusters_fill_the_machine_where_tiles_allow_it(outputs, cluster, cluste
 @pytest.mark.parametrize("cluster, turns, tiles", [(2, 1, 5), (2, 2, 5), (4, 1, 6), (4, 2, 9), (8, 1, 20)])
 @pytest.mark.parametrize("is_sound", [True, False], ids=["as it is", "sums of one party are not waited for"])
 def test_places_are_free_when_they_are_written_again(cluster, turns, tiles, is_sound):
-    """The protocol of `clustered.py` in random orders, one action of a party at a time, some much slower than others."""
+    """The protocol of `clustered.py` in random orders, an action of a party at a time, some much slower than others."""
     rng, parties, clashes = np.random.default_rng(0), range(cluster * turns), 0
 
     def others(owner):

@@ -174,8 +174,7 @@ def run(
     results = multiply(operands, forms=forms, config=config, interpret=interpret)
     columns = first_tiles(forms, config) * config.block_o
     return tuple(
-        results[: form.rows, first : first + form.outputs]
-        for form, first in zip(forms, columns.tolist(), strict=False)
+        results[: form.rows, first : first + form.outputs] for form, first in zip(forms, columns.tolist(), strict=False)
     )
 
 
@@ -298,7 +297,7 @@ def multiply(
             def _(unit):
                 plgpu.barrier_wait(smem["free"].at[lax.rem(unit, i32(slots))])
 
-    results = (jax.ShapeDtypeStruct((tokens, int(tiles[-1]) * config.block_o), form.dtype),)
+    results: tuple[Any, ...] = (jax.ShapeDtypeStruct((tokens, int(tiles[-1]) * config.block_o), form.dtype),)
     buffers = config.buffers(form)
     if interpreted:
         mail = (clusters, cluster, config.rows, config.parties - 1, ROWS, tokens)

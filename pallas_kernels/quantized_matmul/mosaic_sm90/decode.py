@@ -1,5 +1,7 @@
 """The kernel of few tokens: the inputs are split too, so that all multiprocessors read weights.
 
+By itself it is taken from 17 tokens on; `clustered.py`, for fewer, leaves no partial results.
+
 The product is computed as `y^T = W x^T`: outputs are the rows of the tensor core's tiles, tokens the columns. A CTA has
 a few compute warpgroups of 64 outputs each and one that fills the ring by TMA.
 

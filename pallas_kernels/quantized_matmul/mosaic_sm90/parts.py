@@ -1,4 +1,4 @@
-"""What both kernels share: the form of a call, and a tile of codes turned into an operand of the tensor core.
+"""What the kernels share: the form of a call, and a tile of codes turned into an operand of the tensor core.
 
 Letters as in `tensor.py`, and M rows of activations.
 
