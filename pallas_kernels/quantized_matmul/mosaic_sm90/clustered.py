@@ -266,34 +266,34 @@ def multiply(
         @pl.when(warpgroup == config.warpgroups)
         def load():
             plgpu.set_max_registers(config.registers[1], action="decrease")
+            units = rounds * share
 
-            @pl.loop(0, rounds)
-            def over_tiles(round):
-                tile = tile_of(round)
+            def over_units(unit, at):
+                tile, step = at
+                slot = lax.rem(unit, i32(slots))
 
-                @pl.loop(0, share)
-                def over_steps(step):
-                    unit = round * share + step
-                    slot = lax.rem(unit, i32(slots))
+                @pl.when(unit >= slots)
+                def _():
+                    plgpu.barrier_wait(smem["free"].at[slot])
+                    plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
 
-                    @pl.when(unit >= slots)
-                    def _():
-                        plgpu.barrier_wait(smem["free"].at[slot])
-                        plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
+                for weight, of_weight in enumerate(forms):
 
-                    for weight, of_weight in enumerate(forms):
+                    def load_here(weight=weight, of_weight=of_weight):
+                        where = {"step": first_step + step, "slot": slot, "output": first_output(weight, tile)}
+                        parts.load_step(refs[weight], smem, of_weight, **where, token=0, cluster=1)
 
-                        def load_here(weight=weight, of_weight=of_weight):
-                            where = {"step": first_step + step, "slot": slot, "output": first_output(weight, tile)}
-                            parts.load_step(refs[weight], smem, of_weight, **where, token=0, cluster=1)
+                    if len(forms) == 1:
+                        load_here()
+                    else:
+                        pl.when(holds(weight, tile))(load_here)
+                is_last = step == share - 1
+                return jnp.where(is_last, tile + clusters, tile), jnp.where(is_last, 0, step + 1)
 
-                        if len(forms) == 1:
-                            load_here()
-                        else:
-                            pl.when(holds(weight, tile))(load_here)
+            lax.fori_loop(0, units, over_units, (nth, i32(0)))
 
             # Every completion of a barrier must be observed before the kernel ends.
-            @pl.loop(jnp.maximum(rounds * share - slots, 0), rounds * share)
+            @pl.loop(jnp.maximum(units - slots, 0), units)
             def _(unit):
                 plgpu.barrier_wait(smem["free"].at[lax.rem(unit, i32(slots))])
 
