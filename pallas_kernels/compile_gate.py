@@ -98,7 +98,6 @@ INSTRUCTIONS = {
     "HGMMA": r"\b[HIQ]GMMA\.",
     "UTMALDG": r"\bUTMALDG",
     "UTMASTG": r"\bUTMASTG",
-    "STAS": r"\bSTAS\.",  # store to the shared memory of another CTA
     "LDGSTS": r"\bLDGSTS",
     "FENCE": r"\bFENCE\.VIEW\.ASYNC",
     "MUFU.EX2": r"\bMUFU\.EX2",

@@ -10,10 +10,9 @@ import jaxtyping
 jaxtyping.install_import_hook(["pallas_kernels", "jaxmodels", "train", "infer"], "beartype.beartype")
 
 # The interpreter of Mosaic kernels blocks a thread of XLA's pool, which has one per core, for each warpgroup that waits
-# at a barrier, and one more: on two cores a kernel of three warpgroups may never end. JAX runs at
-# most 32 programs of a CPU at once, so a cluster has fewer warpgroups than that in a test.
-if (os.cpu_count() or 1) < 32:
-    os.environ.setdefault("NPROC", "32")
+# at a barrier, and one more: on two cores a kernel of three warpgroups may never end.
+if (os.cpu_count() or 1) < 8:
+    os.environ.setdefault("NPROC", "8")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

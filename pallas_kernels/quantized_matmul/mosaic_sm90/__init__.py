@@ -1,9 +1,9 @@
-"""Hopper kernels of products with weights of four or eight bits.
+"""Hopper kernels of products with weights of four or eight bits: `decode.py` for few tokens, `prefill.py` for many.
 
-`clustered.py` is for the fewest tokens, `decode.py` for some more, `prefill.py` for many. All put codes, int4 less
-their zeros and nvfp4 times the scales of their blocks, into bfloat16 without rounding, multiply on the tensor core, and
-scale float32 sums: those of each group, or all with the one scale of an output. So nothing is rounded but the result,
-when it is asked for in fewer bits. `parts.py` is what they share, `codes.py` what differs between formats.
+Both put codes, int4 less their zeros and nvfp4 times the scales of their blocks, into bfloat16 without rounding,
+multiply on the tensor core, and scale float32 sums: those of each group, or all with the one scale of an output. So
+nothing is rounded but the result, when it is asked for in fewer bits. `parts.py` is what they share, `codes.py` what
+differs between formats.
 
 The stack of layers is read where it lies: the layer index is a number in global memory.
 """
@@ -18,26 +18,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels import compat
-from pallas_kernels.quantized_matmul.mosaic_sm90 import clustered, decode, prefill
-from pallas_kernels.quantized_matmul.mosaic_sm90.clustered import ClusterConfig
+from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import (
-    MAX_WIDTH,
-    Form,
-    Forms,
-    Operands,
-    fitted,
-    form_of,
-    input_order,
-)
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, fitted, form_of, input_order
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
 __all__ = [
     "MAX_ROWS_TOGETHER",
     "MAX_WIDTH",
-    "AnyConfig",
-    "ClusterConfig",
     "Config",
     "Form",
     "Operands",
@@ -54,28 +43,16 @@ __all__ = [
 RESULTS = ("float32", "bfloat16")
 SMALL_GROUPS = (32, 64)
 OUTPUTS = 16
-AnyConfig = ClusterConfig | Config | PrefillConfig
 MAX_ROWS_TOGETHER = 64  # of products in one launch; with more, each fills the machine by itself
 
 
-def heuristic_config(form: Form) -> AnyConfig:
-    """Of a product by itself."""
-    return _config_of((form,))
-
-
-def _config_of(forms: Forms) -> AnyConfig:
-    """For few tokens the kernel that leaves nothing to add; for many, of one product, that of whole sums.
-
-    The latter is taken where its tiles fill the machine, or partial results of so many tokens would cost more.
-    """
-    form = forms[0]
-    if form.rows <= clustered.AUTOMATIC_TOKENS:
-        return clustered.heuristic_config(forms)
+def heuristic_config(form: Form) -> Config | PrefillConfig:
+    """The prefill kernel where its tiles fill the machine, or partial results of so many tokens would cost more."""
     config = PrefillConfig(stages=4)
     tiles = -(-form.rows // config.block_m) * -(-form.outputs // prefill.BLOCK_O)
-    if len(forms) == 1 and (form.rows > 512 or (form.rows > 64 and tiles >= 128)):
+    if form.rows > 512 or (form.rows > 64 and tiles >= 128):
         return fitted(config, form)
-    return decode.heuristic_config(forms)
+    return decode.heuristic_config((form,))
 
 
 def unsupported(
@@ -88,7 +65,7 @@ def unsupported(
     group_size: int,
     format: str = "int4",
     global_scale: Any = None,
-    config: AnyConfig | None = None,
+    config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
 ) -> str | None:
@@ -143,7 +120,7 @@ def run(
     group_size: int,
     format: str = "int4",
     global_scale: Float[Array, "L"] | None = None,
-    config: AnyConfig | None = None,
+    config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "M O"]:
@@ -158,13 +135,13 @@ def run(
       group_size: inputs of a group; -1: all.
       format: of the codes.
       global_scale: None: 1.
-      config: of one of the kernels; None: by the shape.
+      config: of the decode or of the prefill kernel; None: by the shape.
       interpret: runs the kernel on the CPU, for tests.
       dtype: of the result, float32 or bfloat16.
 
     Raises:
       NotImplementedError: shapes or dtypes that the kernels do not take.
-      ValueError: `config` is for fewer rows, or needs more shared memory than a CTA has.
+      ValueError: `config` needs more shared memory than a CTA has.
     """
     operands = (Operands(x, codes, scales, zeros, layer, global_scale),)
     options: dict[str, Any] = {"group_size": group_size, "format": format, "config": config, "dtype": dtype}
@@ -177,7 +154,7 @@ def run_together(
     *,
     group_size: int,
     format: str = "int4",
-    config: AnyConfig | None = None,
+    config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
     is_ordered: bool = False,
@@ -203,9 +180,7 @@ def run_together(
         options |= {"interpret": interpret, "is_ordered": is_ordered}
         return tuple(run_together((of_weight,), **options)[0] for of_weight in operands)
     if config is None:
-        config = _config_of(forms)
-    if isinstance(config, ClusterConfig) and first.rows > clustered.MAX_TOKENS:
-        raise ValueError(f"{config} is for up to {clustered.MAX_TOKENS} rows; got {first.rows}")
+        config = heuristic_config(first) if len(forms) == 1 else decode.heuristic_config(forms)
     if (needed := config.smem_bytes(first)) > compat.SHARED_MEMORY_BYTES:
         raise ValueError(
             f"{config} needs {needed} bytes of shared memory for {first.rows} rows; "
@@ -214,8 +189,7 @@ def run_together(
     operands = tuple(of_weight._replace(layer=jnp.asarray(of_weight.layer, jnp.int32)) for of_weight in operands)
     if isinstance(config, PrefillConfig):
         return (prefill.run(operands[0], form=first, config=config, interpret=interpret),)
-    kernel = clustered if isinstance(config, ClusterConfig) else decode
-    return kernel.run(operands, forms=forms, config=config, interpret=interpret)
+    return decode.run(operands, forms=forms, config=config, interpret=interpret)
 
 
 def order_of(group_size: int, format: str = "int4") -> tuple[int, ...] | None:
@@ -227,10 +201,10 @@ def order_of(group_size: int, format: str = "int4") -> tuple[int, ...] | None:
     return tuple(first + i for first in range(0, group_size, width) for i in order)
 
 
-def candidates(form: Form) -> Iterator[AnyConfig]:
+def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
     """The configurations that a benchmark may try."""
     tokens = decode.tokens_of(form)
-    made: list[AnyConfig] = [*clustered.candidates(form)]
+    made: list[Config | PrefillConfig] = []
     if form.rows <= 512:
         for warpgroups, block_k, cluster, stages in itertools.product((4, 2), (256, 128), (1, 2), (8, 6, 4, 3)):
             if warpgroups == 2 or tokens <= 64:
@@ -242,7 +216,7 @@ def candidates(form: Form) -> Iterator[AnyConfig]:
 
 
 def compile_cases() -> Iterator[Any]:
-    """What the compile gate compiles: formats, numbers of tokens, groups with and without zeros, and all kernels."""
+    """What the compile gate compiles: formats, numbers of tokens, groups with and without zeros, and both kernels."""
     # Rows, inputs, outputs, group size, zeros, dtype of scales, dtype of results
     forms = [
         *((m, 4096, 4096, 128, True, "float16", "float32") for m in (1, 16, 32, 48, 64, 128)),
@@ -258,7 +232,7 @@ def compile_cases() -> Iterator[Any]:
     for rows in (8, 32, 64, 128):  # what else a benchmark may try; stages make no difference to the compiler
         shape = Form(rows, 4096, 4096, 4, 32, jnp.dtype("float16"), True, jnp.dtype("float32"))
         for config in candidates(shape):
-            if isinstance(config, ClusterConfig) or config.stages == 3:
+            if config.stages == 3:
                 yield _compile_case("int4", rows, 4096, 4096, 128, True, "float16", "float32", config)
     kinds = [("int8", -1, "float32"), ("fp8", -1, "float32"), ("fp8", 128, "float32"), ("nvfp4", 16, "float8_e4m3fn")]
     for format, group_size, scale_dtype in kinds:
@@ -283,7 +257,7 @@ def _compile_case(
     has_zeros: bool,
     scale_dtype: str,
     dtype: str,
-    config: AnyConfig | None = None,
+    config: Config | PrefillConfig | None = None,
 ) -> Any:
     from pallas_kernels.compile_gate import CompileCase
 
@@ -305,11 +279,9 @@ def _compile_case(
     kind = {"int4": "w4a16", "nvfp4": "nvfp4"}.get(format, f"w8a16 {format}")
     name = f"{kind} M={rows} {'+'.join(map(str, counts))}x{inputs} groups of {group_size} {scale_dtype}"
     name = f"{name}{' zeros' if has_zeros else ''} to {dtype}"
-    is_clustered = rows <= clustered.AUTOMATIC_TOKENS if config is None else isinstance(config, ClusterConfig)
     return CompileCase(
         name=name if config is None else f"{name} {config}",
         function=call,
         avals=(x, layer, *of_weights),
         shipped=config is None,
-        required=("HGMMA", "UTMALDG", *(["STAS"] if is_clustered else [])),
     )

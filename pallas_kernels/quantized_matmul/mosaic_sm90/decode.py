@@ -1,7 +1,5 @@
 """The kernel of few tokens: the inputs are split too, so that all multiprocessors read weights.
 
-By itself it is taken from 17 tokens on; `clustered.py`, for fewer, leaves no partial results.
-
 The product is computed as `y^T = W x^T`: outputs are the rows of the tensor core's tiles, tokens the columns. A CTA has
 a few compute warpgroups of 64 outputs each and one that fills the ring by TMA.
 
@@ -33,9 +31,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import parts
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, Forms, Operands, whole
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, Operands, whole
 
 MAX_TOKENS = 128  # of a tile
+
+Forms = tuple[Form, ...]  # of the weights of a launch; they differ in their outputs and layers alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ def cut_of(forms: Forms, config: Config) -> Cut:
 
 def first_tiles(forms: Forms, config: Config) -> np.ndarray:
     """First tile of outputs of each weight, and how many all have."""
-    return parts.first_tiles(forms, config.block_o * config.cluster)
+    return np.cumsum([0, *(-(-form.outputs // (config.block_o * config.cluster)) for form in forms)])
 
 
 def first_columns(forms: Forms, config: Config) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the kernels share: the form of a call, and a tile of codes turned into an operand of the tensor core.
+"""What both kernels share: the form of a call, and a tile of codes turned into an operand of the tensor core.
 
 Letters as in `tensor.py`, and M rows of activations.
 
@@ -91,14 +91,6 @@ class Form(NamedTuple):
     def steps(self, block_k: int) -> int:
         """Of `block_k` inputs."""
         return -(-self.inputs // block_k)
-
-
-Forms = tuple[Form, ...]  # of the weights of a launch; they differ in their outputs and layers alone
-
-
-def first_tiles(forms: Forms, outputs: int) -> np.ndarray:
-    """First tile of so many outputs of each weight, and how many all have."""
-    return np.cumsum([0, *(-(-form.outputs // outputs) for form in forms)])
 
 
 class Operands(NamedTuple):
