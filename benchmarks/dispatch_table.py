@@ -55,7 +55,7 @@ PRODUCT = re.compile(
 )
 ROTATION = re.compile(
     r"M=(?P<rows>\d+) I=(?P<channels>\d+) x(?P<rotations>\d+) (?P<steps>\d+) steps in groups of (?P<size>\d+) "
-    r"(?P<dtype>\w+)(?: (?P<source>normed|gated))?( ordered)?"
+    r"(?P<dtype>\w+)(?P<normed> normed)?( ordered)?"
 )
 MOBA = re.compile(
     r"B=(?P<B>\d+) T=(?P<T>\d+) N=(?P<N>\d+) K=\d+ H=(?P<H>\d+) (?P<dtype>\w+) block=(?P<block>\d+) k=\d+"
@@ -116,7 +116,7 @@ def rotation_call(shape: str) -> tuple[RotationKind, dict[str, int], str]:
     """The same for `pairwise_rotations`."""
     if (found := ROTATION.fullmatch(shape)) is None:
         raise ValueError(f"not a shape of benchmarks.rotation: {shape!r}")
-    kind = RotationKind(int(found["size"]), int(found["steps"]), found["dtype"], found["source"] or "")
+    kind = RotationKind(int(found["size"]), int(found["steps"]), found["dtype"], bool(found["normed"]))
     return kind, {name: int(found[name]) for name in ("rows", "channels", "rotations")}, "mosaic"
 
 

@@ -121,11 +121,11 @@ class RotationKind(NamedTuple):
     group_size: int
     steps: int
     dtype: str
-    source: str = ""  # what the rows are made of
+    normed: bool = False  # by the kernel
 
     @property
     def name(self) -> str:
-        return f"{self.steps} steps in groups of {self.group_size} {self.dtype} {self.source}".rstrip()
+        return f"{self.steps} steps in groups of {self.group_size} {self.dtype}" + " normed" * self.normed
 
     def alike(self) -> tuple["RotationKind", ...]:
         """Itself, then groups of 128 in bfloat16: a group is a small part of either side's time."""

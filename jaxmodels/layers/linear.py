@@ -33,7 +33,7 @@ def linear(
     times faster at 2 to 32 rows (README of jaxmodels/qwen). The barrier keeps XLA from swapping the operands back.
 
     Args:
-      x: activations, leading axes and then the contracted ones; `Normed` or `Gated` ones with one contracted axis.
+      x: activations, leading axes and then the contracted ones; `Normed` ones with one contracted axis.
       weight: weight of the layer, output axes and then the contracted ones; in any format (`quantized_matmul`).
       equation: the two operands in the letters of the legend; `...` stands for the leading axes.
       dtype: type of the result, also of the accumulation; None means that of `x`.

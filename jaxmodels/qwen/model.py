@@ -39,7 +39,7 @@ from pallas_kernels.attention.skip import SkipStats
 from pallas_kernels.masks import Causal, Mask, SlidingWindow
 from pallas_kernels.moba import key_conv, moba_attention
 from pallas_kernels.quantized_matmul import QuantizedTensor
-from pallas_kernels.rotation import Gated, Normed, Rows
+from pallas_kernels.rotation import Normed, Rows
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +248,13 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Rows) -> Float[Array, "B T D"]:
         gate, up = linears(x, (self.gate[...], self.up[...]), ("BTD,FD->BTF", "BTD,FD->BTF"))
-        return linear(Gated(gate, up), self.down[...], "BTF,DF->BTD")
+        return linear(gated_silu(gate, up), self.down[...], "BTF,DF->BTD")
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated_silu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """`silu(gate) * up`; a backward pass keeps the two operands and none of the steps between."""
+    return jax.nn.silu(gate) * up
 
 
 class Block(nnx.Module):

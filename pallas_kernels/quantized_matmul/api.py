@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, partitioning
 from pallas_kernels.quantized_matmul import mosaic_sm90, reference, rounding, xla
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, turn_all
-from pallas_kernels.rotation import Gated, Normed, Rows
+from pallas_kernels.rotation import Normed, Rows
 from pallas_kernels.rotation import api as rotation_api
 
 NAMES = ("mosaic", "xla", "reference")
@@ -32,8 +32,8 @@ def quantized_matmul(
     codes) and rounded once. Differentiable in `x` and in the floating parts of the weight, but for rounded activations.
 
     Args:
-      x: activations `[*rows, I]`; float32, bfloat16 or float16. `Normed` and `Gated` are left to the kernel that
-        rotates and orders activations, where it is chosen.
+      x: activations `[*rows, I]`; float32, bfloat16 or float16. `Normed` ones are left to the kernel that rotates and
+        orders activations, where it is chosen.
       weight: see there.
       dtype: type of the result; None is that of `x`.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`). "mosaic", the Hopper
@@ -99,7 +99,7 @@ def _kernel_order(x: Rows, weight: QuantizedTensor) -> tuple[int, ...] | None:
         return None
     if weight.rotation is not None:
         return mosaic_sm90.order_of(weight.group_size, weight.format)
-    if not isinstance(x, Normed | Gated):
+    if not isinstance(x, Normed):  # XLA orders them where it makes them
         return None
     order = mosaic_sm90.order_of(min(weight.group_size, mosaic_sm90.MAX_WIDTH), weight.format)
     if order is None or rotation_api.automatic(x, (weight.as_turn(),), group_size=len(order))[0] != "mosaic":

@@ -1,15 +1,13 @@
 """Pairwise rotations of channels (ParoQuant), and what else happens to activations before they meet codes."""
 
 from pallas_kernels.rotation.api import pairwise_rotation, pairwise_rotations
-from pallas_kernels.rotation.source import Gated, Normed, Rows, gated_silu, made, rms_norm
+from pallas_kernels.rotation.source import Normed, Rows, made, rms_norm
 from pallas_kernels.rotation.turn import Turn
 
 __all__ = [
-    "Gated",
     "Normed",
     "Rows",
     "Turn",
-    "gated_silu",
     "made",
     "pairwise_rotation",
     "pairwise_rotations",

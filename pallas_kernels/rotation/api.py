@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, partitioning
 from pallas_kernels.rotation import mosaic_sm90, reference, xla
-from pallas_kernels.rotation.source import Gated, Normed, Rows, made
+from pallas_kernels.rotation.source import Normed, Rows, made
 from pallas_kernels.rotation.turn import Turn
 
 NAMES = ("mosaic", "xla", "reference")
@@ -64,8 +64,8 @@ def pairwise_rotations(
 ) -> tuple[Float[Array, "*rows I"], ...]:
     """`pairwise_rotation` of the same rows by each of the turns, which the Hopper kernel does in one launch.
 
-    The rows may be `Normed` or `Gated`: the kernel then makes them itself, rounded to their dtype like `made` of them.
-    A turn may have no rotation, only scales or nothing, and so be there for its rows and their order.
+    The rows may be `Normed`: the kernel then makes them itself, rounded to their dtype like `made` of them. A turn may
+    have no rotation, only scales or nothing, and so be there for its rows and their order.
 
     A turn whose arrays are stacked along a first axis has the index of its layer. Channel t of each group of a result
     is channel `order[t]` of the rotated group; None: channel t.
@@ -90,8 +90,6 @@ def _run(
         raise ValueError(f"x must be floating with at least one axis; got {x.dtype} of shape {x.shape}")
     if isinstance(x, Normed) and x.weight.shape != x.shape[-1:]:
         raise ValueError(f"the weight of a norm must have shape {x.shape[-1:]}; got {x.weight.shape}")
-    if isinstance(x, Gated) and (x.gate.shape != x.up.shape or x.gate.dtype != x.up.dtype):
-        raise ValueError(f"gate and up must be alike; got {x.gate.dtype} {x.gate.shape} and {x.up.dtype} {x.up.shape}")
     for turn in turns:
         _check(turn, x.shape[-1], group_size)
     rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
@@ -132,8 +130,7 @@ def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool
         return "xla", "nothing to do"
     if (reason := dispatch.undivided()) is not None:
         return "xla", f"mosaic: {reason}"
-    source = type(x).__name__.lower() if isinstance(x, (Normed, Gated)) else ""
-    kind = dispatch.RotationKind(group_size, turns[0].steps, str(x.dtype), source)
+    kind = dispatch.RotationKind(group_size, turns[0].steps, str(x.dtype), isinstance(x, Normed))
     sizes = {"rows": x.shape[0], "channels": x.shape[1], "rotations": len(turns)}
     (first, *_), reason = dispatch.preferred("pairwise_rotation", kind, sizes, gradients=False)
     if first == "mosaic":

@@ -4,8 +4,8 @@ A CTA rotates one group of channels of at most 16 rows, for one of the rotations
 of channels in each step, so steps are in place and have one barrier between them. Its angles and pairs of all steps are
 read before the first, for one latency in all. Stacks of layers are read where they lie.
 
-The rows may be made here too, of a norm or a gated unit. For a norm every CTA sums the squares of its whole rows by
-itself, of fewer rows then: that reads them often, from the L2 cache, and saves a kernel.
+The rows may be normalised here too. Every CTA then sums the squares of its whole rows by itself, of fewer rows: that
+reads them often, from the L2 cache, and saves two kernels.
 
 A pair lies where the parameters say, which Pallas has no loads for: the body is written in MLIR. The interpreter runs
 another body, which shares grid, tiles and layers with it.
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.rotation import xla
-from pallas_kernels.rotation.source import Gated, Normed, Rows, made
+from pallas_kernels.rotation.source import Normed, Rows
 from pallas_kernels.rotation.turn import Turn
 
 TILE = 16  # rows of a CTA
@@ -94,7 +94,7 @@ def run(
     padded = -(-rows // tile) * tile
     if padded != rows:
         pad = lambda x: jnp.pad(x, ((0, padded - rows), (0, 0)))  # noqa: E731
-        x = pad(x) if isinstance(x, Array) else x.on_rows(pad)
+        x = x.on_rows(pad) if isinstance(x, Normed) else pad(x)
 
     def rotation(x_refs, turns, order_refs, *refs):
         *out_refs, buffer, sums = refs
@@ -143,34 +143,28 @@ def _whole(rows: int, group_size: int) -> int:
 
 
 class _Tile(NamedTuple):
-    """Some rows of one group of channels, all in global memory but for the sums."""
+    """Some rows of one group of channels, all in global memory but for the sums; the rest is of a norm."""
 
-    here: tuple[Any, ...]  # the operands with rows `[rows, group size]`
-    weight: Any = None  # of a norm, of the group
-    whole: Any = None  # of a norm: the rows with all channels
-    sums: Any = None  # of a norm: shared memory for the sums of each warp
-    epsilon: float = 0.0  # of a norm
+    x: Any  # `[rows, group size]`
+    weight: Any = None  # of the group
+    whole: Any = None  # the rows with all channels
+    sums: Any = None  # shared memory for the sums of each warp
+    epsilon: float = 0.0
 
     @classmethod
     def of(cls, refs: Any, rows: Any, columns: Any, sums: Any) -> "_Tile":
         if isinstance(refs, Normed):
-            return cls((refs.x.at[rows, columns],), refs.weight.at[columns], refs.x.at[rows], sums, refs.epsilon)
-        if isinstance(refs, Gated):
-            return cls((refs.gate.at[rows, columns], refs.up.at[rows, columns]))
-        return cls((refs.at[rows, columns],))
+            return cls(refs.x.at[rows, columns], refs.weight.at[columns], refs.x.at[rows], sums, refs.epsilon)
+        return cls(refs.at[rows, columns])
 
 
 def _interpreted(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer: Any) -> None:
     del buffer
-    operands = [ref[...] for ref in tile.here]
-    if len(operands) == 2:
-        x = made(Gated(*operands))
-    elif tile.whole is not None:
+    x = tile.x[...]
+    if tile.whole is not None:
         x32 = tile.whole[...].astype(jnp.float32)
         scale = lax.rsqrt(jnp.mean(x32 * x32, axis=1, keepdims=True) + tile.epsilon)
-        x = (operands[0].astype(jnp.float32) * scale * tile.weight[...].astype(jnp.float32)).astype(operands[0].dtype)
-    else:
-        (x,) = operands
+        x = (x.astype(jnp.float32) * scale * tile.weight[...].astype(jnp.float32)).astype(x.dtype)
     x = x.astype(jnp.float32)
     if turn.channel_scales is not None:
         x = x * turn.channel_scales[...].astype(jnp.float32)
@@ -185,11 +179,10 @@ def _interpreted(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer:
 
 def _rotate(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: Any) -> None:
     """One group of channels of some rows."""
-    rows, size = tile.here[0].shape
+    rows, size = tile.x.shape
     channels, steps = out_ref.ref.shape[1], 0 if turn.pairs is None else turn.pairs.shape[0]
     half, sweeps = size // 2, buffer_ref.shape[0] * size // (2 * THREADS)
-    refs = {f"x{i}": ref for i, ref in enumerate(tile.here)} | {"out": out_ref, "buffer": buffer_ref}
-    refs |= {"weight": tile.weight, "whole": tile.whole, "sums": tile.sums} | turn._asdict()
+    refs = tile._asdict() | turn._asdict() | {"epsilon": None, "out": out_ref, "buffer": buffer_ref}
     refs |= {"order": order_refs[0]} if order_refs else {}
     names = [name for name, ref in refs.items() if ref is not None]
 
@@ -219,7 +212,7 @@ def _rotate(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: 
 
         def rounded(value):
             """As an array of the dtype of the rows would have it."""
-            element = element_of["x0"]
+            element = element_of["x"]
             return value if element == f32 else arith.extf(f32, arith.truncf(element, value))
 
         # Angles and pairs of all steps. A cosine of the fast unit is right to 2^-20 within pi.
@@ -236,8 +229,7 @@ def _rotate(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: 
                 row, channel = arith.divui(index, constant(size)), arith.remui(index, constant(size))
                 yield index, add(scaled(arith.minui(row, constant(rows - 1)), channels), channel), channel
 
-        operands = [name for name in names if name in ("x0", "x1")]
-        loaded = [[read(name, offset) for name in operands] for _, offset, _ in elements()]
+        loaded = [read("x", offset) for _, offset, _ in elements()]
         if "whole" in names:
             factors = _norm_factors(place, element_of["whole"], thread, rows, channels, tile.epsilon)
             for n, (index, _, channel) in enumerate(elements()):
@@ -246,11 +238,8 @@ def _rotate(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: 
                 for r in range(1, rows):
                     is_row = arith.cmpi(arith.CmpIPredicate.eq, row, constant(r))
                     factor = arith.select(is_row, factors[r], factor)
-                normed = arith.mulf(arith.mulf(loaded[n][0], factor), read("weight", channel))
-                loaded[n] = [rounded(normed)]
-        elif "x1" in names:
-            loaded = [[rounded(arith.mulf(_silu(gate), up))] for gate, up in loaded]
-        for (index, _, channel), (value,) in zip(elements(), loaded, strict=True):
+                loaded[n] = rounded(arith.mulf(arith.mulf(loaded[n], factor), read("weight", channel)))
+        for (index, _, channel), value in zip(elements(), loaded, strict=True):
             if "channel_scales" in names:
                 value = arith.mulf(value, read("channel_scales", channel))
             llvm.store(value, place("buffer", index))
@@ -312,20 +301,6 @@ def _norm_factors(
     return factors
 
 
-def _silu(gate: ir.Value) -> ir.Value:
-    """`gate / (1 + exp(-gate))`."""
-    f32 = ir.F32Type.get()
-    ptx = f"""{{
-        .reg .f32 t;
-        mul.rn.f32 t, $1, {_hexadecimal(-1 / math.log(2))};
-        ex2.approx.f32 t, t;
-        add.rn.f32 t, t, {_hexadecimal(1.0)};
-        rcp.approx.f32 t, t;
-        mul.rn.f32 $0, $1, t;
-    }}"""
-    return llvm.inline_asm(f32, [gate], ptx, "=f,f")
-
-
 def _cos_sin(angle: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Of an angle of any size, by the fast unit, which is exact to 2^-20 between minus pi and pi."""
     f32 = ir.F32Type.get()
@@ -350,7 +325,7 @@ def _hexadecimal(value: float) -> str:
 
 
 def compile_cases() -> Iterator[Any]:
-    """What the compile gate compiles: one and several rotations, few and many rows, dtypes of parameters, sources."""
+    """What the compile gate compiles: one and several rotations, few and many rows, dtypes of parameters, norms."""
     from pallas_kernels.compile_gate import CompileCase
 
     array = jax.ShapeDtypeStruct
@@ -361,7 +336,7 @@ def compile_cases() -> Iterator[Any]:
     ]
     layers, steps = 4, 8
 
-    def case(rows, channels, group_size, turns, dtype, *, is_ordered, source="", steps=steps):
+    def case(rows, channels, group_size, turns, dtype, *, is_ordered, is_normed=False, steps=steps):
         one = Turn(None, None, layer=array((), jnp.int32))
         if steps:
             one = Turn(
@@ -370,20 +345,21 @@ def compile_cases() -> Iterator[Any]:
                 channel_scales=array((layers, channels), dtype),
                 layer=array((), jnp.int32),
             )
-        x, weight = array((rows, channels), jnp.bfloat16), array((channels,), jnp.bfloat16)
-        made_of = {"": x, " normed": Normed(x, weight, 1e-6), " gated": Gated(x, x)}
+        x = array((rows, channels), jnp.bfloat16)
         return CompileCase(
-            name=f"rotation M={rows} I={channels} groups of {group_size} x{turns} {steps} steps {dtype}{source}"
+            name=f"rotation M={rows} I={channels} groups of {group_size} x{turns} {steps} steps {dtype}"
+            + " normed" * is_normed
             + " ordered" * is_ordered,
             function=functools.partial(
                 run, group_size=group_size, order=tuple(range(group_size))[::-1] if is_ordered else None
             ),
-            avals=(made_of[source], [one] * turns),
+            avals=(Normed(x, array((channels,), jnp.bfloat16), 1e-6) if is_normed else x, [one] * turns),
             required=(),
         )
 
     for shape, is_ordered in itertools.product(dict.fromkeys(shapes), (False, True)):
         yield case(*shape, is_ordered=is_ordered)
-    for rows, source, steps_ in itertools.product((1, 16), (" normed", " gated"), (0, steps)):
-        yield case(rows, 4096, 128, 3 if steps_ else 1, "float16", is_ordered=True, source=source, steps=steps_)
-    yield case(8, 2560, 64, 1, "float16", is_ordered=True, source=" normed")
+    for rows in (1, 16):
+        yield case(rows, 4096, 128, 3, "float16", is_ordered=True, is_normed=True)
+        yield case(rows, 4096, 128, 1, "float16", is_ordered=True, is_normed=True, steps=0)
+    yield case(8, 2560, 64, 1, "float16", is_ordered=True, is_normed=True)

@@ -14,9 +14,8 @@ from jaxmodels.cache import KVCache
 from jaxmodels.layers import RopeConfig, linear, rope_tables
 from jaxmodels.quantization.whole import round_params
 from jaxmodels.qwen import CausalLM, LayerAttention, QwenConfig, build, sliding_windows
-from jaxmodels.qwen.model import Run, layer_runs
+from jaxmodels.qwen.model import Run, gated_silu, layer_runs
 from pallas_kernels.masks import Causal, Full
-from pallas_kernels.rotation import gated_silu
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = QwenConfig.tiny(layers=2, dim=32, mlp_dim=48, head_dim=8, vocab_size=61)

@@ -23,10 +23,9 @@ SHAPES = [
     benchmark.Shape(rows=5, channels=256, group_size=256, steps=2, layers=3),
     benchmark.Shape(rows=33, channels=8, group_size=2, steps=1, rotations=3, layers=3),
     benchmark.Shape(rows=3, channels=128, group_size=64, steps=2, rotations=2, layers=3, is_ordered=True),
-    benchmark.Shape(rows=6, channels=256, group_size=32, steps=2, rotations=2, layers=3, source="normed"),
-    benchmark.Shape(rows=1, channels=256, steps=0, rotations=2, layers=3, source="normed", is_ordered=True),
-    benchmark.Shape(rows=17, channels=128, group_size=64, steps=2, layers=3, source="gated", dtype="float32"),
-    benchmark.Shape(rows=3, channels=128, steps=0, layers=3, source="gated", is_ordered=True),
+    benchmark.Shape(rows=6, channels=256, group_size=32, steps=2, rotations=2, layers=3, is_normed=True),
+    benchmark.Shape(rows=1, channels=256, steps=0, rotations=2, layers=3, is_normed=True, is_ordered=True),
+    benchmark.Shape(rows=17, channels=128, group_size=64, steps=2, layers=3, is_normed=True, dtype="float32"),
 ]
 
 

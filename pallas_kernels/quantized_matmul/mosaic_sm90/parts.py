@@ -128,22 +128,16 @@ def permuted(x: Array, form: Form) -> Array:
         x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
     if form.is_ordered:
         return x
-    # Threads of a row, their words, low or high half of a word, code in it.
-    x = x.reshape(rows, -1, *_threads_words_codes(form.width, form.codes))
-    return jnp.transpose(x, (0, 1, *(2 + axis for axis in _ORDER))).reshape(rows, inputs)
+    # A gather: XLA makes it part of what makes the activations, and a transposition a kernel of its own.
+    order = jnp.asarray(input_order(form.width, form.codes))
+    return x.reshape(rows, -1, form.width)[..., order].reshape(rows, inputs)
 
 
 def input_order(width: int, codes: Codes) -> tuple[int, ...]:
     """The input at each place of a product of `width` inputs, as `permuted` has them."""
-    inputs = np.arange(width).reshape(_threads_words_codes(width, codes))
-    return tuple(inputs.transpose(_ORDER).ravel().tolist())
-
-
-def _threads_words_codes(width: int, codes: Codes) -> tuple[int, int, int, int]:
-    return 4, width // (4 * codes.per_word), 2, codes.per_word // 2
-
-
-_ORDER = (1, 3, 0, 2)  # words, codes, threads, halves
+    # Threads of a row, their words, low or high half of a word, code in it; then words, codes, threads, halves.
+    inputs = np.arange(width).reshape(4, width // (4 * codes.per_word), 2, codes.per_word // 2)
+    return tuple(inputs.transpose(1, 3, 0, 2).ravel().tolist())
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
@@ -194,7 +188,7 @@ def store(acc: Array, result_ref: Any, out_ref: Any) -> None:
     result_ref.transpose((1, 0))[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(result_ref, out_ref)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the buffer is free; what is written is there when the kernel ends
 
 
 def load_step(
