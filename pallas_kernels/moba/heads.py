@@ -11,45 +11,41 @@ from pallas_kernels import partitioning
 from pallas_kernels.moba.layout import Layout
 
 
-def map_heads(one_head: Callable[..., Any], layout: Layout, arrays: dict[str, Array]) -> tuple[Array, ...]:
-    """`one_head(block_start [C], block_length [C], **arrays of a head [L, ...])` -> arrays [L, ...], for every head.
+def map_heads(
+    one_head: Callable[..., tuple[Array, ...]], layout: Layout, arrays: dict[str, Array], results: dict[str, Array]
+) -> tuple[Array, ...]:
+    """`one_head(block_start [C], block_length [C], **arrays and results of a head [L, ...])` -> results, for all heads.
 
-    `arrays` and results are [B, L, K, ...], each with an L of its own. They are sliced and written in place: no
-    transposed copy of all heads is made. No derivatives.
+    `arrays` and `results` are [B, L, K, ...], each with an L of its own. A head is given what its results hold so far
+    and returns what they shall hold, in their order. They are sliced and written in place: no transposed copy of all
+    heads is made, and none of results that nothing else reads. No derivatives.
     """
 
-    def all_heads(start: Array, length: Array, **arrays: Array) -> tuple[Array, ...]:
-        num_rows, _, num_heads = next(iter(arrays.values())).shape[:3]
+    def all_heads(start: Array, length: Array, **operands: Array) -> tuple[Array, ...]:
+        num_rows, _, num_heads = operands[next(iter(results))].shape[:3]
 
-        def of(index):
+        def visit(index, found):
             row, head = index // num_heads, index % num_heads
 
             def pick(x):
                 return jnp.squeeze(jax.lax.dynamic_slice(x, *_window(x, row, head)), (0, 2))
 
-            return one_head(start[row], length[row], **{name: pick(x) for name, x in arrays.items()})
-
-        def visit(index, results):
-            row, head = index // num_heads, index % num_heads
-            new = (jnp.expand_dims(x, (0, 2)) for x in of(index))
+            here = operands | dict(zip(results, found, strict=True))
+            new = one_head(start[row], length[row], **{name: pick(x) for name, x in here.items()})
             return tuple(
-                jax.lax.dynamic_update_slice(x, here, _window(x, row, head)[0])
-                for x, here in zip(results, new, strict=True)
+                jax.lax.dynamic_update_slice(x, jnp.expand_dims(of_head, (0, 2)), _window(x, row, head)[0])
+                for x, of_head in zip(found, new, strict=True)
             )
 
-        shapes = jax.eval_shape(of, jnp.int32(0))
-        results = (jnp.zeros((num_rows, x.shape[0], num_heads, *x.shape[1:]), x.dtype) for x in shapes)
-        return jax.lax.fori_loop(0, num_rows * num_heads, visit, tuple(results))
+        return jax.lax.fori_loop(0, num_rows * num_heads, visit, tuple(operands[name] for name in results))
 
-    operands = {"start": layout.block_start, "length": layout.block_length, **arrays}
-    if layout.block_start.shape[0] == 0:  # no row to slice: one of zeros instead, and none of its results
-        some = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in operands.items()}
-        return tuple(x[:0] for x in all_heads(**some))
-    shapes = jax.eval_shape(all_heads, **operands)
-    results = {f"result{i}": x for i, x in enumerate(shapes)}
-    axes = {name: _axes(name, x.ndim) for name, x in (arrays | results).items()}
+    if layout.block_start.shape[0] == 0:  # no row to slice
+        return tuple(results.values())
+    operands = {"start": layout.block_start, "length": layout.block_length, **arrays, **results}
+    written = {f"new_{name}": x for name, x in results.items()}
+    axes = {name: _axes(name, x.ndim) for name, x in (arrays | results | written).items()}
     axes |= {name: f"b {name}0" for name in ("start", "length")}
-    return partitioning.cut(all_heads, operands, axes=axes, results=list(results), group=1)
+    return partitioning.cut(all_heads, operands, axes=axes, results=list(written), group=1)
 
 
 def split_groups(x: Array, k: Array) -> Array:

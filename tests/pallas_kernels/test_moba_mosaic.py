@@ -6,7 +6,7 @@ in the same dtype. By default few cases run; the others are slow and last passed
 """
 
 import functools
-import importlib
+import importlib.util
 import types
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from benchmarks import dispatch_table
+from benchmarks import dispatch_table, moba_memory
 from benchmarks import moba as benchmark
 from pallas_kernels import compat, dispatch
 from pallas_kernels.moba import api, layout, lists, moba_attention, moba_select, mosaic_sm90, routing, xla
@@ -199,6 +199,17 @@ def test_lowers_for_cuda():
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     text = gradients.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     assert all(f"moba_{name}" in text for name in ("select", "attend", "dq", "dk_dv"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra gpu-compile")
+@pytest.mark.parametrize("use", ["forward", "gradient"])
+def test_memory_is_that_of_dense_attention_and_little_more(use):
+    """Compiled for an H200 in the published setting; one array of all heads more would be 1/4 more forward."""
+    sizes = moba_memory.Sizes(batch=2)
+    moba, dense = (moba_memory.compiled_memory(name, use, sizes, "h200")["peak_mib"] for name in ("moba", "dense"))
+    assert dense >= 4 * 512  # queries, keys, values and output
+    assert moba < 1.2 * dense
 
 
 @pytest.mark.parametrize(

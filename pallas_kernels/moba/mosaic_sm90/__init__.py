@@ -160,6 +160,8 @@ def forward_head(
     start: Int[Array, "C"],
     length: Int[Array, "C"],
     *,
+    out: Float[Array, "T G H"],
+    lse: Float[Array, "T G"],
     interpret: plgpu.InterpretGPUParams | None = None,
     **arrays: Array,
 ) -> tuple[Float[Array, "T G H"], Float[Array, "T G"]]:
@@ -178,7 +180,7 @@ def forward_head(
         scale=static.scale,
         interpret=interpret,
     )
-    return routed.combine(head.blocks, None, parts, lses, arrays["q"].shape[:2], unroll=True)
+    return routed.combine(head.blocks, None, parts, lses, out, lse, unroll=True)
 
 
 def backward_head(
@@ -189,6 +191,9 @@ def backward_head(
     d_out: Float[Array, "T G H"],
     lse: Float[Array, "T G"],
     delta: Float[Array, "T G"],
+    dq: Float[Array, "T G H"],
+    dk: Float[Array, "S H"],
+    dv: Float[Array, "S H"],
     interpret: plgpu.InterpretGPUParams | None = None,
     **arrays: Array,
 ) -> tuple[Float[Array, "T G H"], Float[Array, "S H"], Float[Array, "S H"]]:
@@ -200,8 +205,8 @@ def backward_head(
     keys = (here.of_keys(head.k), here.of_keys(head.v))
     options: dict[str, Any] = {"ranks": here.ranks, "block_size": here.block_size, "scale": static.scale}
     options["interpret"] = interpret
-    dq = backward.query_gradients(*of_rows, *keys, here.block, **options)
-    dq = dq.reshape(*head.blocks.shape, -1)
+    dq_parts = backward.query_gradients(*of_rows, *keys, here.block, **options)
+    dq_parts = dq_parts.reshape(*head.blocks.shape, -1)
     pieces = lists.pieces(here.lists, attend.TILE, here.block.shape[0], LONGEST_PIECE)
     parts = backward.key_gradients(*of_rows, *keys, pieces, **options)
 
@@ -211,17 +216,17 @@ def backward_head(
         return tuple(total + jnp.where(has, part[piece], 0) for total, part in zip(sums, parts, strict=True))
 
     # Most lists are one piece, so the first is no addition.
-    dk, dv = (part[pieces.begin].astype(jnp.float32) for part in parts)
-    dk, dv = jax.lax.fori_loop(1, pieces.per_block.max(), add, (dk, dv))
-    dq_rows = jnp.zeros(head.q.shape, jnp.float32)
+    sums = tuple(part[pieces.begin].astype(jnp.float32) for part in parts)
+    sums = jax.lax.fori_loop(1, pieces.per_block.max(), add, sums)
+    dq_rows = dq.reshape(head.q.shape).astype(jnp.float32)
     for rank in range(head.blocks.shape[1]):  # written out it is one operation
-        dq_rows += jnp.where(head.blocks[:, rank][:, None] >= 0, dq[:, rank], 0)
+        dq_rows += jnp.where(head.blocks[:, rank][:, None] >= 0, dq_parts[:, rank], 0)
     split = start.shape[0], static.block_size
     dk, dv = (
-        routed.to_keys(x.reshape(*split, -1), start, length, like, aligned=static.aligned)
-        for x, like in ((dk, head.k), (dv, head.v))
+        routed.add_to_keys(x, of_blocks.reshape(*split, -1), start, length, aligned=static.aligned)
+        for x, of_blocks in zip((dk, dv), sums, strict=True)
     )
-    return dq_rows.astype(head.q.dtype).reshape(arrays["q"].shape), dk, dv
+    return dq_rows.astype(dq.dtype).reshape(dq.shape), dk, dv
 
 
 def compile_cases() -> Iterator[Any]:
