@@ -2,9 +2,9 @@
 
 The queries that chose a block are gathered into tiles of rows, which share its keys and values; all query heads of a
 key head are rows of the same lists. Every (query, rank) pair gets a partial result of its own, written once, and a
-query adds them up in the order of their ranks, those of its own block first. The backward pass walks the same tiles: dK and dV add up block
-by block, dQ through partial rows. Nothing is added atomically, so every run gives the same bits. One key head of one
-row of the batch is worked on at a time; nothing of size T x S or T x blocks is ever held.
+query adds them up in the order of their ranks, those of its own block first. The backward pass walks the same tiles: dK
+and dV add up block by block, dQ through partial rows. Nothing is added atomically, so every run gives the same bits.
+One key head of one row of the batch is worked on at a time; nothing of size T x S or T x blocks is ever held.
 
 Numerics: scores, softmax and all sums in float32; partial results, probabilities and `ds` are rounded to the input
 dtype.
@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.moba import lists
-from pallas_kernels.moba.heads import join_groups, map_heads, split_groups
+from pallas_kernels.moba.heads import View, join_groups, map_heads, split_groups
 from pallas_kernels.moba.layout import Layout
 from pallas_kernels.moba.lists import BlockLists, Tiles
 
@@ -102,9 +102,8 @@ class Head(NamedTuple):
     blocks: Int[Array, "R ranks"]  # chosen candidates of the layout, -1 for none
 
     @classmethod
-    def of(cls, q: Array, k: Array, v: Array, blocks: Array) -> "Head":
-        """Of the arrays of a head that `heads.map_heads` picks."""
-        return cls(_rows(q), k, v, _rows(blocks))
+    def of(cls, q: View, k: View, v: View, blocks: View) -> "Head":
+        return cls(_rows(q.pick()), k.pick(), v.pick(), _rows(blocks.pick()))
 
 
 def _arrays(q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> dict[str, Array]:
@@ -251,7 +250,7 @@ class _Walk:
 
 
 def forward_head(
-    static: Static, start: Array, length: Array, *, out: Array, lse: Array, **arrays: Array
+    static: Static, start: Array, length: Array, *, out: View, lse: View, **arrays: View
 ) -> tuple[Array, Array]:
     """Output [T, G, Hv] and log-sum-exp [T, G], over what `out` and `lse` are of and the routed blocks."""
     head = Head.of(**arrays)
@@ -273,7 +272,7 @@ def forward_head(
     empty = jnp.zeros((num_places, head.v.shape[1]), head.q.dtype), jnp.full((num_places,), -jnp.inf, precise)
     parts, lses = jax.lax.fori_loop(0, walk.num_steps, visit, empty)
 
-    return combine(head.blocks, walk.tiles.place, parts, lses, out, lse)
+    return combine(head.blocks, walk.tiles.place, parts, lses, out.pick(), lse.pick())
 
 
 def combine(
@@ -328,35 +327,36 @@ def backward_head(
     start: Array,
     length: Array,
     *,
-    d_out: Array,
-    lse: Array,
-    delta: Array,
-    dq: Array,
-    dk: Array,
-    dv: Array,
-    **arrays: Array,
+    d_out: View,
+    lse: View,
+    delta: View,
+    dq: View,
+    dk: View,
+    dv: View,
+    **arrays: View,
 ) -> tuple[Array, Array, Array]:
     """`dq` [T, G, H], `dk` [S, H], `dv` [S, Hv] and the gradients of the routed blocks; `lse` inf is a weight of 0."""
     head = Head.of(**arrays)
-    d_out, lse, delta = (_rows(x) for x in (d_out, lse, delta))
+    of_rows, of_lse, of_delta = (_rows(x.pick()) for x in (d_out, lse, delta))
     # Rows without a routed block fill tiles up: zeroed by selection, whatever q and the cotangent hold there.
     takes_part = (head.blocks >= 0).any(axis=1, keepdims=True)
-    q, d_out = (jnp.where(takes_part, x, 0) for x in (head.q, d_out))
+    q, of_rows = (jnp.where(takes_part, x, 0) for x in (head.q, of_rows))
     walk = _Walk(static, start, length, head)
-    precise = lse.dtype
+    precise = of_lse.dtype
 
     def visit(index, state):
-        dq, dk, dv = state
+        dq_parts, dk_sums, dv_sums = state
         step = walk.step(index)
-        q_here, d_out_here = q[step.row], d_out[step.row]
-        p = jnp.exp(walk.scores(q_here, step) - lse[step.row][..., None])
+        q_here, d_out_here = q[step.row], of_rows[step.row]
+        p = jnp.exp(walk.scores(q_here, step) - of_lse[step.row][..., None])
         dp = jnp.einsum("LRV,LSV->LRS", d_out_here, step.v, preferred_element_type=precise)
-        ds = jnp.where(step.seen, p * (dp - delta[step.row][..., None]) * walk.scale, 0).astype(head.q.dtype)
+        ds = jnp.where(step.seen, p * (dp - of_delta[step.row][..., None]) * walk.scale, 0).astype(head.q.dtype)
         p = p.astype(head.q.dtype)
         dk_here = jnp.einsum("LRS,LRH->LSH", ds, q_here, preferred_element_type=precise)
         dv_here = jnp.einsum("LRS,LRV->LSV", p, d_out_here, preferred_element_type=precise)
-        dq = walk.put(dq, index, jnp.einsum("LRS,LSH->LRH", ds, step.k, preferred_element_type=precise))
-        return dq, _add_blocks(dk, step.block, dk_here), _add_blocks(dv, step.block, dv_here)
+        dq_here = jnp.einsum("LRS,LSH->LRH", ds, step.k, preferred_element_type=precise)
+        dq_parts = walk.put(dq_parts, index, dq_here)
+        return dq_parts, _add_blocks(dk_sums, step.block, dk_here), _add_blocks(dv_sums, step.block, dv_here)
 
     num_sums = start.shape[0] + walk.lanes
     dq_parts, dk_sums, dv_sums = jax.lax.fori_loop(
@@ -374,12 +374,13 @@ def backward_head(
         has_block, place = walk.per_pair(rank)
         return total + jnp.where(has_block[:, None], dq_parts[place].astype(precise), 0)
 
-    dq_rows = jax.lax.fori_loop(0, head.blocks.shape[1], add, _rows(dq).astype(precise))
-    dk, dv = (
-        add_to_keys(x, sums[: start.shape[0]], start, length, aligned=static.aligned)
+    own_dq = dq.pick()
+    dq_rows = jax.lax.fori_loop(0, head.blocks.shape[1], add, _rows(own_dq).astype(precise))
+    of_keys = (
+        add_to_keys(x.pick(), sums[: start.shape[0]], start, length, aligned=static.aligned)
         for x, sums in ((dk, dk_sums), (dv, dv_sums))
     )
-    return dq_rows.astype(dq.dtype).reshape(dq.shape), dk, dv
+    return dq_rows.astype(own_dq.dtype).reshape(own_dq.shape), *of_keys
 
 
 def add_to_keys(

@@ -56,10 +56,11 @@ def choose_all(
     group = num_heads // k.shape[2]
 
     def one_head(start, length, *, q, k, first, eligible, chosen):
-        means = centroids_at(k, start, length, block_size)
-        first, eligible = (jnp.repeat(x, group) for x in (first, eligible))
-        found = choose(q.reshape(num_queries * group, head_dim), means, first, eligible, ranks)
-        return (found.reshape(chosen.shape),)
+        del chosen  # nothing so far
+        means = centroids_at(k.pick(), start, length, block_size)
+        first, eligible = (jnp.repeat(x.pick(), group) for x in (first, eligible))
+        found = choose(q.pick().reshape(num_queries * group, head_dim), means, first, eligible, ranks)
+        return (found.reshape(num_queries, group, ranks),)
 
     per_head = (batch, num_queries, k.shape[2])
     first, eligible = (jnp.broadcast_to(x[..., None], per_head) for x in (layout.first, layout.eligible))

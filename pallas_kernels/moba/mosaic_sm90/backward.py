@@ -33,17 +33,19 @@ from pallas_kernels.moba.mosaic_sm90.attend import ROWS, TILE, WARPGROUPS
 STAGES = 3
 
 
-@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("num_pairs", "block_size", "scale", "interpret"))
 def query_gradients(
     q: Float[Array, "R H"],
     d_out: Float[Array, "R H"],
     stats: Float[Array, "2 slots"],
+    row: Int[Array, "slots"],
     pair: Int[Array, "slots"],
-    k: Float[Array, "C_keys H"],
-    v: Float[Array, "C_keys H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    head: Int[Array, "2"],
     block: Int[Array, "tiles"],
     *,
-    ranks: int,
+    num_pairs: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -60,12 +62,12 @@ def query_gradients(
         def _():
             @pl.when(warpgroup == 0)
             def _():
-                keys = pl.ds(block * block_size, block_size)
+                keys = (refs["head"][0], pl.ds(block * block_size, block_size), refs["head"][1])
                 plgpu.copy_gmem_to_smem(refs["k"].at[keys], k_smem, kv_ready.at[0])
                 plgpu.copy_gmem_to_smem(refs["v"].at[keys], v_smem, kv_ready.at[1])
 
             own = ((refs["q"], q_smem.at[warpgroup]), (refs["do"], do_smem.at[warpgroup]))
-            rows.start(refs["pair"].at[slots], *own, divisor=ranks, interpreted=interpreted)
+            rows.start(refs["row"].at[slots], *own, interpreted=interpreted)
             log2_sum_exp, delta = (
                 lax.broadcast_in_dim(
                     plgpu.load(refs["stats"].at[which, slots], layout=ROW, optimized=False), shape, [0]
@@ -94,7 +96,7 @@ def query_gradients(
     own, keys = (_matrices(dtype, *size, head_dim) for size in ((WARPGROUPS, ROWS), (block_size,)))
     return compat.kernel(
         moba_dq,
-        out_type=jax.ShapeDtypeStruct((q.shape[0] * ranks, head_dim), dtype),
+        out_type=jax.ShapeDtypeStruct((num_pairs, head_dim), dtype),
         grid=(num_tiles,),
         grid_names=("tile",),
         num_threads=WARPGROUPS,
@@ -108,20 +110,20 @@ def query_gradients(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )({"q": q, "do": d_out, "stats": stats, "pair": pair, "k": k, "v": v, "block": block})
+    )({"q": q, "do": d_out, "stats": stats, "row": row, "pair": pair, "k": k, "v": v, "head": head, "block": block})
 
 
-@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
 def key_gradients(
     q: Float[Array, "R H"],
     d_out: Float[Array, "R H"],
     stats: Float[Array, "2 slots"],
-    pair: Int[Array, "slots"],
-    k: Float[Array, "C_keys H"],
-    v: Float[Array, "C_keys H"],
+    row: Int[Array, "slots"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    head: Int[Array, "2"],
     pieces: Pieces,
     *,
-    ranks: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -138,7 +140,8 @@ def key_gradients(
         @pl.when(warpgroup < warpgroups)
         def compute():
             plgpu.set_max_registers(232, action="increase")
-            keys = pl.ds(refs["block"][piece] * block_size + warpgroup * ROWS, ROWS)
+            first_key = refs["block"][piece] * block_size + warpgroup * ROWS
+            keys = (refs["head"][0], pl.ds(first_key, ROWS), refs["head"][1])
             for name, ref in (("k", k_smem), ("v", v_smem)):
                 plgpu.copy_gmem_to_smem(refs[name].at[keys], ref.at[warpgroup], own_ready.at[warpgroup])
 
@@ -205,7 +208,7 @@ def key_gradients(
                 slots = pl.ds(first + i * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(refs["stats"].at[:, slots], stats_smem.at[slot], ready.at[slot])
                 copies = ((refs["q"], q_smem.at[slot]), (refs["do"], do_smem.at[slot]))
-                rows.start(refs["pair"].at[slots], *copies, divisor=ranks, interpreted=interpreted)
+                rows.start(refs["row"].at[slots], *copies, interpreted=interpreted)
 
                 @pl.when(i > 0)
                 def _():
@@ -248,9 +251,10 @@ def key_gradients(
             "q": q,
             "do": d_out,
             "stats": stats,
-            "pair": pair,
+            "row": row,
             "k": k,
             "v": v,
+            "head": head,
             "block": pieces.block,
             "first": pieces.first,
             "size": pieces.size,
