@@ -397,7 +397,8 @@ def add_to_keys(
         # Numbers are scattered and rows gathered, since a GPU gathers rows several times faster than it scatters them.
         source = jnp.full((num_keys,), keys.size).at[keys.reshape(-1)].set(jnp.arange(keys.size), mode="drop")
         rows = sums.reshape(keys.size, -1).at[source].get(mode="fill", fill_value=0)
-    return (x.astype(sums.dtype) + rows).astype(x.dtype)
+    precise = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(precise) + rows.astype(precise)).astype(x.dtype)
 
 
 def _add_blocks(sums: Array, block: Array, new: Array) -> Array:

@@ -198,7 +198,7 @@ def test_lowers_for_cuda():
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     text = gradients.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
-    assert all(f"moba_{name}" in text for name in ("select", "attend", "dq", "dk_dv"))
+    assert all(f"moba_{name}" in text for name in ("select", "attend", "dq", "dk_dv", "add_pieces"))
 
 
 @pytest.mark.slow

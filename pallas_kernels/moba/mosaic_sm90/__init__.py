@@ -223,15 +223,7 @@ def backward_head(
     ).reshape(*here.chosen.shape, -1)
     pieces = lists.pieces(here.lists, attend.TILE, here.block.shape[0], LONGEST_PIECE)
     parts = backward.key_gradients(*of_rows, *keys, pieces, **options)
-
-    def add(nth, sums):
-        piece = jnp.minimum(pieces.begin + nth, parts[0].shape[0] - 1)
-        has = (nth < pieces.per_block)[:, None, None]
-        return tuple(total + jnp.where(has, part[piece], 0) for total, part in zip(sums, parts, strict=True))
-
-    # Most lists are one piece, so the first is no addition.
-    sums = tuple(part[pieces.begin].astype(jnp.float32) for part in parts)
-    sums = jax.lax.fori_loop(1, pieces.per_block.max(), add, sums)
+    sums = backward.add_pieces(parts, pieces, interpret=interpret)
     own_dq = dq.pick()
     dq_rows = own_dq.reshape(len(here.chosen), -1).astype(jnp.float32)
     for rank in range(here.chosen.shape[1]):  # written out it is one operation
@@ -273,6 +265,13 @@ def compile_cases() -> Iterator[Any]:
             slots = array((tiles.shape[0] * attend.TILE,), jnp.int32)
             gradient = (rows, rows, array((2, *slots.shape), jnp.float32), slots)
             pieces = lists.Pieces(*of_pieces)
+            parts = array((32, block_size, head_dim), dtype)
+            yield CompileCase(
+                name=f"moba add pieces block={block_size} H={head_dim}",
+                function=backward.add_pieces,
+                avals=((parts, parts), pieces),
+                required=(),  # neither the tensor core nor the TMA has a part in it
+            )
             for name, function, avals, more in (
                 ("attend", attend.run, (rows, slots, slots, *keys, tiles), of_pairs),
                 ("dq", backward.query_gradients, (*gradient, slots, *keys, tiles), of_pairs),

@@ -11,6 +11,9 @@ queries of the piece 64 at a time; a warpgroup more makes the copies, those of a
 arrive. A list is one piece but for the longest ones, of
 blocks that most queries choose. Tiles are transposed, rows are keys: P^T and dS^T are the left operands, in registers.
 
+`add_pieces`: the sum of each block's pieces, in their order. One CTA per block, so that a block of many pieces costs
+what it has, and not a pass over all blocks for each of them.
+
 P and dS are rounded to the input dtype before their products, and so are the partial results.
 """
 
@@ -31,6 +34,7 @@ from pallas_kernels.moba.mosaic_sm90 import rows
 from pallas_kernels.moba.mosaic_sm90.attend import ROWS, TILE, WARPGROUPS
 
 STAGES = 3
+SHARE = 4096  # numbers of a piece that one CTA adds up, 32 of each array a thread; a divisor of every piece's
 
 
 @functools.partial(jax.jit, static_argnames=("num_pairs", "block_size", "scale", "interpret"))
@@ -260,6 +264,47 @@ def key_gradients(
             "size": pieces.size,
         }
     )
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def add_pieces(
+    parts: tuple[Float[Array, "pieces block H"], ...],
+    pieces: Pieces,
+    *,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "blocks block H"], ...]:
+    """Of each array the sums over the pieces of each block, in float32 and then rounded to its dtype."""
+    num_blocks, shape, dtype = pieces.begin.shape[0], parts[0].shape[1:], parts[0].dtype
+    size = shape[0] * shape[1]
+    layout = plgpu.Layout.WG_STRIDED((SHARE,), vec_size=16 // dtype.itemsize)
+
+    def moba_add_pieces(refs, *out_refs):
+        block, nth = lax.axis_index("block"), lax.axis_index("share")
+        first, count = refs["begin"][block], refs["per_block"][block]
+
+        def of(piece):
+            return pl.ds(piece * size + nth * SHARE, SHARE)
+
+        def load(piece):
+            found = (plgpu.load(ref.at[of(piece)], layout=layout, optimized=False) for ref in refs["parts"])
+            return tuple(x.astype(jnp.float32) for x in found)
+
+        def add(i, sums):
+            return tuple(total + x for total, x in zip(sums, load(first + i), strict=True))
+
+        for ref, total in zip(out_refs, lax.fori_loop(1, count, add, load(first)), strict=True):
+            ref[of(block)] = total.astype(dtype)
+
+    sums = compat.kernel(
+        moba_add_pieces,
+        out_type=tuple(jax.ShapeDtypeStruct((num_blocks * size,), dtype) for _ in parts),
+        grid=(num_blocks, size // SHARE),
+        grid_names=("block", "share"),
+        num_threads=1,
+        thread_name="warpgroup",
+        interpret=interpret,
+    )({"parts": tuple(x.reshape(-1) for x in parts), "begin": pieces.begin, "per_block": pieces.per_block})
+    return tuple(x.reshape(num_blocks, *shape) for x in sums)
 
 
 def _matrices(dtype: Any, *shape: int) -> Any:
