@@ -63,6 +63,7 @@ QUICK = (
     "moba attend block=128 H=128",
     "moba dq block=128 H=128",
     "moba dk dv block=128 H=128",
+    "moba add pieces block=128 H=128",
     "rotation M=8 I=4096 groups of 128 x3 float16",
     "w4a16 M=1 4096x4096 groups of 128 float16 zeros to float32",
     "w4a16 M=64 4096x4096 groups of 128 float16 zeros to float32",

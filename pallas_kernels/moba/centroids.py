@@ -48,19 +48,26 @@ def block_centroids(
 def centroids_of_all(
     k: Float[Array, "B S K H"], start: Int[Array, "B C"], length: Int[Array, "B C"], block_size: int
 ) -> Float[Array, "B C K H"]:
-    """`centroids_at` for every row and head."""
-    per_head = jax.vmap(centroids_at, in_axes=(1, None, None, None), out_axes=1)
-    return jax.vmap(per_head, in_axes=(0, 0, 0, None))(k, start, length, block_size)
+    """`centroids_at` for every row."""
+    return jax.vmap(centroids_at, in_axes=(0, 0, 0, None))(k, start, length, block_size)
 
 
 def centroids_at(
-    k: Float[Array, "S H"], start: Int[Array, "C"], length: Int[Array, "C"], block_size: int
-) -> Float[Array, "C H"]:
-    """Mean of `length` keys from each `start` on, for one head; 0 where the length is 0."""
-    offset = jnp.arange(block_size, dtype=jnp.int32)
-    keys = k.at[start[:, None] + offset].get(mode="clip").astype(jnp.promote_types(k.dtype, jnp.float32))
-    total = jnp.where((offset < length[:, None])[..., None], keys, 0).sum(axis=1)
-    return (total / jnp.maximum(length, 1)[:, None]).astype(k.dtype)
+    k: Float[Array, "S *K H"], start: Int[Array, "C"], length: Int[Array, "C"], block_size: int
+) -> Float[Array, "C *K H"]:
+    """Mean of `length` keys from each `start` on, of one head or of all; 0 where the length is 0."""
+    size, heads = min(block_size, k.shape[0]), range(1, k.ndim)
+
+    def total(start, length):
+        # A slice of neighbours, unlike a gather, is summed where it lies: no float32 copy of all keys is written.
+        begin = jnp.minimum(start, k.shape[0] - size)
+        index = begin + jnp.arange(size, dtype=jnp.int32)
+        is_real = jnp.expand_dims((index >= start) & (index < start + length), heads)
+        keys = jax.lax.dynamic_slice_in_dim(k, begin, size)
+        return jnp.where(is_real, keys, 0).sum(axis=0, dtype=jnp.promote_types(k.dtype, jnp.float32))
+
+    sums = jax.vmap(total)(start, length)
+    return (sums / jnp.expand_dims(jnp.maximum(length, 1), heads)).astype(k.dtype)
 
 
 class CentroidCache(NamedTuple):

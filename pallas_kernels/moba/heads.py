@@ -1,55 +1,69 @@
 """One key head of one row of the batch at a time, in bounded memory; cut by rows and key heads over several devices."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from pallas_kernels import partitioning
 from pallas_kernels.moba.layout import Layout
 
 
-def map_heads(one_head: Callable[..., Any], layout: Layout, arrays: dict[str, Array]) -> tuple[Array, ...]:
-    """`one_head(block_start [C], block_length [C], **arrays of a head [L, ...])` -> arrays [L, ...], for every head.
+class View(NamedTuple):
+    """One key head of one row of the batch, in an array of all of them [B, L, K, ...]."""
 
-    `arrays` and results are [B, L, K, ...], each with an L of its own. They are sliced and written in place: no
-    transposed copy of all heads is made. No derivatives.
+    array: Array
+    row: Int[Array, ""]
+    head: Int[Array, ""]
+
+    def pick(self) -> Array:
+        """A copy, [L, ...]."""
+        return jnp.squeeze(jax.lax.dynamic_slice(self.array, self._begin, self._size), (0, 2))
+
+    def put(self, x: Array) -> Array:
+        """The array of all heads with `x` [L, ...] in this place."""
+        return jax.lax.dynamic_update_slice(self.array, jnp.expand_dims(x, (0, 2)), self._begin)
+
+    @property
+    def _begin(self) -> tuple[Any, ...]:
+        return self.row, 0, self.head, *(0,) * (self.array.ndim - 3)
+
+    @property
+    def _size(self) -> tuple[int, ...]:
+        return 1, self.array.shape[1], 1, *self.array.shape[3:]
+
+
+def map_heads(
+    one_head: Callable[..., tuple[Array, ...]], layout: Layout, arrays: dict[str, Array], results: dict[str, Array]
+) -> tuple[Array, ...]:
+    """`one_head(block_start [C], block_length [C], **views of arrays and results)` -> results [L, ...], for all heads.
+
+    `arrays` and `results` are [B, L, K, ...], each with an L of its own. A head is given what its results hold so far
+    and returns what they shall hold, in their order. They are read and written in place: no transposed copy of all
+    heads is made, and none of results that nothing else reads. No derivatives.
     """
 
-    def all_heads(start: Array, length: Array, **arrays: Array) -> tuple[Array, ...]:
-        num_rows, _, num_heads = next(iter(arrays.values())).shape[:3]
+    def all_heads(start: Array, length: Array, **operands: Array) -> tuple[Array, ...]:
+        num_rows, _, num_heads = operands[next(iter(results))].shape[:3]
 
-        def of(index):
+        def visit(index, found):
             row, head = index // num_heads, index % num_heads
+            arrays = operands | dict(zip(results, found, strict=True))
+            views = {name: View(x, row, head) for name, x in arrays.items()}
+            new = one_head(start[row], length[row], **views)
+            return tuple(views[name].put(x) for name, x in zip(results, new, strict=True))
 
-            def pick(x):
-                return jnp.squeeze(jax.lax.dynamic_slice(x, *_window(x, row, head)), (0, 2))
+        return jax.lax.fori_loop(0, num_rows * num_heads, visit, tuple(operands[name] for name in results))
 
-            return one_head(start[row], length[row], **{name: pick(x) for name, x in arrays.items()})
-
-        def visit(index, results):
-            row, head = index // num_heads, index % num_heads
-            new = (jnp.expand_dims(x, (0, 2)) for x in of(index))
-            return tuple(
-                jax.lax.dynamic_update_slice(x, here, _window(x, row, head)[0])
-                for x, here in zip(results, new, strict=True)
-            )
-
-        shapes = jax.eval_shape(of, jnp.int32(0))
-        results = (jnp.zeros((num_rows, x.shape[0], num_heads, *x.shape[1:]), x.dtype) for x in shapes)
-        return jax.lax.fori_loop(0, num_rows * num_heads, visit, tuple(results))
-
-    operands = {"start": layout.block_start, "length": layout.block_length, **arrays}
-    if layout.block_start.shape[0] == 0:  # no row to slice: one of zeros instead, and none of its results
-        some = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in operands.items()}
-        return tuple(x[:0] for x in all_heads(**some))
-    shapes = jax.eval_shape(all_heads, **operands)
-    results = {f"result{i}": x for i, x in enumerate(shapes)}
-    axes = {name: _axes(name, x.ndim) for name, x in (arrays | results).items()}
+    if layout.block_start.shape[0] == 0:  # no row to slice
+        return tuple(results.values())
+    operands = {"start": layout.block_start, "length": layout.block_length, **arrays, **results}
+    written = {f"new_{name}": x for name, x in results.items()}
+    axes = {name: _axes(name, x.ndim) for name, x in (arrays | results | written).items()}
     axes |= {name: f"b {name}0" for name in ("start", "length")}
-    return partitioning.cut(all_heads, operands, axes=axes, results=list(results), group=1)
+    return partitioning.cut(all_heads, operands, axes=axes, results=list(written), group=1)
 
 
 def split_groups(x: Array, k: Array) -> Array:
@@ -61,11 +75,6 @@ def split_groups(x: Array, k: Array) -> Array:
 def join_groups(x: Array) -> Array:
     """[B, T, K, G, ...] -> [B, T, N, ...]."""
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
-
-
-def _window(x: Array, row: Array, head: Array) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Where one head of [B, L, K, ...] begins, and its size."""
-    return (row, 0, head, *(0,) * (x.ndim - 3)), (1, x.shape[1], 1, *x.shape[3:])
 
 
 def _axes(name: str, ndim: int) -> str:

@@ -1,10 +1,10 @@
-"""Attention of queries to the whole blocks that they chose, block-major, both directions.
+"""Attention of queries to the whole blocks that they chose, added to attention to their own blocks; both directions.
 
 The queries that chose a block are gathered into tiles of rows, which share its keys and values; all query heads of a
 key head are rows of the same lists. Every (query, rank) pair gets a partial result of its own, written once, and a
-query adds up its partials in the order of their ranks. The backward pass walks the same tiles: dK and dV add up block
-by block, dQ through partial rows. Nothing is added atomically, so every run gives the same bits. One key head of one
-row of the batch is worked on at a time; nothing of size T x S or T x blocks is ever held.
+query adds them up in the order of their ranks, those of its own block first. The backward pass walks the same tiles: dK
+and dV add up block by block, dQ through partial rows. Nothing is added atomically, so every run gives the same bits.
+One key head of one row of the batch is worked on at a time; nothing of size T x S or T x blocks is ever held.
 
 Numerics: scores, softmax and all sums in float32; partial results, probabilities and `ds` are rounded to the input
 dtype.
@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.moba import lists
-from pallas_kernels.moba.heads import join_groups, map_heads, split_groups
+from pallas_kernels.moba.heads import View, join_groups, map_heads, split_groups
 from pallas_kernels.moba.layout import Layout
 from pallas_kernels.moba.lists import BlockLists, Tiles
 
@@ -53,12 +53,18 @@ def attend(
     *,
     block_size: int,
     scale: float,
+    own: "Own | None" = None,
+    own_operands: tuple[Array, ...] = (),
     tiling: Tiling | None = None,
     forward: "OfHead | None" = None,
     backward: "OfHead | None" = None,
     aligned: bool = False,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
     """Output and log-sum-exp over all keys of the candidates `indices`, counted from each query's first; -1 is none.
+
+    `own(q, k, v, *own_operands)` attends to other keys than those, of queries' own blocks, and returns output and
+    log-sum-exp [B, N, T]; these are part of the softmax. The sums begin with its results and gradients, in the memory
+    that holds them.
 
     `ranks` is at least 1, and so is the number of candidates of the layout. `forward` and
     `backward` do the work of one head, `forward_head` and `backward_head` unless others are given. `aligned` promises
@@ -67,10 +73,13 @@ def attend(
     if tiling is None:
         num_pairs = math.prod(indices.shape[1:]) // k.shape[2]
         tiling = default_tiling(num_pairs, layout.block_start.shape[1], block_size, jax.default_backend())
-    static = Static(block_size, scale, tiling, forward or forward_head, backward or backward_head, aligned)
-    return _routed(static, q, k, v, layout, indices)
+    static = Static(
+        block_size, scale, tiling, own or _nothing, forward or forward_head, backward or backward_head, aligned
+    )
+    return _routed(static, q, k, v, layout, indices, own_operands)
 
 
+Own = Callable[..., tuple[Array, Array]]
 OfHead = Callable[..., tuple[Array, ...]]
 
 
@@ -78,6 +87,7 @@ class Static(NamedTuple):
     block_size: int
     scale: float
     tiling: Tiling
+    own: Own
     forward: OfHead
     backward: OfHead
     aligned: bool
@@ -92,9 +102,8 @@ class Head(NamedTuple):
     blocks: Int[Array, "R ranks"]  # chosen candidates of the layout, -1 for none
 
     @classmethod
-    def of(cls, q: Array, k: Array, v: Array, blocks: Array) -> "Head":
-        """Of the arrays of a head that `heads.map_heads` picks."""
-        return cls(_rows(q), k, v, _rows(blocks))
+    def of(cls, q: View, k: View, v: View, blocks: View) -> "Head":
+        return cls(_rows(q.pick()), k.pick(), v.pick(), _rows(blocks.pick()))
 
 
 def _arrays(q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> dict[str, Array]:
@@ -108,37 +117,67 @@ def _rows(x: Array) -> Array:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
+def _nothing(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """Attention to no key."""
+    batch, num_queries, num_heads, _ = q.shape
+    lse = jnp.full((batch, num_heads, num_queries), -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+    return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), lse
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed(static: Static, q: Array, k: Array, v: Array, layout: Layout, indices: Array) -> tuple[Array, Array]:
-    """Output [B, T, N, Hv] and log-sum-exp [B, N, T] over whole candidate blocks."""
-    out, lse = map_heads(functools.partial(static.forward, static), layout, _arrays(q, k, v, layout, indices))
+def _routed(static: Static, q: Array, k: Array, v: Array, layout: Layout, indices: Array, own_operands):
+    """Output [B, T, N, Hv] and log-sum-exp [B, N, T] over own and chosen blocks."""
+    return _add_routed(static, q, k, v, layout, indices, *static.own(q, k, v, *own_operands))
+
+
+def _add_routed(static: Static, q, k, v, layout, indices, own_out, own_lse) -> tuple[Array, Array]:
+    results = {"out": split_groups(own_out, k), "lse": split_groups(jnp.swapaxes(own_lse, 1, 2), k)}
+    out, lse = map_heads(functools.partial(static.forward, static), layout, _arrays(q, k, v, layout, indices), results)
     return join_groups(out), jnp.swapaxes(join_groups(lse), 1, 2)
 
 
-def _routed_fwd(static, q, k, v, layout, indices):
+def _routed_fwd(static, q, k, v, layout, indices, own_operands):
+    own, pull_own = jax.vjp(lambda q, k, v: static.own(q, k, v, *own_operands), q, k, v)
     # A rematerialisation policy that keeps "attention" then need not run the forward pass again.
-    out, lse = jax.tree.map(lambda x: checkpoint_name(x, "attention"), _routed(static, q, k, v, layout, indices))
-    return (out, lse), (q, k, v, layout, indices, out, lse)
+    name = functools.partial(jax.tree.map, lambda x: checkpoint_name(x, "attention"))
+    own = name(own)
+    out, lse = name(_add_routed(static, q, k, v, layout, indices, *own))
+    return (out, lse), (q, k, v, layout, indices, own, pull_own, out, lse)
 
 
 def _routed_bwd(static, residuals, cotangents):
-    return *_first_order(static, *residuals, *cotangents), None, None
+    q, k, v, layout, indices, own, pull_own, out, lse = residuals
+    d_out, d_lse = cotangents
+    of_own = pull_own(_own_cotangents(*own, out, lse, d_out, d_lse))
+    return *_first_order(static, q, k, v, layout, indices, out, lse, d_out, d_lse, *of_own), None, None, None
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd)
 
 
+def _own_cotangents(own_out, own_lse, out, lse, d_out, d_lse) -> tuple[Array, Array]:
+    """Of the results for own blocks, whose share of the softmax is exp(own_lse - lse)."""
+    share = jnp.where(own_lse == -jnp.inf, 0.0, jnp.exp(own_lse - lse))
+    of_queries = jnp.swapaxes(share, 1, 2)[..., None]
+    gain = (d_out.astype(lse.dtype) * (own_out.astype(lse.dtype) - out.astype(lse.dtype))).sum(axis=-1)
+    d_own_lse = share * (jnp.swapaxes(gain, 1, 2) + d_lse)
+    d_own_out = (of_queries * d_out).astype(own_out.dtype)
+    # By selection: what sees nothing may have any cotangent.
+    return jnp.where(of_queries == 0.0, 0, d_own_out), jnp.where(share == 0.0, 0.0, d_own_lse)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _first_order(static: Static, q, k, v, layout, indices, out, lse, d_out, d_lse):
+def _first_order(static: Static, q, k, v, layout, indices, out, lse, d_out, d_lse, *of_own):
+    """Gradients, to which those of own blocks `of_own` are added."""
     lse, d_lse = (jnp.swapaxes(x, 1, 2) for x in (lse, d_lse))
     empty = lse == -jnp.inf
-    # Queries without a routed block take no part: zeroed by selection, whatever q and the cotangent hold there.
-    q, d_out = (jnp.where(empty[..., None], 0, x) for x in (q, d_out))
     # d score = p * (dp - delta): softmax's own correction, and the part that goes through the log-sum-exp.
     delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1) - d_lse
     of_rows = {"d_out": d_out, "lse": jnp.where(empty, jnp.inf, lse), "delta": jnp.where(empty, 0.0, delta)}
     arrays = _arrays(q, k, v, layout, indices) | {name: split_groups(x, k) for name, x in of_rows.items()}
-    dq, dk, dv = map_heads(functools.partial(static.backward, static), layout, arrays)
+    dq, dk, dv = of_own
+    results = {"dq": split_groups(dq, k), "dk": dk, "dv": dv}
+    dq, dk, dv = map_heads(functools.partial(static.backward, static), layout, arrays, results)
     return join_groups(dq), dk, dv
 
 
@@ -210,9 +249,11 @@ class _Walk:
         return self.head.blocks[:, rank] >= 0, place[:, rank]
 
 
-def forward_head(static: Static, start: Array, length: Array, **arrays: Array) -> tuple[Array, Array]:
-    """Output [T, G, Hv] and log-sum-exp [T, G]."""
-    head, grid = Head.of(**arrays), arrays["q"].shape[:2]
+def forward_head(
+    static: Static, start: Array, length: Array, *, out: View, lse: View, **arrays: View
+) -> tuple[Array, Array]:
+    """Output [T, G, Hv] and log-sum-exp [T, G], over what `out` and `lse` are of and the routed blocks."""
+    head = Head.of(**arrays)
     walk = _Walk(static, start, length, head)
     precise = jnp.promote_types(head.q.dtype, jnp.float32)
 
@@ -223,15 +264,15 @@ def forward_head(static: Static, start: Array, length: Array, **arrays: Array) -
         weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top))
         total = weights.sum(axis=-1)
         some = jnp.where(total == 0.0, 1.0, total)
-        out = jnp.einsum("LRS,LSV->LRV", weights.astype(step.v.dtype), step.v, preferred_element_type=precise)
-        lse = jnp.where(total == 0.0, -jnp.inf, jnp.log(some) + top[..., 0])
-        return walk.put(state[0], index, out / some[..., None]), walk.put(state[1], index, lse)
+        part = jnp.einsum("LRS,LSV->LRV", weights.astype(step.v.dtype), step.v, preferred_element_type=precise)
+        part_lse = jnp.where(total == 0.0, -jnp.inf, jnp.log(some) + top[..., 0])
+        return walk.put(state[0], index, part / some[..., None]), walk.put(state[1], index, part_lse)
 
     num_places = walk.num_tiles * walk.rows
     empty = jnp.zeros((num_places, head.v.shape[1]), head.q.dtype), jnp.full((num_places,), -jnp.inf, precise)
     parts, lses = jax.lax.fori_loop(0, walk.num_steps, visit, empty)
 
-    return combine(head.blocks, walk.tiles.place, parts, lses, grid)
+    return combine(head.blocks, walk.tiles.place, parts, lses, out.pick(), lse.pick())
 
 
 def combine(
@@ -239,11 +280,12 @@ def combine(
     place: Int[Array, "pairs"] | None,
     parts: Float[Array, "slots Hv"],
     lses: Float[Array, "slots"],
-    grid: tuple[int, ...],
+    own_out: Float[Array, "T G Hv"],
+    own_lse: Float[Array, "T G"],
     *,
     unroll: bool = False,
 ) -> tuple[Float[Array, "T G Hv"], Float[Array, "T G"]]:
-    """Adds up the partial results of each row in the order of its ranks.
+    """Adds the partial results of each row, in the order of its ranks, to those of its own block.
 
     `place` says where those of a pair are; None: in the order row * ranks + rank. What stands in a slot of no pair is
     never read. `unroll` makes one operation of the sum.
@@ -262,46 +304,62 @@ def combine(
             return parts[at[:, rank]]
 
     has_block, precise = blocks >= 0, lses.dtype
+    of_own = _rows(own_lse)
     lse_of = jnp.where(has_block, lses, -jnp.inf)
-    top = lse_of.max(axis=1)
-    weights = jnp.exp(lse_of - jnp.where(top == -jnp.inf, 0.0, top)[:, None])
-    total = weights.sum(axis=1)
+    top = jnp.maximum(lse_of.max(axis=1), of_own)
+    top = jnp.where(top == -jnp.inf, 0.0, top)
+    of_own, weights = jnp.exp(of_own - top), jnp.exp(lse_of - top[:, None])
+    total = of_own + weights.sum(axis=1)
     some = jnp.where(total == 0.0, 1.0, total)
     shares = weights / some[:, None]
 
     def add(rank, out):
         return out + jnp.where(has_block[:, rank][:, None], shares[:, rank][:, None] * part(rank), 0)
 
-    out = jnp.zeros((blocks.shape[0], parts.shape[1]), precise)
+    out = (of_own / some)[:, None] * _rows(own_out).astype(precise)
     out = jax.lax.fori_loop(0, ranks, add, out, unroll=unroll or None)
     lse = jnp.where(total == 0.0, -jnp.inf, jnp.log(some) + top)
-    return out.astype(parts.dtype).reshape(*grid, -1), lse.reshape(grid)
+    return out.astype(own_out.dtype).reshape(own_out.shape), lse.reshape(own_lse.shape)
 
 
 def backward_head(
-    static: Static, start: Array, length: Array, *, d_out: Array, lse: Array, delta: Array, **arrays: Array
+    static: Static,
+    start: Array,
+    length: Array,
+    *,
+    d_out: View,
+    lse: View,
+    delta: View,
+    dq: View,
+    dk: View,
+    dv: View,
+    **arrays: View,
 ) -> tuple[Array, Array, Array]:
-    """dq [T, G, H], dk [S, H], dv [S, Hv]; `lse` is inf for rows that take no part."""
+    """`dq` [T, G, H], `dk` [S, H], `dv` [S, Hv] and the gradients of the routed blocks; `lse` inf is a weight of 0."""
     head = Head.of(**arrays)
-    d_out, lse, delta = (_rows(x) for x in (d_out, lse, delta))
+    of_rows, of_lse, of_delta = (_rows(x.pick()) for x in (d_out, lse, delta))
+    # Rows without a routed block fill tiles up: zeroed by selection, whatever q and the cotangent hold there.
+    takes_part = (head.blocks >= 0).any(axis=1, keepdims=True)
+    q, of_rows = (jnp.where(takes_part, x, 0) for x in (head.q, of_rows))
     walk = _Walk(static, start, length, head)
-    precise = lse.dtype
+    precise = of_lse.dtype
 
     def visit(index, state):
-        dq, dk, dv = state
+        dq_parts, dk_sums, dv_sums = state
         step = walk.step(index)
-        q_here, d_out_here = head.q[step.row], d_out[step.row]
-        p = jnp.exp(walk.scores(q_here, step) - lse[step.row][..., None])
+        q_here, d_out_here = q[step.row], of_rows[step.row]
+        p = jnp.exp(walk.scores(q_here, step) - of_lse[step.row][..., None])
         dp = jnp.einsum("LRV,LSV->LRS", d_out_here, step.v, preferred_element_type=precise)
-        ds = jnp.where(step.seen, p * (dp - delta[step.row][..., None]) * walk.scale, 0).astype(head.q.dtype)
+        ds = jnp.where(step.seen, p * (dp - of_delta[step.row][..., None]) * walk.scale, 0).astype(head.q.dtype)
         p = p.astype(head.q.dtype)
         dk_here = jnp.einsum("LRS,LRH->LSH", ds, q_here, preferred_element_type=precise)
         dv_here = jnp.einsum("LRS,LRV->LSV", p, d_out_here, preferred_element_type=precise)
-        dq = walk.put(dq, index, jnp.einsum("LRS,LSH->LRH", ds, step.k, preferred_element_type=precise))
-        return dq, _add_blocks(dk, step.block, dk_here), _add_blocks(dv, step.block, dv_here)
+        dq_here = jnp.einsum("LRS,LSH->LRH", ds, step.k, preferred_element_type=precise)
+        dq_parts = walk.put(dq_parts, index, dq_here)
+        return dq_parts, _add_blocks(dk_sums, step.block, dk_here), _add_blocks(dv_sums, step.block, dv_here)
 
     num_sums = start.shape[0] + walk.lanes
-    dq, dk, dv = jax.lax.fori_loop(
+    dq_parts, dk_sums, dv_sums = jax.lax.fori_loop(
         0,
         walk.num_steps,
         visit,
@@ -314,27 +372,33 @@ def backward_head(
 
     def add(rank, total):
         has_block, place = walk.per_pair(rank)
-        return total + jnp.where(has_block[:, None], dq[place].astype(precise), 0)
+        return total + jnp.where(has_block[:, None], dq_parts[place].astype(precise), 0)
 
-    dq_rows = jax.lax.fori_loop(0, head.blocks.shape[1], add, jnp.zeros(head.q.shape, precise))
-    sums = (dk[: start.shape[0]], head.k), (dv[: start.shape[0]], head.v)
-    dk, dv = (to_keys(x, start, length, like, aligned=static.aligned) for x, like in sums)
-    return dq_rows.astype(head.q.dtype).reshape(arrays["q"].shape), dk, dv
+    own_dq = dq.pick()
+    dq_rows = jax.lax.fori_loop(0, head.blocks.shape[1], add, _rows(own_dq).astype(precise))
+    of_keys = (
+        add_to_keys(x.pick(), sums[: start.shape[0]], start, length, aligned=static.aligned)
+        for x, sums in ((dk, dk_sums), (dv, dv_sums))
+    )
+    return dq_rows.astype(own_dq.dtype).reshape(own_dq.shape), *of_keys
 
 
-def to_keys(
-    x: Float[Array, "C keys H"], start: Array, length: Array, like: Float[Array, "S H"], *, aligned: bool
+def add_to_keys(
+    x: Float[Array, "S H"], sums: Float[Array, "C keys H"], start: Array, length: Array, *, aligned: bool
 ) -> Float[Array, "S H"]:
-    """Sums of candidates as rows of all keys, 0 where there is no candidate; every key lies in at most one."""
-    num_keys = like.shape[0]
+    """`x`, rows of all keys, and the sums of the candidates; every key lies in at most one."""
+    num_keys = x.shape[0]
     if aligned:
-        rows = x.reshape(-1, x.shape[2])[:num_keys].astype(like.dtype)
-        return jnp.pad(rows, ((0, num_keys - rows.shape[0]), (0, 0)))
-    offset = jnp.arange(x.shape[1])
-    keys = jnp.where(offset < length[:, None], start[:, None] + offset, like.shape[0])  # beyond the end: dropped
-    # Numbers are scattered and rows gathered, since a GPU gathers rows several times faster than it scatters them.
-    source = jnp.full(like.shape[:1], keys.size).at[keys.reshape(-1)].set(jnp.arange(keys.size), mode="drop")
-    return x.reshape(keys.size, -1).at[source].get(mode="fill", fill_value=0).astype(like.dtype)
+        rows = sums.reshape(-1, sums.shape[2])[:num_keys]
+        rows = jnp.pad(rows, ((0, num_keys - rows.shape[0]), (0, 0)))
+    else:
+        offset = jnp.arange(sums.shape[1])
+        keys = jnp.where(offset < length[:, None], start[:, None] + offset, num_keys)  # beyond the end: dropped
+        # Numbers are scattered and rows gathered, since a GPU gathers rows several times faster than it scatters them.
+        source = jnp.full((num_keys,), keys.size).at[keys.reshape(-1)].set(jnp.arange(keys.size), mode="drop")
+        rows = sums.reshape(keys.size, -1).at[source].get(mode="fill", fill_value=0)
+    precise = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(precise) + rows.astype(precise)).astype(x.dtype)
 
 
 def _add_blocks(sums: Array, block: Array, new: Array) -> Array:

@@ -55,16 +55,18 @@ def choose_all(
     batch, num_queries, num_heads, head_dim = q.shape
     group = num_heads // k.shape[2]
 
-    def one_head(start, length, *, q, k, first, eligible):
-        means = centroids_at(k, start, length, block_size)
-        first, eligible = (jnp.repeat(x, group) for x in (first, eligible))
-        chosen = choose(q.reshape(num_queries * group, head_dim), means, first, eligible, ranks)
-        return (chosen.reshape(num_queries, group, ranks),)
+    def one_head(start, length, *, q, k, first, eligible, chosen):
+        del chosen  # nothing so far
+        means = centroids_at(k.pick(), start, length, block_size)
+        first, eligible = (jnp.repeat(x.pick(), group) for x in (first, eligible))
+        found = choose(q.pick().reshape(num_queries * group, head_dim), means, first, eligible, ranks)
+        return (found.reshape(num_queries, group, ranks),)
 
     per_head = (batch, num_queries, k.shape[2])
     first, eligible = (jnp.broadcast_to(x[..., None], per_head) for x in (layout.first, layout.eligible))
     arrays = {"q": split_groups(q, k), "k": k, "first": first, "eligible": eligible}
-    return join_groups(*map_heads(one_head, layout, arrays))
+    chosen = jnp.zeros((*per_head, group, ranks), jnp.int32)
+    return join_groups(*map_heads(one_head, layout, arrays, {"chosen": chosen}))
 
 
 def choose(

@@ -1,6 +1,8 @@
-"""Portable block-routed attention: routing, the own block by `flash_attention`, the others by `routed.py`."""
+"""Portable block-routed attention: routing, the own block by `flash_attention`, the others added by `routed.py`."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,37 +74,28 @@ def run(
     indices = routing.select(q, k, layout, block_size=block_size, top_k=top_k, causal=causal, choose=choose)
     num_blocks = layout.block_start.shape[1]
     others = indices[..., int(causal) :][..., :num_blocks]
-    parts = []
+    own: routed.Own | None = None
+    operands: tuple[Array, ...] = ()
     if causal:
-        own = functools.partial(flash_attention, scale=scale, return_lse=True, implementation=own_implementation)
+        flash = functools.partial(flash_attention, scale=scale, return_lse=True, implementation=own_implementation)
         if segments is None:
             at_once = None if own_implementation == "mosaic" else 2**22  # a kernel holds no scores
-            parts.append(_own_blocks(own, q, k, v, block_size, at_once))
+            own = functools.partial(_own_blocks, flash, block_size, at_once)
         else:
-            parts.append(_own_blocks_of_segments(own, q, k, v, layout, segments, block_size))
-    if others.shape[3]:
-        attend = functools.partial(routed.attend, tiling=tiling, forward=forward, backward=backward)
-        aligned = segments is None
-        parts.append(attend(q, k, v, layout, others, block_size=block_size, scale=scale, aligned=aligned))
-    out, lse = parts[0] if len(parts) == 1 else merge(*parts)
-    return out, lse, indices
+            own = functools.partial(_own_blocks_of_segments, flash, block_size)
+            operands = layouts.own_blocks(layout, *segments, block_size)
+            if segments[0] is not segments[1]:  # else every real query stands at its own index
+                operands += (layout.key,)
+        if not others.shape[3]:
+            return *own(q, k, v, *operands), indices
+    options: dict[str, Any] = {"tiling": tiling, "forward": forward, "backward": backward, "aligned": segments is None}
+    options |= {"own": own, "own_operands": operands, "block_size": block_size, "scale": scale}
+    return *routed.attend(q, k, v, layout, others, **options), indices
 
 
-def merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Attention over the union of two disjoint sets of keys, from outputs [B, T, N, H] and log-sum-exps [B, N, T]."""
-    lse = jnp.stack([a[1], b[1]])
-    top = jax.lax.stop_gradient(lse.max(axis=0))
-    top = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp(lse - top)
-    total = weights.sum(axis=0)
-    empty = total == 0.0
-    total = jnp.where(empty, 1.0, total)
-    share = jnp.swapaxes(weights / total, 2, 3)[..., None]
-    out = share[0] * a[0] + share[1] * b[0]
-    return out.astype(a[0].dtype), jnp.where(empty, -jnp.inf, jnp.log(total) + top)
-
-
-def _own_blocks(own, q: Array, k: Array, v: Array, block_size: int, scores_at_once: int | None) -> tuple[Array, Array]:
+def _own_blocks(
+    flash: Callable[..., Any], block_size: int, scores_at_once: int | None, q: Array, k: Array, v: Array
+) -> tuple[Array, Array]:
     """Causal attention inside each block, the blocks of one sequence as rows of a batch."""
     batch, num_queries, num_heads, _ = q.shape
     num_keys = k.shape[1]
@@ -123,9 +116,9 @@ def _own_blocks(own, q: Array, k: Array, v: Array, block_size: int, scores_at_on
 
     chunks = (cut(q, shift), cut(k[:, begin:], 0), cut(v[:, begin:], 0))
     if num_chunks == 1:
-        out, lse = jax.tree.map(lambda x: x[None], own(*(x[0] for x in chunks), mask=Causal()))
+        out, lse = jax.tree.map(lambda x: x[None], flash(*(x[0] for x in chunks), mask=Causal()))
     else:
-        out, lse = jax.lax.map(lambda x: own(*x, mask=Causal()), chunks)
+        out, lse = jax.lax.map(lambda x: flash(*x, mask=Causal()), chunks)
     lse = jnp.swapaxes(lse, 2, 3)
 
     def join(x, empty):
@@ -139,21 +132,30 @@ def _own_blocks(own, q: Array, k: Array, v: Array, block_size: int, scores_at_on
 
 
 def _own_blocks_of_segments(
-    own, q: Array, k: Array, v: Array, layout: Layout, segments: tuple[Array, Array], block_size: int
+    flash: Callable[..., Any],
+    block_size: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_blocks: Int[Array, "B T"],
+    k_blocks: Int[Array, "B S"],
+    key: Int[Array, "B T"] | None = None,
 ) -> tuple[Array, Array]:
-    """The same where blocks begin anywhere: a window of one block, with the blocks as segments."""
-    q_blocks, k_blocks = layouts.own_blocks(layout, *segments, block_size)
+    """The same where blocks begin anywhere: a window of one block, with the blocks as segments.
+
+    `key` is that at each query's position, of the same index unless given; negative sees nothing.
+    """
     window = SlidingWindow(block_size)
-    if segments[0] is segments[1]:  # every real query stands at its own index
-        return own(q, k, v, mask=window, segment_ids=(q_blocks, k_blocks))
+    if key is None:
+        return flash(q, k, v, mask=window, segment_ids=(q_blocks, k_blocks))
     # Queries move to the index of the key at their position, and back.
     num_queries, num_keys = q.shape[1], k.shape[1]
-    to_key = jnp.where(layout.key >= 0, layout.key, num_keys)
+    to_key = jnp.where(key >= 0, key, num_keys)
     query = jnp.arange(num_queries, dtype=jnp.int32)
     at_key = jax.vmap(lambda at: jnp.full((num_keys,), num_queries, jnp.int32).at[at].set(query, mode="drop"))(to_key)
 
     def move(x, index, fill):
         return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=fill))(x, index)
 
-    out, lse = own(move(q, at_key, 0), k, v, mask=window, segment_ids=(move(q_blocks, at_key, -1), k_blocks))
+    out, lse = flash(move(q, at_key, 0), k, v, mask=window, segment_ids=(move(q_blocks, at_key, -1), k_blocks))
     return move(out, to_key, 0), jnp.swapaxes(move(jnp.swapaxes(lse, 1, 2), to_key, -jnp.inf), 1, 2)

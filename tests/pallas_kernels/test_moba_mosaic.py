@@ -6,7 +6,7 @@ in the same dtype. By default few cases run; the others are slow and last passed
 """
 
 import functools
-import importlib
+import importlib.util
 import types
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from benchmarks import dispatch_table
+from benchmarks import dispatch_table, moba_memory
 from benchmarks import moba as benchmark
 from pallas_kernels import compat, dispatch
 from pallas_kernels.moba import api, layout, lists, moba_attention, moba_select, mosaic_sm90, routing, xla
@@ -57,10 +57,10 @@ def distance(a, b):
 PACKED = np.r_[np.zeros(150, int), np.ones(130, int), -np.ones(20, int)][None]
 # B, T, S, N, K, H, dtype; block_size, top_k; segments
 CASES = {
-    "grouped heads, a partial block": ((1, 200, 200, 2, 1, 64), 64, 3, None),
+    "grouped heads, a partial block": ((1, 200, 200, 4, 2, 64), 64, 3, None),
     "packed, padding": ((1, 300, 300, 2, 2, 64), 64, 3, PACKED),
     "blocks in pieces": ((1, 520, 520, 1, 1, 64), 256, 2, None),
-    "fewer queries than keys, wide heads": ((2, 70, 300, 2, 1, 128), 128, 2, None),
+    "fewer queries than keys, wide heads": ((2, 70, 304, 4, 2, 128), 128, 2, None),
     "float16, own blocks alone": ((1, 130, 130, 1, 1, 64, "float16"), 64, 1, None),
     "float16, more ranks than blocks": ((1, 140, 140, 1, 1, 64, "float16"), 64, 6, None),
 }
@@ -142,11 +142,11 @@ def test_rows_are_read_and_written_where_they_lie():
     rng, num_rows = np.random.default_rng(0), 32
     x = jnp.asarray(rng.normal(size=(100, 64)), jnp.float16).at[0].set(jnp.nan)
     numbers = jnp.arange(num_rows, dtype=jnp.float32)
-    source = jnp.asarray(np.r_[299, 3, 2, -1, 17, 15, 21, -3, rng.integers(3, 300, num_rows - 8)], jnp.int32)
+    source = jnp.asarray(np.r_[99, 1, 0, -1, 17, 15, 17, -3, rng.integers(1, 100, num_rows - 8)], jnp.int32)
     target = jnp.asarray(rng.permutation(50)[:num_rows], jnp.int32).at[3:6].set(-1).at[8].set(0)
 
     def copy(x_ref, numbers_ref, source_ref, target_ref, out_ref, of_numbers_ref, smem_ref, number_smem_ref):
-        rows.start(source_ref, (x_ref, smem_ref), divisor=3, interpreted=True)
+        rows.start(source_ref, (x_ref, smem_ref), interpreted=True)
         rows.wait(interpreted=True)
         number_smem_ref[...] = numbers_ref[...]
         rows.store(target_ref, (smem_ref, out_ref), (number_smem_ref, of_numbers_ref), interpreted=True)
@@ -162,7 +162,7 @@ def test_rows_are_read_and_written_where_they_lie():
         ],
         interpret=INTERPRET,
     )(x, numbers, source, target)
-    read = np.where(np.asarray(source)[:, None] < 0, 0, np.asarray(x)[source // 3])
+    read = np.where(np.asarray(source)[:, None] < 0, 0, np.asarray(x)[source])
     expected, of_expected = np.full((50, 64), np.nan, np.float16), np.full(50, np.nan, np.float32)
     kept = np.asarray(target) >= 0
     expected[target[kept]], of_expected[target[kept]] = read[kept], np.asarray(numbers)[kept]
@@ -198,7 +198,18 @@ def test_lowers_for_cuda():
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     text = gradients.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
-    assert all(f"moba_{name}" in text for name in ("select", "attend", "dq", "dk_dv"))
+    assert all(f"moba_{name}" in text for name in ("select", "attend", "dq", "dk_dv", "add_pieces"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra gpu-compile")
+@pytest.mark.parametrize("use", ["forward", "gradient"])
+def test_memory_is_that_of_dense_attention_and_little_more(use):
+    """Compiled for an H200 in the published setting; one array of all heads more would be 1/4 more forward."""
+    sizes = moba_memory.Sizes(batch=2)
+    moba, dense = (moba_memory.compiled_memory(name, use, sizes, "h200")["peak_mib"] for name in ("moba", "dense"))
+    assert dense >= 4 * 512  # queries, keys, values and output
+    assert moba < 1.2 * dense
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 has their gradients.
 
 What is between them stays in XLA: the lists of queries per block, and the sum of a query's partial results. The kernels
-read queries where they lie, and write the results of each pair of a query and a rank to a place of its own. The own
-blocks are left to `flash_attention`.
+read queries, keys and values of a head where they lie in the arrays of all heads, and write the results of each pair of
+a query and a rank to a place of its own. The own blocks are left to `flash_attention`.
 
 A block of more than 128 keys is attended as several of 128, which the same queries chose.
 """
@@ -21,6 +21,7 @@ from pallas_kernels import compat, dispatch
 from pallas_kernels.attention.mosaic_sm90.parts import LOG2E
 from pallas_kernels.moba import lists, routed, xla
 from pallas_kernels.moba.centroids import centroids_of_all
+from pallas_kernels.moba.heads import View
 from pallas_kernels.moba.layout import Layout
 from pallas_kernels.moba.mosaic_sm90 import attend, backward, select
 from pallas_kernels.moba.routed import Static
@@ -107,52 +108,64 @@ def choose(
 class _Tiles(NamedTuple):
     """What the kernels read for one head, forward and backward."""
 
-    head: routed.Head
+    chosen: Int[Array, "R ranks"]  # block of each pair, -1 for none; R = T * G rows, the heads of the group innermost
     block_size: int
-    keys: Int[Array, "C_keys"] | None  # of all candidates, one after the other; None: they lie so
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+    where: Int[Array, "2"]  # the row and head of these that are read
     lists: lists.BlockLists
     block: Int[Array, "tiles"]  # -1 beyond the last tile
     pair: Int[Array, "slots"]  # row * ranks + rank, of each slot of the tiles; -1 for none
+    row: Int[Array, "slots"]  # the same row, counted in the array of all heads
 
     @classmethod
-    def of(cls, static: Static, start: Array, **arrays: Array) -> "_Tiles":
-        block_size = static.block_size
+    def of(cls, static: Static, start: Array, q: View, k: View, v: View, blocks: View) -> "_Tiles":
+        block_size, chosen = static.block_size, blocks.pick()
         if (pieces := -(-block_size // MAX_BLOCK)) > 1:
             # Each block is several, chosen together; the lists then hold each pair once for every piece.
             block_size, piece = MAX_BLOCK, jnp.arange(pieces)
             start = (start[:, None] + piece * MAX_BLOCK).reshape(-1)
-            blocks = arrays["blocks"]
-            split = jnp.where(blocks[..., None] < 0, -1, blocks[..., None] * pieces + piece)
-            arrays = arrays | {"blocks": split.reshape(*blocks.shape[:-1], -1)}
-        head = routed.Head.of(**arrays)
+            chosen = jnp.where(chosen[..., None] < 0, -1, chosen[..., None] * pieces + piece)
+        num_queries, num_heads, group = q.array.shape[1:4]
+        chosen = chosen.reshape(num_queries * group, -1)
         num_blocks = start.shape[0]
-        of_blocks = lists.invert_selection(head.blocks, num_blocks)
-        num_tiles = lists.most_tiles(head.blocks.size, num_blocks, attend.TILE)
+        of_blocks = lists.invert_selection(chosen, num_blocks)
+        num_tiles = lists.most_tiles(chosen.size, num_blocks, attend.TILE)
         tiles = lists.cut(of_blocks, attend.TILE, num_tiles)
         offset = jnp.arange(attend.TILE, dtype=jnp.int32)
         slot = (tiles.start[:, None] + offset).reshape(-1)
+        pair = of_blocks.entries.at[slot].get(mode="clip")
+        pair = jnp.where((offset < tiles.size[:, None]).reshape(-1), pair, -1)
+        query, member = jnp.divmod(pair // chosen.shape[1], group)
+        row = ((q.row * num_queries + query) * num_heads + q.head) * group + member
+        where = jnp.stack([k.row, k.head])
+        keys = (k.array, v.array)
+        if not static.aligned or compat.whole_atoms(k.array.shape[1]) != k.array.shape[1]:
+            # Blocks of packed rows begin anywhere, and a swizzled copy at multiples of 8: a copy of the head is read.
+            of_blocks_keys = (start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1)
+            keys = tuple(x.pick().at[of_blocks_keys].get(mode="clip")[None, :, None] for x in (k, v))
+            where = jnp.zeros_like(where)
         return cls(
-            head=head,
+            chosen=chosen,
             block_size=block_size,
-            # Blocks of packed rows begin anywhere, those of a swizzled copy at multiples of 8.
-            keys=None if static.aligned else (start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1),
+            k=keys[0],
+            v=keys[1],
+            where=where,
             lists=of_blocks,
             block=jnp.where(jnp.arange(num_tiles) < tiles.total, tiles.block, -1),
-            pair=jnp.where((offset < tiles.size[:, None]).reshape(-1), of_blocks.entries.at[slot].get(mode="clip"), -1),
+            pair=pair,
+            row=jnp.where(pair < 0, -1, row),
         )
 
-    @property
-    def ranks(self) -> int:
-        return self.head.blocks.shape[1]
-
-    def of_slots(self, x: Float[Array, "R"], otherwise: float) -> Float[Array, "slots"]:
+    def of_slots(self, x: View, otherwise: float) -> Float[Array, "slots"]:
         """A number of each row in the order of the slots."""
-        return jnp.where(self.pair < 0, jnp.asarray(otherwise, x.dtype), x[jnp.maximum(self.pair, 0) // self.ranks])
+        row = jnp.maximum(self.pair, 0) // self.chosen.shape[1]
+        return jnp.where(self.pair < 0, otherwise, x.pick().reshape(-1)[row])
 
-    def of_keys(self, x: Array) -> Array:
-        if self.keys is None:
-            return x[: (self.lists.offsets.shape[0] - 1) * self.block_size]
-        return x.at[self.keys].get(mode="clip")
+
+def _matrix(x: View) -> Float[Array, "all_rows H"]:
+    """The rows of all heads, as `_Tiles.row` counts them."""
+    return x.array.reshape(-1, x.array.shape[-1])
 
 
 def forward_head(
@@ -160,25 +173,29 @@ def forward_head(
     start: Int[Array, "C"],
     length: Int[Array, "C"],
     *,
+    q: View,
+    out: View,
+    lse: View,
     interpret: plgpu.InterpretGPUParams | None = None,
-    **arrays: Array,
+    **arrays: View,
 ) -> tuple[Float[Array, "T G H"], Float[Array, "T G"]]:
     """As `routed.forward_head`; every candidate in use has `block_size` keys."""
     del length
-    here = _Tiles.of(static, start, **arrays)
-    head = here.head
+    here = _Tiles.of(static, start, q, **arrays)
     parts, lses = attend.run(
-        head.q,
+        _matrix(q),
+        here.row,
         here.pair,
-        here.of_keys(head.k),
-        here.of_keys(head.v),
+        here.k,
+        here.v,
+        here.where,
         here.block,
-        ranks=here.ranks,
+        num_pairs=here.chosen.size,
         block_size=here.block_size,
         scale=static.scale,
         interpret=interpret,
     )
-    return routed.combine(head.blocks, None, parts, lses, arrays["q"].shape[:2], unroll=True)
+    return routed.combine(here.chosen, None, parts, lses, out.pick(), lse.pick(), unroll=True)
 
 
 def backward_head(
@@ -186,42 +203,37 @@ def backward_head(
     start: Int[Array, "C"],
     length: Int[Array, "C"],
     *,
-    d_out: Float[Array, "T G H"],
-    lse: Float[Array, "T G"],
-    delta: Float[Array, "T G"],
+    q: View,
+    d_out: View,
+    lse: View,
+    delta: View,
+    dq: View,
+    dk: View,
+    dv: View,
     interpret: plgpu.InterpretGPUParams | None = None,
-    **arrays: Array,
+    **arrays: View,
 ) -> tuple[Float[Array, "T G H"], Float[Array, "S H"], Float[Array, "S H"]]:
     """As `routed.backward_head`."""
-    here = _Tiles.of(static, start, **arrays)
-    head = here.head
-    stats = [here.of_slots(lse.reshape(-1) * LOG2E, jnp.inf), here.of_slots(delta.reshape(-1), 0.0)]
-    of_rows = (head.q, d_out.reshape(head.q.shape), jnp.stack(stats), here.pair)
-    keys = (here.of_keys(head.k), here.of_keys(head.v))
-    options: dict[str, Any] = {"ranks": here.ranks, "block_size": here.block_size, "scale": static.scale}
-    options["interpret"] = interpret
-    dq = backward.query_gradients(*of_rows, *keys, here.block, **options)
-    dq = dq.reshape(*head.blocks.shape, -1)
+    here = _Tiles.of(static, start, q, **arrays)
+    stats = jnp.stack([here.of_slots(lse, jnp.inf) * LOG2E, here.of_slots(delta, 0.0)])
+    of_rows, keys = (_matrix(q), _matrix(d_out), stats, here.row), (here.k, here.v, here.where)
+    options: dict[str, Any] = {"block_size": here.block_size, "scale": static.scale, "interpret": interpret}
+    dq_parts = backward.query_gradients(
+        *of_rows, here.pair, *keys, here.block, num_pairs=here.chosen.size, **options
+    ).reshape(*here.chosen.shape, -1)
     pieces = lists.pieces(here.lists, attend.TILE, here.block.shape[0], LONGEST_PIECE)
     parts = backward.key_gradients(*of_rows, *keys, pieces, **options)
-
-    def add(nth, sums):
-        piece = jnp.minimum(pieces.begin + nth, parts[0].shape[0] - 1)
-        has = (nth < pieces.per_block)[:, None, None]
-        return tuple(total + jnp.where(has, part[piece], 0) for total, part in zip(sums, parts, strict=True))
-
-    # Most lists are one piece, so the first is no addition.
-    dk, dv = (part[pieces.begin].astype(jnp.float32) for part in parts)
-    dk, dv = jax.lax.fori_loop(1, pieces.per_block.max(), add, (dk, dv))
-    dq_rows = jnp.zeros(head.q.shape, jnp.float32)
-    for rank in range(head.blocks.shape[1]):  # written out it is one operation
-        dq_rows += jnp.where(head.blocks[:, rank][:, None] >= 0, dq[:, rank], 0)
+    sums = backward.add_pieces(parts, pieces, interpret=interpret)
+    own_dq = dq.pick()
+    dq_rows = own_dq.reshape(len(here.chosen), -1).astype(jnp.float32)
+    for rank in range(here.chosen.shape[1]):  # written out it is one operation
+        dq_rows += jnp.where(here.chosen[:, rank][:, None] >= 0, dq_parts[:, rank], 0)
     split = start.shape[0], static.block_size
-    dk, dv = (
-        routed.to_keys(x.reshape(*split, -1), start, length, like, aligned=static.aligned)
-        for x, like in ((dk, head.k), (dv, head.v))
+    of_keys = (
+        routed.add_to_keys(x.pick(), of_blocks.reshape(*split, -1), start, length, aligned=static.aligned)
+        for x, of_blocks in zip((dk, dv), sums, strict=True)
     )
-    return dq_rows.astype(head.q.dtype).reshape(arrays["q"].shape), dk, dv
+    return dq_rows.astype(own_dq.dtype).reshape(own_dq.shape), *of_keys
 
 
 def compile_cases() -> Iterator[Any]:
@@ -244,21 +256,30 @@ def compile_cases() -> Iterator[Any]:
                 avals=(array((1, queries, 4, head_dim), dtype), array((1, 512, 2, head_dim), dtype), layout),
             )
         for block_size in (64, 128):
-            options = {"ranks": 7, "block_size": block_size, "scale": 0.1}
+            options = {"block_size": block_size, "scale": 0.1}
+            of_pairs = {"num_pairs": 7 * queries}
             tiles = array((64,), jnp.int32)
             of_pieces: Any = [array((32,), jnp.int32)] * 5
-            rows = keys = array((queries, head_dim), dtype)
+            heads, where = array((1, queries, 4, head_dim), dtype), array((2,), jnp.int32)
+            rows, keys = array((4 * queries, head_dim), dtype), (heads, heads, where)
             slots = array((tiles.shape[0] * attend.TILE,), jnp.int32)
-            gradient = (rows, rows, array((2, *slots.shape), jnp.float32), slots, keys, keys)
+            gradient = (rows, rows, array((2, *slots.shape), jnp.float32), slots)
             pieces = lists.Pieces(*of_pieces)
-            for name, function, avals in (
-                ("attend", attend.run, (rows, slots, keys, keys, tiles)),
-                ("dq", backward.query_gradients, (*gradient, tiles)),
-                ("dk dv", backward.key_gradients, (*gradient, pieces)),
+            parts = array((32, block_size, head_dim), dtype)
+            yield CompileCase(
+                name=f"moba add pieces block={block_size} H={head_dim}",
+                function=backward.add_pieces,
+                avals=((parts, parts), pieces),
+                required=(),  # neither the tensor core nor the TMA has a part in it
+            )
+            for name, function, avals, more in (
+                ("attend", attend.run, (rows, slots, slots, *keys, tiles), of_pairs),
+                ("dq", backward.query_gradients, (*gradient, slots, *keys, tiles), of_pairs),
+                ("dk dv", backward.key_gradients, (*gradient, *keys, pieces), {}),
             ):
                 yield CompileCase(
                     name=f"moba {name} block={block_size} H={head_dim}",
-                    function=functools.partial(function, **options),
+                    function=functools.partial(function, **options, **more),
                     avals=avals,
                     # Rows come past the registers, and the tensor core may read them only behind a fence.
                     required=("HGMMA", "UTMALDG", "LDGSTS", "FENCE"),

@@ -23,15 +23,17 @@ WARPGROUPS, ROWS = 2, 64
 TILE = WARPGROUPS * ROWS
 
 
-@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("num_pairs", "block_size", "scale", "interpret"))
 def run(
     q: Float[Array, "R H"],
+    row: Int[Array, "slots"],
     pair: Int[Array, "slots"],
-    k: Float[Array, "C_keys H"],
-    v: Float[Array, "C_keys H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    head: Int[Array, "2"],
     block: Int[Array, "tiles"],
     *,
-    ranks: int,
+    num_pairs: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -39,13 +41,14 @@ def run(
     """Partial outputs in the dtype of `q`, and natural log-sum-exps.
 
     Args:
-      q: queries.
-      pair: of each slot, in tiles of 128: query * ranks + rank, where its results go; negative is none. What is not
-        written holds anything.
-      k: keys, those of one block after the other; what is beyond the last block is not read.
+      q: queries of all heads.
+      row: of each slot, in tiles of 128: its query; negative is none.
+      pair: of each slot: where its results go; negative is none. What is not written holds anything.
+      k: keys, of a head those of one block after the other; what is beyond the last block is not read.
       v: values.
+      head: which row of the batch and key head are read.
       block: of each tile; negative for tiles that are not in use.
-      ranks: places for results of each query.
+      num_pairs: places for results.
       block_size: 64 or 128.
       scale: of scores.
       interpret: runs the kernel on the CPU, for tests.
@@ -61,13 +64,11 @@ def run(
         def _():
             @pl.when(warpgroup == 0)
             def _():
-                keys = pl.ds(block * block_size, block_size)
+                keys = (refs["head"][0], pl.ds(block * block_size, block_size), refs["head"][1])
                 plgpu.copy_gmem_to_smem(refs["k"].at[keys], k_smem, kv_ready.at[0])
                 plgpu.copy_gmem_to_smem(refs["v"].at[keys], v_smem, kv_ready.at[1])
 
-            rows.start(
-                refs["pair"].at[slots], (refs["q"], q_smem.at[warpgroup]), divisor=ranks, interpreted=interpreted
-            )
+            rows.start(refs["row"].at[slots], (refs["q"], q_smem.at[warpgroup]), interpreted=interpreted)
             rows.wait(interpreted=interpreted)
             plgpu.barrier_wait(kv_ready.at[0])
 
@@ -96,8 +97,8 @@ def run(
     return compat.kernel(
         moba_attend,
         out_type=(
-            jax.ShapeDtypeStruct((q.shape[0] * ranks, head_dim), dtype),
-            jax.ShapeDtypeStruct((q.shape[0] * ranks,), jnp.float32),
+            jax.ShapeDtypeStruct((num_pairs, head_dim), dtype),
+            jax.ShapeDtypeStruct((num_pairs,), jnp.float32),
         ),
         grid=(num_tiles,),
         grid_names=("tile",),
@@ -112,4 +113,4 @@ def run(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )({"q": q, "pair": pair, "k": k, "v": v, "block": block})
+    )({"q": q, "row": row, "pair": pair, "k": k, "v": v, "head": head, "block": block})

@@ -11,6 +11,9 @@ queries of the piece 64 at a time; a warpgroup more makes the copies, those of a
 arrive. A list is one piece but for the longest ones, of
 blocks that most queries choose. Tiles are transposed, rows are keys: P^T and dS^T are the left operands, in registers.
 
+`add_pieces`: the sum of each block's pieces, in their order. One CTA per block, so that a block of many pieces costs
+what it has, and not a pass over all blocks for each of them.
+
 P and dS are rounded to the input dtype before their products, and so are the partial results.
 """
 
@@ -31,19 +34,22 @@ from pallas_kernels.moba.mosaic_sm90 import rows
 from pallas_kernels.moba.mosaic_sm90.attend import ROWS, TILE, WARPGROUPS
 
 STAGES = 3
+SHARE = 4096  # numbers of a piece that one CTA adds up, 32 of each array a thread; a divisor of every piece's
 
 
-@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("num_pairs", "block_size", "scale", "interpret"))
 def query_gradients(
     q: Float[Array, "R H"],
     d_out: Float[Array, "R H"],
     stats: Float[Array, "2 slots"],
+    row: Int[Array, "slots"],
     pair: Int[Array, "slots"],
-    k: Float[Array, "C_keys H"],
-    v: Float[Array, "C_keys H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    head: Int[Array, "2"],
     block: Int[Array, "tiles"],
     *,
-    ranks: int,
+    num_pairs: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -60,12 +66,12 @@ def query_gradients(
         def _():
             @pl.when(warpgroup == 0)
             def _():
-                keys = pl.ds(block * block_size, block_size)
+                keys = (refs["head"][0], pl.ds(block * block_size, block_size), refs["head"][1])
                 plgpu.copy_gmem_to_smem(refs["k"].at[keys], k_smem, kv_ready.at[0])
                 plgpu.copy_gmem_to_smem(refs["v"].at[keys], v_smem, kv_ready.at[1])
 
             own = ((refs["q"], q_smem.at[warpgroup]), (refs["do"], do_smem.at[warpgroup]))
-            rows.start(refs["pair"].at[slots], *own, divisor=ranks, interpreted=interpreted)
+            rows.start(refs["row"].at[slots], *own, interpreted=interpreted)
             log2_sum_exp, delta = (
                 lax.broadcast_in_dim(
                     plgpu.load(refs["stats"].at[which, slots], layout=ROW, optimized=False), shape, [0]
@@ -94,7 +100,7 @@ def query_gradients(
     own, keys = (_matrices(dtype, *size, head_dim) for size in ((WARPGROUPS, ROWS), (block_size,)))
     return compat.kernel(
         moba_dq,
-        out_type=jax.ShapeDtypeStruct((q.shape[0] * ranks, head_dim), dtype),
+        out_type=jax.ShapeDtypeStruct((num_pairs, head_dim), dtype),
         grid=(num_tiles,),
         grid_names=("tile",),
         num_threads=WARPGROUPS,
@@ -108,20 +114,20 @@ def query_gradients(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )({"q": q, "do": d_out, "stats": stats, "pair": pair, "k": k, "v": v, "block": block})
+    )({"q": q, "do": d_out, "stats": stats, "row": row, "pair": pair, "k": k, "v": v, "head": head, "block": block})
 
 
-@functools.partial(jax.jit, static_argnames=("ranks", "block_size", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block_size", "scale", "interpret"))
 def key_gradients(
     q: Float[Array, "R H"],
     d_out: Float[Array, "R H"],
     stats: Float[Array, "2 slots"],
-    pair: Int[Array, "slots"],
-    k: Float[Array, "C_keys H"],
-    v: Float[Array, "C_keys H"],
+    row: Int[Array, "slots"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    head: Int[Array, "2"],
     pieces: Pieces,
     *,
-    ranks: int,
     block_size: int,
     scale: float,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -138,7 +144,8 @@ def key_gradients(
         @pl.when(warpgroup < warpgroups)
         def compute():
             plgpu.set_max_registers(232, action="increase")
-            keys = pl.ds(refs["block"][piece] * block_size + warpgroup * ROWS, ROWS)
+            first_key = refs["block"][piece] * block_size + warpgroup * ROWS
+            keys = (refs["head"][0], pl.ds(first_key, ROWS), refs["head"][1])
             for name, ref in (("k", k_smem), ("v", v_smem)):
                 plgpu.copy_gmem_to_smem(refs[name].at[keys], ref.at[warpgroup], own_ready.at[warpgroup])
 
@@ -205,7 +212,7 @@ def key_gradients(
                 slots = pl.ds(first + i * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(refs["stats"].at[:, slots], stats_smem.at[slot], ready.at[slot])
                 copies = ((refs["q"], q_smem.at[slot]), (refs["do"], do_smem.at[slot]))
-                rows.start(refs["pair"].at[slots], *copies, divisor=ranks, interpreted=interpreted)
+                rows.start(refs["row"].at[slots], *copies, interpreted=interpreted)
 
                 @pl.when(i > 0)
                 def _():
@@ -248,14 +255,56 @@ def key_gradients(
             "q": q,
             "do": d_out,
             "stats": stats,
-            "pair": pair,
+            "row": row,
             "k": k,
             "v": v,
+            "head": head,
             "block": pieces.block,
             "first": pieces.first,
             "size": pieces.size,
         }
     )
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def add_pieces(
+    parts: tuple[Float[Array, "pieces block H"], ...],
+    pieces: Pieces,
+    *,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Float[Array, "blocks block H"], ...]:
+    """Of each array the sums over the pieces of each block, in float32 and then rounded to its dtype."""
+    num_blocks, shape, dtype = pieces.begin.shape[0], parts[0].shape[1:], parts[0].dtype
+    size = shape[0] * shape[1]
+    layout = plgpu.Layout.WG_STRIDED((SHARE,), vec_size=16 // dtype.itemsize)
+
+    def moba_add_pieces(refs, *out_refs):
+        block, nth = lax.axis_index("block"), lax.axis_index("share")
+        first, count = refs["begin"][block], refs["per_block"][block]
+
+        def of(piece):
+            return pl.ds(piece * size + nth * SHARE, SHARE)
+
+        def load(piece):
+            found = (plgpu.load(ref.at[of(piece)], layout=layout, optimized=False) for ref in refs["parts"])
+            return tuple(x.astype(jnp.float32) for x in found)
+
+        def add(i, sums):
+            return tuple(total + x for total, x in zip(sums, load(first + i), strict=True))
+
+        for ref, total in zip(out_refs, lax.fori_loop(1, count, add, load(first)), strict=True):
+            ref[of(block)] = total.astype(dtype)
+
+    sums = compat.kernel(
+        moba_add_pieces,
+        out_type=tuple(jax.ShapeDtypeStruct((num_blocks * size,), dtype) for _ in parts),
+        grid=(num_blocks, size // SHARE),
+        grid_names=("block", "share"),
+        num_threads=1,
+        thread_name="warpgroup",
+        interpret=interpret,
+    )({"parts": tuple(x.reshape(-1) for x in parts), "begin": pieces.begin, "per_block": pieces.per_block})
+    return tuple(x.reshape(num_blocks, *shape) for x in sums)
 
 
 def _matrices(dtype: Any, *shape: int) -> Any:

@@ -40,20 +40,19 @@ def place(row: Any, chunk: Any, chunks: int) -> Any:
     return tile * 1024 + (row & 7) * 128 + ((chunk ^ row) & 7) * CHUNK
 
 
-def start(index_ref: Any, *copies: tuple[Any, Any], divisor: int = 1, interpreted: bool) -> None:
-    """Starts the copies of the rows `index // divisor`, for one warpgroup; a negative index gives a row of zeros.
+def start(index_ref: Any, *copies: tuple[Any, Any], interpreted: bool) -> None:
+    """Starts the copies of the rows `index`, for one warpgroup; a negative index gives a row of zeros.
 
     Args:
       index_ref: int32 `[rows]` in global memory; rows are a multiple of 16.
       copies: what is copied, `[R, H]` in global memory, which has all these rows, and where to, `[rows, H]` in shared
         memory, `compat.swizzled`. All are of one 16-bit dtype and the same H, a multiple of 64.
-      divisor: positive.
       interpreted: whether the interpreter runs this.
     """
     if interpreted:
         index = index_ref[...]
         for x_ref, smem_ref in copies:
-            x = x_ref[...][jnp.maximum(index, 0) // divisor]
+            x = x_ref[...][jnp.maximum(index, 0)]
             smem_ref[...] = jnp.where((index >= 0)[:, None], x, jnp.zeros_like(x))
         return
 
@@ -67,7 +66,7 @@ def start(index_ref: Any, *copies: tuple[Any, Any], divisor: int = 1, interprete
             setp.lt.s32 none, $2, 0;
             cp.async.cg.shared.global [$0], [$1], 16, none;
         }"""
-        for here, there, index in _shares(index_ref, copies, lanes, chunks, divisor):
+        for here, there, index in _shares(index_ref, copies, lanes, chunks):
             _run(ptx, here, there, index)
         _run("cp.async.commit_group;")
 
@@ -169,9 +168,7 @@ def _lanes(chunks: int) -> tuple[Array, Array, Array]:
     return row, chunk, place(row, chunk, chunks)
 
 
-def _shares(
-    index_ref: ir.Value, copies: Any, lanes: Any, chunks: int, divisor: int = 1
-) -> Iterator[tuple[ir.Value, ...]]:
+def _shares(index_ref: ir.Value, copies: Any, lanes: Any, chunks: int) -> Iterator[tuple[ir.Value, ...]]:
     """Of all 16 bytes that a thread copies: address in shared memory, address in global memory, index."""
     i8, i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 32, 64))
     row, chunk, offset = (_number(x) for x in lanes)
@@ -183,14 +180,14 @@ def _shares(
         there = _at(_global(there_ref), arith.muli(chunk, mgpu.c(CHUNK, i32)), i8)
         here = arith.addi(llvm.ptrtoint(i32, mgpu_utils.memref_ptr(here_ref)), offset)
         for n, found in zip(first, indices, strict=True):
-            bytes_before = arith.muli(_row_of(found, divisor), mgpu.c(chunks * CHUNK, i64))
+            bytes_before = arith.muli(_row_of(found), mgpu.c(chunks * CHUNK, i64))
             yield arith.addi(here, mgpu.c(place(n, 0, chunks), i32)), _at(there, bytes_before, i8), found
 
 
-def _row_of(index: ir.Value, divisor: int = 1) -> ir.Value:
+def _row_of(index: ir.Value) -> ir.Value:
     """As 64 bits; an address is formed also where nothing is read or written."""
     i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-    return arith.extui(i64, arith.divui(arith.maxsi(index, mgpu.c(0, i32)), mgpu.c(divisor, i32)))
+    return arith.extui(i64, arith.maxsi(index, mgpu.c(0, i32)))
 
 
 def _number(x: mgpu.FragmentedArray) -> ir.Value:
