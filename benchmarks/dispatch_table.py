@@ -4,10 +4,10 @@
     python -m benchmarks.dispatch_table --check    # fails if it is not what the results give
 
 Run it after new results of `benchmarks.attention_gpu`, `decode_attention_gpu`, `quantized_matmul`, `rotation`,
-`norm_rope` or `moba` were committed. Newer results replace older ones: a kind of call that fails its latest check is not covered,
-whatever earlier checks said. Timings count only where XLA took part, in the same process. For gradients cuDNN is
-charged a second forward pass: what it keeps for the backward has no name, so a rematerialisation policy that keeps
-"attention" cannot keep it.
+`norm_rope` or `moba` were committed. Newer results replace older ones: a kind of call that fails its latest check is
+not covered, whatever earlier checks said. Timings count only where XLA took part, in the same process. For gradients
+cuDNN is charged a second forward pass: what it keeps for the backward has no name, so a rematerialisation policy that
+keeps "attention" cannot keep it.
 """
 
 import argparse

@@ -111,7 +111,10 @@ def _on_hopper_fwd(heads: Any, weights: Any, cos: Array, sin: Array, epsilon: fl
 
 
 def _on_hopper_bwd(epsilon: float, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
-    return jax.vjp(lambda *operands: xla.run(*operands, epsilon), *residuals)[1](cotangents)
+    def plain(heads, weights, cos, sin):
+        return xla.run(heads, weights, cos, sin, epsilon)
+
+    return jax.vjp(plain, *residuals)[1](cotangents)
 
 
 _on_hopper.defvjp(_on_hopper_fwd, _on_hopper_bwd)

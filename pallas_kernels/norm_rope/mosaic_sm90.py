@@ -181,9 +181,7 @@ def _one_each(
             tuple(read(weight_base, add(channel, constant(side)), weight_dtype) for side in (0, half))
             for channel in channels
         ]
-        tables = [
-            tuple(read(base, add(table, channel), f32) for base in (cos_base, sin_base)) for channel in channels
-        ]
+        tables = [tuple(read(base, add(table, channel), f32) for base in (cos_base, sin_base)) for channel in channels]
 
         squares = splat(mgpu.c(0.0, f32))
         for value in itertools.chain.from_iterable(pairs):
@@ -227,6 +225,11 @@ def compile_cases() -> Iterator[Any]:
         yield CompileCase(
             name=f"norm rope M={rows} N=32+8 H={head_dim} {dtype} weights {weights}",
             function=functools.partial(run, epsilon=1e-6),
-            avals=([array((rows, n, head_dim), dtype) for n in (32, 8)], [array((head_dim,), weights)] * 2, table, table),
+            avals=(
+                [array((rows, n, head_dim), dtype) for n in (32, 8)],
+                [array((head_dim,), weights)] * 2,
+                table,
+                table,
+            ),
             required=(),
         )
