@@ -3,11 +3,11 @@
     python -m benchmarks.dispatch_table            # writes it
     python -m benchmarks.dispatch_table --check    # fails if it is not what the results give
 
-Run it after new results of `benchmarks.attention_gpu`, `decode_attention_gpu`, `quantized_matmul`, `rotation` or
-`moba` were committed. Newer results replace older ones: a kind of call that fails its latest check is not covered,
-whatever earlier checks said. Timings count only where XLA took part, in the same process. For gradients cuDNN is
-charged a second forward pass: what it keeps for the backward has no name, so a rematerialisation policy that keeps
-"attention" cannot keep it.
+Run it after new results of `benchmarks.attention_gpu`, `decode_attention_gpu`, `quantized_matmul`, `rotation`,
+`norm_rope` or `moba` were committed. Newer results replace older ones: a kind of call that fails its latest check is
+not covered, whatever earlier checks said. Timings count only where XLA took part, in the same process. For gradients
+cuDNN is charged a second forward pass: what it keeps for the backward has no name, so a rematerialisation policy that
+keeps "attention" cannot keep it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.report import RESULTS
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import OWN_KEYS, Kind, MobaKind, ProductKind, RotationKind
+from pallas_kernels.dispatch import OWN_KEYS, Kind, MobaKind, NormRopeKind, ProductKind, RotationKind
 
 GRADIENTS = " + gradients"
 IMPLEMENTATIONS = {
@@ -27,6 +27,7 @@ IMPLEMENTATIONS = {
     "decode_attention": ("mosaic", "xla"),
     "quantized_matmul": ("mosaic", "xla"),
     "pairwise_rotation": ("mosaic", "xla"),
+    "norm_rope": ("mosaic", "xla"),
     "moba_attention": ("mosaic", "xla"),
 }
 RECORDS = {
@@ -34,6 +35,7 @@ RECORDS = {
     "decode_attention": "decode_attention_gpu",
     "quantized_matmul": "quantized_matmul",
     "pairwise_rotation": "rotation",
+    "norm_rope": "norm_rope",
     "moba_attention": "moba",
 }
 
@@ -56,6 +58,9 @@ PRODUCT = re.compile(
 ROTATION = re.compile(
     r"M=(?P<rows>\d+) I=(?P<channels>\d+) x(?P<rotations>\d+) (?P<steps>\d+) steps in groups of (?P<size>\d+) "
     r"(?P<dtype>\w+)(?P<normed> normed)?( ordered)?"
+)
+NORM_ROPE = re.compile(
+    r"M=(?P<rows>\d+) N=(?P<heads>\d+(?:\+\d+)*) H=(?P<H>\d+) (?P<dtype>\w+) weights (?P<weights>\w+)"
 )
 MOBA = re.compile(
     r"B=(?P<B>\d+) T=(?P<T>\d+) N=(?P<N>\d+) K=\d+ H=(?P<H>\d+) (?P<dtype>\w+) block=(?P<block>\d+) k=\d+"
@@ -120,6 +125,14 @@ def rotation_call(shape: str) -> tuple[RotationKind, dict[str, int], str]:
     return kind, {name: int(found[name]) for name in ("rows", "channels", "rotations")}, "mosaic"
 
 
+def norm_rope_call(shape: str) -> tuple[NormRopeKind, dict[str, int], str]:
+    """The same for `norm_rope`."""
+    if (found := NORM_ROPE.fullmatch(shape)) is None:
+        raise ValueError(f"not a shape of benchmarks.norm_rope: {shape!r}")
+    kind = NormRopeKind(int(found["H"]), found["dtype"], found["weights"])
+    return kind, {"rows": int(found["rows"]), "heads": sum(map(int, found["heads"].split("+")))}, "mosaic"
+
+
 def moba_call(shape: str) -> tuple[MobaKind, dict[str, int], str]:
     """The same for `moba_attention`."""
     if (found := MOBA.fullmatch(shape)) is None:
@@ -133,6 +146,7 @@ PARSERS = {
     "decode_attention": decode_call,
     "quantized_matmul": product_call,
     "pairwise_rotation": rotation_call,
+    "norm_rope": norm_rope_call,
     "moba_attention": moba_call,
 }
 

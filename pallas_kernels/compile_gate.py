@@ -39,6 +39,7 @@ MODULES = (
     "pallas_kernels.attention.mosaic_sm90",
     "pallas_kernels.decode_attention.mosaic_sm90",
     "pallas_kernels.moba.mosaic_sm90",
+    "pallas_kernels.norm_rope.mosaic_sm90",
     "pallas_kernels.quantized_matmul.mosaic_sm90",
     "pallas_kernels.rotation.mosaic_sm90",
 )
@@ -64,7 +65,8 @@ QUICK = (
     "moba dq block=128 H=128",
     "moba dk dv block=128 H=128",
     "moba add pieces block=128 H=128",
-    "rotation M=8 I=4096 groups of 128 x3 float16",
+    "norm rope M=1 N=32+8 H=128 bfloat16 weights bfloat16",
+    "rotation M=8 I=4096 groups of 128 x3 8 steps float16",
     "w4a16 M=1 4096x4096 groups of 128 float16 zeros to float32",
     "w4a16 M=64 4096x4096 groups of 128 float16 zeros to float32",
     "w4a16 M=4096 4096x4096 groups of 128 float16 zeros to bfloat16",

@@ -35,6 +35,7 @@ UNBOUNDED = {
     "decode_attention": ("keys",),
     "quantized_matmul": ("outputs", "inputs"),
     "pairwise_rotation": ("channels", "rotations"),
+    "norm_rope": ("heads",),
 }
 # Sizes that may lie below half of the smallest timed one. A decoding step over 1,024 cached tokens gained as much time
 # from the kernel as one over 8,192 (`benchmarks/results/decode_forward-*`).
@@ -43,6 +44,7 @@ SHRINKING = {
     "decode_attention": ("rows", "batch", "keys"),
     "quantized_matmul": ("rows",),
     "pairwise_rotation": ("rows", "channels", "rotations"),
+    "norm_rope": ("rows", "heads"),
 }
 OWN_KEYS = "own keys"
 
@@ -132,6 +134,22 @@ class RotationKind(NamedTuple):
         return tuple(dict.fromkeys((self, self._replace(group_size=128, dtype="bfloat16"))))
 
 
+class NormRopeKind(NamedTuple):
+    """The same for norm and rotary embedding of heads."""
+
+    head_dim: int
+    dtype: str
+    weights: str  # dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.head_dim} {self.dtype} weights {self.weights}"
+
+    def alike(self) -> tuple["NormRopeKind", ...]:
+        """Itself, then 128 channels in bfloat16: starting kernels is most of either side's time."""
+        return tuple(dict.fromkeys((self, NormRopeKind(128, "bfloat16", "bfloat16"))))
+
+
 class MobaKind(NamedTuple):
     """The same for block-routed attention."""
 
@@ -149,7 +167,7 @@ class MobaKind(NamedTuple):
         return (self,)
 
 
-AnyKind = Kind | ProductKind | RotationKind | MobaKind
+AnyKind = Kind | ProductKind | RotationKind | NormRopeKind | MobaKind
 
 
 @functools.cache

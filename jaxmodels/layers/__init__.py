@@ -2,7 +2,7 @@
 
 from jaxmodels.layers.embedding import embed
 from jaxmodels.layers.linear import linear, linears
-from jaxmodels.layers.norm import rms_norm
-from jaxmodels.layers.rope import RopeConfig, apply_rope, rope_tables
+from jaxmodels.layers.rope import RopeConfig, rope_tables
+from pallas_kernels.norm_rope import apply_rope, norm_rope, rms_norm
 
-__all__ = ["RopeConfig", "apply_rope", "embed", "linear", "linears", "rms_norm", "rope_tables"]
+__all__ = ["RopeConfig", "apply_rope", "embed", "linear", "linears", "norm_rope", "rms_norm", "rope_tables"]

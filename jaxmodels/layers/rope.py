@@ -132,13 +132,3 @@ def rope_tables(
     angles = positions[..., None].astype(jnp.float32) * frequencies
     factor = _attention_factor(config)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def apply_rope(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
-) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (i, i + H / 2) of each head; float32 inside, result in the dtype of `x`."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.cache import KV, Cache, SinkRingCache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
-from jaxmodels.layers import apply_rope, embed, linear, linears, rms_norm, rope_tables
+from jaxmodels.layers import apply_rope, embed, linear, linears, norm_rope, rms_norm, rope_tables
 from jaxmodels.qwen.config import LayerAttention, MobaConfig, QwenConfig
 from jaxmodels.sharding import constrain
 from jaxmodels.sparse_attention import SkipAttention, SkipCounts, SkipMeasure
@@ -225,14 +225,20 @@ class Attention(nnx.Module):
         q, k, v = linears(x, weights, ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"))
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
-        if self.config.qk_norm:
-            q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
-            k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
-        raw_k = k if self.config.key_conv_taps is not None else None
-        if attention.key_conv is not None:
-            k = attend.convolve(k, self.k_conv[...], layer=layer)
-        if attention.rotary:
-            q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
+        raw_k = None
+        if self.config.qk_norm and attention.rotary and self.config.key_conv_taps is None:
+            norms = (self.q_norm[...], self.k_norm[...])
+            q, k = norm_rope((q, k), norms, attend.cos, attend.sin, epsilon=self.config.norm_eps)
+        else:
+            if self.config.qk_norm:
+                q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
+                k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
+            if self.config.key_conv_taps is not None:
+                raw_k = k
+            if attention.key_conv is not None:
+                k = attend.convolve(k, self.k_conv[...], layer=layer)
+            if attention.rotary:
+                q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
         y, *about = attend(q, k, v, layer=layer, attention=attention)
         return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v, raw_k), tuple(about)
 

@@ -1,7 +1,7 @@
 """Pairwise rotations of channels (ParoQuant), and what else happens to activations before they meet codes."""
 
 from pallas_kernels.rotation.api import pairwise_rotation, pairwise_rotations
-from pallas_kernels.rotation.source import Normed, Rows, made, rms_norm
+from pallas_kernels.rotation.source import Normed, Rows, made
 from pallas_kernels.rotation.turn import Turn
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "made",
     "pairwise_rotation",
     "pairwise_rotations",
-    "rms_norm",
 ]

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
+
+from pallas_kernels.norm_rope import rms_norm
 
 
 @jax.tree_util.register_dataclass
@@ -57,10 +58,3 @@ Rows = Any  # Array | Normed
 def made(rows: Rows) -> Array:
     """The rows as an array."""
     return rms_norm(rows.x, rows.weight, rows.epsilon) if isinstance(rows, Normed) else rows
-
-
-def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], epsilon: float) -> Float[Array, "*B D"]:
-    """`x / sqrt(mean(x²) + epsilon) * weight` over the last axis; float32 inside, dtype of `x` out."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)

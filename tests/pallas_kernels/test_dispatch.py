@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention_gpu, decode_attention_gpu, dispatch_table, quantized_matmul, rotation
+from benchmarks import attention_gpu, decode_attention_gpu, dispatch_table, norm_rope, quantized_matmul, rotation
 from pallas_kernels import compat, decode_attention, dispatch, flash_attention, masks
 from pallas_kernels.attention import api, cudnn, mosaic_sm90, xla
 from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.skip import SkipTile
 from pallas_kernels.decode_attention import api as decode_api
-from pallas_kernels.dispatch import Kind, ProductKind, RotationKind
+from pallas_kernels.dispatch import Kind, NormRopeKind, ProductKind, RotationKind
+from pallas_kernels.norm_rope import api as norm_rope_api
 from pallas_kernels.quantized_matmul import api as product_api
 from pallas_kernels.rotation import api as rotation_api
 
@@ -179,6 +180,7 @@ def test_the_table_names_only_what_exists():
         ("decode_attention", decode_api.IMPLEMENTATIONS),
         ("quantized_matmul", product_api.NAMES),
         ("pairwise_rotation", rotation_api.NAMES),
+        ("norm_rope", norm_rope_api.NAMES),
     ):
         for row in dispatch.table()[op].values():
             assert set(row["checked"]) <= set(implementations) - {"xla", "reference"}
@@ -292,6 +294,15 @@ def test_a_rotation_is_of_the_kind_of_its_shape_in_the_benchmark(monkeypatch):
         assert calls[-1] == (kind, sizes), shape.name
 
 
+def test_a_norm_with_rotation_is_of_the_kind_of_its_shape_in_the_benchmark(monkeypatch):
+    calls = seen_by(monkeypatch)
+    for shape in (*norm_rope.check_shapes(), *norm_rope.time_shapes()):
+        kind, sizes, _ = dispatch_table.norm_rope_call(shape.name)
+        heads, weights, cos, sin = jax.eval_shape(shape.arguments)
+        jax.eval_shape(shape.call(None), heads, weights[0], cos, sin)
+        assert calls[-1] == (kind, sizes), shape.name
+
+
 def test_products_borrow_the_times_of_groups_that_cost_no_less():
     base = ProductKind("int4", 128, True, "float16", "float32")
     sizes = {"rows": 8, "outputs": 4096, "inputs": 4096}
@@ -322,6 +333,21 @@ def test_rotations_borrow_the_times_of_groups_of_128():
 
     assert all(first(kind) == "mosaic" for kind in (base, *others)) and first(base._replace(steps=4)) == "xla"
     assert first(base, rows=1, channels=64, rotations=1) == "mosaic" and first(base, rows=65) == "xla"
+
+
+def test_norms_with_rotation_borrow_the_times_of_128_channels():
+    base = NormRopeKind(128, "bfloat16", "bfloat16")
+    sizes = {"rows": 64, "heads": 40}
+    timed = {"kind": base.name, "gradients": False, "sizes": sizes, "ms": {"mosaic": 1.0, "xla": 2.0}}
+    other = NormRopeKind(64, "float32", "float32")
+    table = measured(timed, op="norm_rope", mosaic=[base, other])
+
+    def first(kind, **changes):
+        options = {"gradients": False, "device": HOPPER, "measured": table}
+        return dispatch.preferred("norm_rope", kind, sizes | changes, **options)[0][0]
+
+    assert first(base) == first(other) == "mosaic" and first(base._replace(head_dim=256)) == "xla"
+    assert first(base, rows=1, heads=1) == first(base, heads=200) == "mosaic" and first(base, rows=65) == "xla"
 
 
 def test_partial_limits_and_other_tiles_are_kinds_that_no_check_covers(monkeypatch):

@@ -1,0 +1,120 @@
+"""`norm_rope`: argument checks and the choice of implementation."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch, partitioning
+from pallas_kernels.norm_rope import mosaic_sm90, reference, xla
+
+NAMES = ("mosaic", "xla", "reference")
+
+
+def norm_rope(
+    heads: Sequence[Float[Array, "B T _ H"]],
+    weights: Sequence[Float[Array, " H"]],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    *,
+    epsilon: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T _ H"], ...]:
+    """`apply_rope(rms_norm(x, weight, epsilon), cos, sin)` of each of the heads, such as queries and keys.
+
+    Each head x of H channels becomes `x / sqrt(mean(x²) + epsilon) * weight`, and its pairs (i, i + H / 2) are rotated.
+    Both steps compute in float32 and round to the dtype of x, the norm too, before the rotation; XLA may leave out that
+    rounding between them where it fuses both. Differentiable in everything but epsilon.
+
+    Args:
+      heads: arrays of one dtype, whose numbers of heads may differ.
+      weights: of the norm of each of the arrays.
+      cos: cosines of the angles of the pairs.
+      sin: sines.
+      epsilon: of the norm.
+      implementation: "mosaic", "xla" or "reference"; None is the automatic choice. The gradients of "mosaic", the
+        Hopper kernel, are those of "xla".
+
+    Raises:
+      ValueError: arguments that do not fit together.
+      NotImplementedError: "mosaic" cannot run this call, and why.
+    """
+    if implementation not in (None, *NAMES):
+        raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
+    heads, weights = tuple(heads), tuple(weights)
+    _check(heads, weights, cos, sin)
+    if implementation is None:
+        implementation, _ = automatic(heads, weights, cos, sin)
+    elif implementation == "mosaic" and (
+        reason := dispatch.undivided() or mosaic_sm90.unsupported(heads, weights, cos, sin)
+    ):
+        raise NotImplementedError(f'norm_rope "mosaic": {reason}')
+    if implementation == "mosaic":
+        return _on_hopper(heads, weights, cos, sin, epsilon)
+    return (reference if implementation == "reference" else xla).run(heads, weights, cos, sin, epsilon)
+
+
+def _check(heads: tuple[Array, ...], weights: tuple[Array, ...], cos: Array, sin: Array) -> None:
+    if not heads or len(heads) != len(weights):
+        raise ValueError(f"heads need a weight each, and there must be some; got {len(heads)} and {len(weights)}")
+    first = heads[0]
+    for x, weight in zip(heads, weights, strict=True):
+        if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating) or x.shape[3] < 2 or x.shape[3] % 2:
+            raise ValueError(f"heads must be floating [B, T, N, H] with an even H; got {x.dtype} of shape {x.shape}")
+        if x.dtype != first.dtype or (*x.shape[:2], x.shape[3]) != (*first.shape[:2], first.shape[3]):
+            raise ValueError(
+                f"heads must agree in dtype, B, T and H; got {first.dtype} of shape {first.shape} and "
+                f"{x.dtype} of shape {x.shape}"
+            )
+        if weight.shape != x.shape[3:]:
+            raise ValueError(f"weights must have shape {x.shape[3:]}; got {weight.shape}")
+    table = (*first.shape[:2], first.shape[3] // 2)
+    if cos.shape != table or sin.shape != table:
+        raise ValueError(f"cos and sin must have shape {table}; got {cos.shape} and {sin.shape}")
+
+
+def automatic(heads: tuple[Any, ...], weights: tuple[Any, ...], cos: Any, sin: Any) -> tuple[str, str]:
+    """The implementation that a call without a name takes, and why no other, in words."""
+    rows, head_dim = heads[0].shape[0] * heads[0].shape[1], heads[0].shape[3]
+    sizes = {"rows": rows, "heads": sum(x.shape[2] for x in heads)}
+    if not all(sizes.values()):
+        return "xla", "nothing to do"
+    if (reason := dispatch.undivided()) is not None:
+        return "xla", f"mosaic: {reason}"
+    kind = dispatch.NormRopeKind(head_dim, str(heads[0].dtype), str(weights[0].dtype))
+    (first, *_), reason = dispatch.preferred("norm_rope", kind, sizes, gradients=False)
+    if first == "mosaic" and (why_not := mosaic_sm90.unsupported(heads, weights, cos, sin)) is not None:
+        return "xla", f"mosaic: {why_not}"
+    return first, reason
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _on_hopper(
+    heads: tuple[Array, ...], weights: tuple[Array, ...], cos: Array, sin: Array, epsilon: float
+) -> tuple[Array, ...]:
+    """The kernel's results; its derivatives are XLA's."""
+
+    def rows_of(of_rows, weights):
+        *heads, cos, sin = of_rows
+        return mosaic_sm90.run(tuple(heads), weights, cos, sin, epsilon=epsilon)
+
+    flat = tuple(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*heads, cos, sin))
+    results = partitioning.over_rows(rows_of, flat, weights)
+    return tuple(result.reshape(x.shape) for result, x in zip(results, heads, strict=True))
+
+
+def _on_hopper_fwd(heads: Any, weights: Any, cos: Array, sin: Array, epsilon: float) -> tuple[Any, Any]:
+    return _on_hopper(heads, weights, cos, sin, epsilon), (heads, weights, cos, sin)
+
+
+def _on_hopper_bwd(epsilon: float, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
+    def plain(heads, weights, cos, sin):
+        return xla.run(heads, weights, cos, sin, epsilon)
+
+    return jax.vjp(plain, *residuals)[1](cotangents)
+
+
+_on_hopper.defvjp(_on_hopper_fwd, _on_hopper_bwd)
