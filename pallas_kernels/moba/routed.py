@@ -148,7 +148,8 @@ def _routed_fwd(static, q, k, v, layout, indices, own_operands):
 def _routed_bwd(static, residuals, cotangents):
     q, k, v, layout, indices, own, pull_own, out, lse = residuals
     d_out, d_lse = cotangents
-    of_own = pull_own(_own_cotangents(*own, out, lse, d_out, d_lse))
+    own_out, own_lse = own
+    of_own = pull_own(_own_cotangents(own_out, own_lse, out, lse, d_out, d_lse))
     return *_first_order(static, q, k, v, layout, indices, out, lse, d_out, d_lse, *of_own), None, None, None
 
 

@@ -139,7 +139,7 @@ class _Tiles(NamedTuple):
         query, member = jnp.divmod(pair // chosen.shape[1], group)
         row = ((q.row * num_queries + query) * num_heads + q.head) * group + member
         where = jnp.stack([k.row, k.head])
-        keys = (k.array, v.array)
+        keys: tuple[Array, ...] = (k.array, v.array)
         if not static.aligned or compat.whole_atoms(k.array.shape[1]) != k.array.shape[1]:
             # Blocks of packed rows begin anywhere, and a swizzled copy at multiples of 8: a copy of the head is read.
             of_blocks_keys = (start[:, None] + jnp.arange(block_size, dtype=jnp.int32)).reshape(-1)
@@ -229,11 +229,11 @@ def backward_head(
     for rank in range(here.chosen.shape[1]):  # written out it is one operation
         dq_rows += jnp.where(here.chosen[:, rank][:, None] >= 0, dq_parts[:, rank], 0)
     split = start.shape[0], static.block_size
-    of_keys = (
+    new_dk, new_dv = (
         routed.add_to_keys(x.pick(), of_blocks.reshape(*split, -1), start, length, aligned=static.aligned)
         for x, of_blocks in zip((dk, dv), sums, strict=True)
     )
-    return dq_rows.astype(own_dq.dtype).reshape(own_dq.shape), *of_keys
+    return dq_rows.astype(own_dq.dtype).reshape(own_dq.shape), new_dk, new_dv
 
 
 def compile_cases() -> Iterator[Any]:
