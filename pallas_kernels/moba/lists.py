@@ -1,6 +1,5 @@
 """From "which blocks does each query see" to "which queries see each block", with static shapes and no atomics."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -102,5 +101,10 @@ def pieces(lists: BlockLists, tile_rows: int, num_tiles: int, longest: int) -> P
     return Pieces(block, begin_tile[block] + done, size, begin, per_block)
 
 
-# Written out the search is one operation. As a loop it is twenty of three each, whose starts a GPU has to wait for.
-_search = functools.partial(jnp.searchsorted, method="scan_unrolled")
+def _search(sorted_values: Array, values: Array, *, side: str) -> Array:
+    """`jnp.searchsorted`: on a GPU written out, as one operation; a loop is twenty of three, whose starts it waits for.
+
+    Elsewhere a loop: XLA's CPU backend takes minutes to compile many of the former.
+    """
+    method = "scan_unrolled" if jax.default_backend() == "gpu" else "scan"
+    return jnp.searchsorted(sorted_values, values, side=side, method=method)

@@ -727,3 +727,10 @@ def test_definition_and_xla_at_larger_sizes(sizes):
     got = with_gradients(lambda q, k, v: xla.run(q, k, v, None, **options))(*arrays, d_lse)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend, loops", [("cpu", True), ("gpu", False)])
+def test_lists_are_searched_in_a_loop_where_written_out_would_compile_for_minutes(monkeypatch, backend, loops):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    text = str(jax.make_jaxpr(lambda indices: lists.invert_selection(indices, 64))(jnp.zeros((256, 7), jnp.int32)))
+    assert ("while" in text or re.search(r"unroll=1\b", text) is not None) == loops
