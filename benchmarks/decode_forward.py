@@ -6,7 +6,7 @@ One forward reads every weight and the live cache once, so its floor is those by
 autoregressive step is forward + append + argmax; a denoising step is a forward over `block` tokens that only reads the
 cache, plus the argmax and the log-sum-exp of every position; one jitted call each, cache donated. A "chunk" is several
 autoregressive steps in one call, as the text engine decodes, and its times are those of one of its steps: the host's
-part, up to 2 ms per call, is then shared by all. The profile lists every device operation above 2 %. `--attention`
+part of a call is then shared by all. The profile lists every device operation above 2 %. `--attention`
 forces an implementation of the attention to the cache; without it the automatic choice runs. `--weights` takes the
 linears of all blocks in several formats in turn: int4 in groups of 128 with zeros, and the same behind ParoQuant's
 scales and rotations ("paroquant"); embedding and head stay bfloat16.
