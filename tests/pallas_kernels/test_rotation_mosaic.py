@@ -13,9 +13,11 @@ import pytest
 
 from benchmarks import rotation as benchmark
 from pallas_kernels import compat, dispatch
-from pallas_kernels.quantized_matmul import Rotation, quantized_matmul, quantized_matmuls
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, quantized_matmul, quantized_matmuls
+from pallas_kernels.quantized_matmul import mosaic_sm90 as quantized_sm90
+from pallas_kernels.quantized_matmul import xla as quantized_xla
 from pallas_kernels.quantized_matmul.rounding import round_weight
-from pallas_kernels.rotation import Turn, api, mosaic_sm90, pairwise_rotations
+from pallas_kernels.rotation import Normed, Turn, api, made, mosaic_sm90, pairwise_rotations
 
 SHAPES = [
     benchmark.Shape(rows=1, channels=256, layers=3),
@@ -193,3 +195,55 @@ def test_weights_that_share_activations_rotate_in_one_launch(hopper):
     assert hopper == [2]
     for result, weight in zip(together, weights, strict=True):
         np.testing.assert_array_equal(result, quantized_matmul(x, weight))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Norms before products
+
+
+def test_norms_are_made_in_the_order_of_the_products(hopper, monkeypatch):
+    """Every kernel in disguise: products put their activations back into order, which only theirs can be."""
+    ordered = []
+
+    def products(operands, *, group_size, format, dtype, is_ordered):
+        ordered.append((len(operands), is_ordered))
+        order = quantized_sm90.order_of(min(group_size, quantized_sm90.MAX_WIDTH), format)
+        back = jnp.argsort(jnp.asarray(order)) if is_ordered else jnp.arange(len(order))
+
+        def product(x, codes, scales, zeros, layer, _):
+            pick = lambda part: None if part is None else part[layer]  # noqa: E731
+            weight = QuantizedTensor(*map(pick, (codes, scales, zeros)), format=format, shape=(codes.shape[1], 256))
+            x = x.reshape(len(x), -1, len(order))[..., back].reshape(x.shape)
+            return quantized_xla.run(x, weight).astype(dtype)
+
+        return tuple(product(*of_weight) for of_weight in operands)
+
+    monkeypatch.setattr(quantized_sm90, "run_together", products)
+    monkeypatch.setattr(dispatch, "preferred", lambda *_, **__: (("mosaic", "xla"), ""))
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.normal(size=(3, 256)) * 2, jnp.bfloat16)
+    rows = Normed(x, jnp.asarray(rng.normal(size=256), jnp.bfloat16), 1e-6)
+    plain = [
+        round_weight(jnp.asarray(rng.normal(size=(16, 256)), jnp.float32), "int4", group_size=size)
+        for size in (128, 128, 32)
+    ]
+    scaled = dataclasses.replace(plain[0], input_scales=jnp.asarray(rng.uniform(0.5, 2, 256), jnp.float16))
+    pairs = np.argsort(rng.random((2, 2, 128)), axis=-1).reshape(2, 256)
+    rotation = Rotation(jnp.asarray(rng.normal(size=(2, 128)), jnp.float16), jnp.asarray(pairs, jnp.int16))
+    weights = [*plain, scaled, dataclasses.replace(plain[1], rotation=rotation)]
+    results = quantized_matmuls(rows, weights)
+    assert hopper == [3, 1], "weights of 128 share a launch, and those that only ask for the order its result"
+    assert sorted(ordered) == [(1, True), (4, True)]
+    for result, weight in zip(results, weights, strict=True):
+        right = quantized_matmul(made(rows), weight, implementation="xla")
+        np.testing.assert_allclose(result.astype(jnp.float32), right.astype(jnp.float32), rtol=2**-7, atol=2**-7)
+
+
+def test_norms_that_do_not_fit():
+    x = jnp.ones((2, 64))
+    with pytest.raises(ValueError, match=r"the weight of a norm must have shape \(64,\); got \(32,\)"):
+        pairwise_rotations(Normed(x, jnp.ones(32), 1e-6), [Turn(None, None)], group_size=32)
+    with pytest.raises(ValueError, match="the axis of a norm must stay 64"):
+        Normed(x, jnp.ones(64), 1e-6).reshape((4, 32))
+    rows = Normed(jnp.ones((2, 96)), jnp.ones(96), 1e-6)
+    assert "norms over a multiple of 128 channels; got 96" in mosaic_sm90.unsupported(rows, [], group_size=32)
