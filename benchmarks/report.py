@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,37 @@ def device_profile(call: Callable[[], Any], *, calls: int = 5) -> dict[str, Any]
         "span_ms": (max(ends) - min(starts)) / calls / 1e6,
         "operations": operations,
     }
+
+
+def time_layers(calls: dict[str, Callable[[], Any]], layers: int) -> dict[str, dict[str, Any]]:
+    """Wall and device time per layer, in microseconds, of calls that run `layers` of them; printed as they come."""
+    results = {}
+    for name, call in calls.items():
+        row: dict[str, Any] = dict(timed(call, repeats=10, warm_up=2))
+        profile = device_profile(call, calls=3)
+        row |= {"device_us": 1e3 * profile["device_ms"] / layers, "operations": profile["operations"]}
+        row["wall_us"] = 1e3 * row["median_ms"] / layers
+        results[name] = row
+        print(f"  {name:7s} device {row['device_us']:8.2f} us  wall {row['wall_us']:8.2f} us", flush=True)
+    return results
+
+
+def record_shapes(name: str, shapes: Iterable[Any], row_of: Callable[[Any], dict[str, Any]]) -> int:
+    """Records the row of each shape, which says whether it `passes`; exit status 1 if one does not or there is none.
+
+    A shape that raises is a row that does not pass, not the end.
+    """
+    record = Record(name)
+    for shape in shapes:
+        try:
+            row = row_of(shape)
+        except Exception as error:
+            row = {"shape": shape.name, "failure": f"{type(error).__name__}: {str(error)[:300]}", "passes": False}
+        record.add(row)
+        print(f"{'ok  ' if row['passes'] else 'FAIL'} {shape.name} {row.get('error', row.get('failure'))}", flush=True)
+    failed = sum(not row["passes"] for row in record.rows)
+    print(f"{len(record.rows)} shapes, {failed} failed")
+    return 1 if failed or not record.rows else 0
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

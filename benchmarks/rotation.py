@@ -16,6 +16,7 @@ of 1.2 us more.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -174,17 +175,10 @@ def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
 
 def measure(shape: Shape) -> dict[str, Any]:
     row = check_shape(shape)
-    results = {}
     x, turns = shape.arguments()
-    for name in ("mosaic", "xla") if row["passes"] else ():
-        run = over_layers(shape, name)
-        timed = report.timed(lambda run=run: run(x, turns), repeats=10, warm_up=2)
-        profile = report.device_profile(lambda run=run: run(x, turns), calls=3)
-        timed |= {"device_us": 1e3 * profile["device_ms"] / shape.layers, "operations": profile["operations"]}
-        timed["wall_us"] = 1e3 * timed["median_ms"] / shape.layers
-        results[name] = timed
-        print(f"  {name:7s} device {timed['device_us']:8.2f} us  wall {timed['wall_us']:8.2f} us", flush=True)
-    return row | {"results": results}
+    names = ("mosaic", "xla") if row["passes"] else ()
+    calls = {name: functools.partial(over_layers(shape, name), x, turns) for name in names}
+    return row | {"results": report.time_layers(calls, shape.layers)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,19 +189,12 @@ def main(argv: list[str] | None = None) -> int:
     if (reason := compat.missing_hopper()) is not None:
         print(reason, file=sys.stderr)
         return 2
-    record = report.Record("rotation-check" if arguments.what == "check" else "rotation")
-    for shape in check_shapes() if arguments.what == "check" else time_shapes():
-        if not any(part in shape.name for part in arguments.filter):
-            continue
-        try:
-            row = check_shape(shape) if arguments.what == "check" else measure(shape)
-        except Exception as error:  # one shape that fails is a row, not the end
-            row = {"shape": shape.name, "failure": f"{type(error).__name__}: {str(error)[:300]}", "passes": False}
-        record.add(row)
-        print(f"{'ok  ' if row['passes'] else 'FAIL'} {shape.name} {row.get('error', row.get('failure'))}", flush=True)
-    failed = sum(not row["passes"] for row in record.rows)
-    print(f"{len(record.rows)} shapes, {failed} failed")
-    return 1 if failed or not record.rows else 0
+    is_check = arguments.what == "check"
+    shapes = check_shapes() if is_check else time_shapes()
+    shapes = (shape for shape in shapes if any(part in shape.name for part in arguments.filter))
+    return report.record_shapes(
+        "rotation-check" if is_check else "rotation", shapes, check_shape if is_check else measure
+    )
 
 
 if __name__ == "__main__":
