@@ -304,9 +304,12 @@ def partition(q: Any, *others: Any, is_cut: bool = False) -> tuple[PartitionSpec
     return spec, None
 
 
-def undivided() -> str | None:
-    """Why a kernel that nobody can cut cannot be called on the devices in sight; None when it can."""
-    if jax.device_count() == 1:
+def undivided(*, is_cut: bool = False) -> str | None:
+    """Why a kernel cannot be called as it is on the devices in sight; None when it can.
+
+    `is_cut` says that the kernel tells XLA by `partitioning.cut` how it may be divided.
+    """
+    if jax.device_count() == 1 or (is_cut and partitioning.is_automatic()):
         return None
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and set(mesh.axis_types) == {AxisType.Manual}:

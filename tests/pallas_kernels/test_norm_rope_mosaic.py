@@ -104,7 +104,7 @@ def hopper(monkeypatch):
 
     monkeypatch.setattr(mosaic_sm90, "run", run)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
-    monkeypatch.setattr(dispatch, "undivided", lambda: None)
+    monkeypatch.setattr(dispatch, "undivided", lambda **_: None)
     monkeypatch.setattr(dispatch, "preferred", lambda *_, **__: (("mosaic", "xla"), ""))
     return launches
 

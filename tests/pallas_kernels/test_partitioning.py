@@ -38,7 +38,7 @@ def function(q, k, length):
     return scores * length[:, None, None], q * 2
 def run(q, k, length):
     given = {"q": q, "k": k, "length": length, "absent": None}
-    return partitioning.cut(function, given, axes=axes, results=("scores", "twice"), group=2)
+    return partitioning.cut(function, given, axes=axes, results=("scores", "twice"), along="bk", units={"g": 2})
 q = jnp.asarray(rng.normal(size=(4, 6, 8, 3)), jnp.float32)
 k, length = jnp.asarray(rng.normal(size=(4, 5, 4, 3)), jnp.float32), jnp.arange(4.0)
 want = function(q, k, length)

@@ -629,7 +629,7 @@ def hopper(monkeypatch):
 
     monkeypatch.setattr(mosaic_sm90, "run_together", run_together)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
-    monkeypatch.setattr(dispatch, "undivided", lambda: None)
+    monkeypatch.setattr(dispatch, "undivided", lambda **_: None)
 
     def preferred(op, *_, **__):
         return (("mosaic", "xla") if op == "quantized_matmul" else ("xla",)), ""
@@ -730,5 +730,5 @@ def test_what_the_automatic_choice_says(hopper, monkeypatch):
     )
     narrow = round_weight(jnp.ones((8, 64)), "int8")
     assert api.automatic(x, narrow, dtype=x.dtype) == ("xla", "mosaic: needs a multiple of 16 outputs; got 8")
-    monkeypatch.setattr(dispatch, "undivided", lambda: "2 devices")
+    monkeypatch.setattr(dispatch, "undivided", lambda **_: "2 devices")
     assert api.automatic(x, weight, dtype=x.dtype) == ("xla", "mosaic: 2 devices")

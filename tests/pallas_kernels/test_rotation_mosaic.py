@@ -118,7 +118,7 @@ def hopper(monkeypatch):
 
     monkeypatch.setattr(mosaic_sm90, "run", run)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
-    monkeypatch.setattr(dispatch, "undivided", lambda: None)
+    monkeypatch.setattr(dispatch, "undivided", lambda **_: None)
 
     def preferred(op, *_, **__):
         return (("mosaic", "xla") if op == "pairwise_rotation" else ("xla",)), ""
