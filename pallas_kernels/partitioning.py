@@ -34,7 +34,7 @@ def cut(
     axes: Mapping[str, str],
     results: Sequence[str],
     along: Sequence[str],
-    units: Mapping[str, int],
+    units: Mapping[str, int] | None = None,
     summed: str | None = None,
     partial: Callable[..., tuple[Array, ...]] | None = None,
 ) -> tuple[Array, ...]:
@@ -63,7 +63,7 @@ def cut(
         return function(**given)
 
     def axes_of(names: Sequence[str]) -> list[list[_Axis]]:
-        return [[_Axis.of(text, units) for text in re.findall(r"\(.*?\)|\S+", axes[name])] for name in names]
+        return [[_Axis.of(text, units or {}) for text in re.findall(r"\(.*?\)|\S+", axes[name])] for name in names]
 
     read, written = axes_of([*given]), axes_of(results)
 
@@ -116,7 +116,7 @@ def cut(
         partition=partition,
         sharding_rule=" -> ".join(", ".join(" ".join(map(str, axes)) for axes in side) for side in (read, written)),
         need_replication_factors=tuple(factor for factor in factors if factor not in along),
-        **sizes | {name: size for name, size in units.items() if name in factors},
+        **sizes | {name: size for name, size in (units or {}).items() if name in factors},
     )
     has_rows = {name: axes[name].split()[:1] == [ROWS] for name in given}
     return over_rows(
