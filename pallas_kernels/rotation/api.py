@@ -191,7 +191,7 @@ def _turned(
     """
 
     def run(*, x: Array, weight: Array | None = None, **parts: Array) -> tuple[Array, ...]:
-        own = [Turn(*(parts.get(f"{field}{n}") for field in Turn._fields)) for n in range(len(turns))]
+        own = tuple(Turn(*(parts.get(f"{field}{n}") for field in Turn._fields)) for n in range(len(turns)))
         rows = x if weight is None else Normed(x, weight, epsilon)
         return mosaic_sm90.run(rows, own, group_size=group_size, order=order)
 
