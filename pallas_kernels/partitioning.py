@@ -27,6 +27,19 @@ def is_automatic() -> bool:
     return jax.device_count() > 1 and (mesh.empty or set(mesh.axis_types) == {AxisType.Auto})
 
 
+class Summed(NamedTuple):
+    """An axis whose parts give results that are added up over the devices.
+
+    Attributes:
+      axis: its name.
+      function: what is called in the place of the function of `cut` where the axis is cut, with results in float32;
+        their sum is rounded to the dtype of that function's.
+    """
+
+    axis: str
+    function: Callable[..., tuple[Array, ...]]
+
+
 def cut(
     function: Callable[..., tuple[Array, ...]],
     operands: Mapping[str, Array | None],
@@ -35,8 +48,7 @@ def cut(
     results: Sequence[str],
     along: Sequence[str],
     units: Mapping[str, int] | None = None,
-    summed: str | None = None,
-    partial: Callable[..., tuple[Array, ...]] | None = None,
+    summed: Summed | None = None,
 ) -> tuple[Array, ...]:
     """`function(**operands)`, cut over the devices along some of its axes where `is_automatic()`.
 
@@ -54,18 +66,19 @@ def cut(
       results: names of what `function` returns.
       along: names of the axes that may be cut; all others are gathered.
       units: the sizes of units by name, such as g.
-      summed: the one of `along` that no result has: the results of its parts are added up.
-      partial: what is called in the place of `function` where `summed` is cut, with float32 results; their sum is
-        rounded to what `function` returns.
+      summed: the one of `along` that no result has; None: each has a place in some result.
     """
     given = {name: x for name, x in operands.items() if x is not None}
     if not is_automatic():
         return function(**given)
 
-    def axes_of(names: Sequence[str]) -> list[list[_Axis]]:
-        return [[_Axis.of(text, units or {}) for text in re.findall(r"\(.*?\)|\S+", axes[name])] for name in names]
-
-    read, written = axes_of([*given]), axes_of(results)
+    texts = {name: re.findall(r"\(.*?\)|\S+", axes[name]) for name in (*given, *results)}
+    sizes = dict(units or {})
+    for name, x in given.items():
+        for text, size in zip(texts[name], x.shape, strict=True):
+            axis, *unit = re.findall(r"\w+", text)
+            sizes[axis] = size // math.prod(sizes[name] for name in unit)
+    read, written = ([[_Axis.of(text, sizes) for text in texts[name]] for name in names] for names in (given, results))
 
     def by_position(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
         @jax.jit  # keeps the constants of `function` to itself; a partitioned call may have none
@@ -96,27 +109,30 @@ def cut(
             )
             parts[name] = next(possible, None)
 
-        def in_part(*arrays):
-            sums = jax.lax.psum(by_position(partial)(*arrays), _axes(parts[summed]))
-            return tuple(x.astype(result.dtype) for x, result in zip(sums, result_shapes, strict=True))
-
         def shardings(tensors: list[list[_Axis]]) -> tuple[NamedSharding, ...]:
             specs = (PartitionSpec(*(parts.get(axis.name) for axis in axes)) for axes in tensors)
             return tuple(NamedSharding(mesh, spec) for spec in specs)
 
-        return mesh, in_part if parts.get(summed) else call, shardings(written), shardings(read)
+        on_each = call
+        if summed is not None and (ways := _axes(parts[summed.axis])):
+            partial = by_position(summed.function)
 
-    every = [(axis, size) for axes, x in zip(read, given.values(), strict=True) for axis, size in zip(axes, x.shape)]
-    whole = {axis.name for axes in (*read, *written) for axis in axes if axis.unit == 1}
-    sizes = {axis.name: size // axis.unit for axis, size in every if axis.name not in whole}
+            def on_each(*arrays):
+                sums = jax.lax.psum(partial(*arrays), ways)
+                return tuple(x.astype(result.dtype) for x, result in zip(sums, result_shapes, strict=True))
+
+        return mesh, on_each, shardings(written), shardings(read)
+
+    every = [axis for axes in (*read, *written) for axis in axes]
+    whole = {axis.name for axis in every if not axis.unit_name}  # whose sizes the partitioner sees itself
     # In the order of their first appearance, as the partitioner numbers them.
-    factors = dict.fromkeys(factor for axes in (*read, *written) for axis in axes for factor in axis.factors)
+    factors = dict.fromkeys(factor for axis in every for factor in axis.factors)
     divided = custom_partitioning(call)
     divided.def_partition(
         partition=partition,
         sharding_rule=" -> ".join(", ".join(" ".join(map(str, axes)) for axes in side) for side in (read, written)),
         need_replication_factors=tuple(factor for factor in factors if factor not in along),
-        **sizes | {name: size for name, size in (units or {}).items() if name in factors},
+        **{name: sizes[name] for name in factors if name not in whole},
     )
     has_rows = {name: axes[name].split()[:1] == [ROWS] for name in given}
     return over_rows(
@@ -134,10 +150,12 @@ class _Axis(NamedTuple):
     unit: int = 1
 
     @classmethod
-    def of(cls, text: str, units: Mapping[str, int]) -> "_Axis":
-        """Of "k" or "(k g)"; a unit of one element is none."""
+    def of(cls, text: str, sizes: Mapping[str, int]) -> "_Axis":
+        """Of "k" or "(k g)". Units of one element, or just one unit, are none: the partitioner takes no factor of 1."""
         name, *unit = re.findall(r"\w+", text)
-        return cls(name, unit[0], units[unit[0]]) if unit and units[unit[0]] > 1 else cls(name)
+        if not unit or sizes[unit[0]] == 1:
+            return cls(name)
+        return cls(unit[0]) if sizes[name] == 1 else cls(name, unit[0], sizes[unit[0]])
 
     @property
     def factors(self) -> tuple[str, ...]:

@@ -256,8 +256,7 @@ def _products(
         results=[f"result{n}" for n in range(len(stacks))],
         along=(partitioning.ROWS, *(f"o{n}" for n in range(len(stacks))), "i"),
         units=units,
-        summed="i",
-        partial=functools.partial(run, jnp.float32),
+        summed=partitioning.Summed("i", functools.partial(run, jnp.float32)),
     )
 
 

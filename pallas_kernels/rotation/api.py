@@ -96,7 +96,8 @@ def _run(
     if implementation is None:
         implementation, _ = automatic(rows, turns, group_size=group_size, inverse=inverse)
     elif implementation == "mosaic" and (
-        reason := dispatch.undivided(is_cut=True) or mosaic_sm90.unsupported(rows, turns, group_size=group_size, inverse=inverse)
+        reason := dispatch.undivided(is_cut=True)
+        or mosaic_sm90.unsupported(rows, turns, group_size=group_size, inverse=inverse)
     ):
         raise NotImplementedError(f'pairwise_rotation "mosaic": {reason}')
     if implementation == "mosaic":
@@ -168,34 +169,31 @@ def _plain(
 def _on_hopper(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Array, ...]:
     """The kernel's results; its derivatives are XLA's."""
     stacks = tuple(turn if turn.layer is not None else _stack_of_one(turn) for turn in turns)
-    norm = x if isinstance(x, Normed) else None
+    if not isinstance(x, Normed):
+        return partitioning.over_rows(lambda x, turns: _turned(x, turns, group_size, order), x, stacks)
+    epsilon = x.epsilon
 
-    def turned(x: Array, rest: tuple[Array | None, tuple[Turn, ...]]) -> tuple[Array, ...]:
-        return _turned(x, *rest, epsilon=norm and norm.epsilon, group_size=group_size, order=order)
+    def normed(x: Array, rest: tuple[Array, tuple[Turn, ...]]) -> tuple[Array, ...]:
+        weight, turns = rest
+        return _turned(Normed(x, weight, epsilon), turns, group_size, order)
 
-    return partitioning.over_rows(turned, x if norm is None else norm.x, (norm and norm.weight, stacks))
+    return partitioning.over_rows(normed, x.x, (x.weight, stacks))
 
 
-def _turned(
-    x: Array,
-    weight: Array | None,
-    turns: tuple[Turn, ...],
-    *,
-    epsilon: float | None,
-    group_size: int,
-    order: tuple[int, ...] | None,
-) -> tuple[Array, ...]:
+def _turned(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Array, ...]:
     """What `mosaic_sm90.run` gives; on a mesh of automatic axes each device turns its rows and groups of channels.
 
-    With the weight of a norm, which is over all channels, its rows alone.
+    Of `Normed` rows it turns whole ones, since the norm is over all channels: these are gathered. So are channels that
+    are cut through a group.
     """
+    epsilon = x.epsilon if isinstance(x, Normed) else None
 
     def run(*, x: Array, weight: Array | None = None, **parts: Array) -> tuple[Array, ...]:
         own = tuple(Turn(*(parts.get(f"{field}{n}") for field in Turn._fields)) for n in range(len(turns)))
-        rows = x if weight is None else Normed(x, weight, epsilon)
+        rows = x if epsilon is None else Normed(x, weight, epsilon)
         return mosaic_sm90.run(rows, own, group_size=group_size, order=order)
 
-    operands = {"x": x, "weight": weight}
+    operands: dict[str, Any] = {"x": x.x, "weight": x.weight} if isinstance(x, Normed) else {"x": x}
     axes = {"x": f"{partitioning.ROWS} (groups channels)", "weight": "(groups channels)"}
     for n, turn in enumerate(turns):
         of_turn = {
@@ -211,7 +209,7 @@ def _turned(
         operands,
         axes=axes | {f"result{n}": axes["x"] for n in range(len(turns))},
         results=[f"result{n}" for n in range(len(turns))],
-        along=(partitioning.ROWS, *(("groups",) if weight is None else ())),
+        along=(partitioning.ROWS, *(("groups",) if epsilon is None else ())),
         units={"channels": group_size, "angles": group_size // 2},
     )
 

@@ -91,6 +91,18 @@ def body(carry, _):
 scanned = jax.jit(lambda q: jax.lax.scan(body, q, None, length=3)[1])(both[0])
 assert ((1, 6, 4, 3), (1, 5, 2, 3), (1,)) in shapes
 np.testing.assert_allclose(scanned[2], want[0], rtol=1e-6, atol=1e-6)
+# One key head for all query heads, and one for each; rows that do not divide are padded.
+for heads, rows in ((1, 4), (8, 4), (4, 3)):
+    given = q[:rows], k[:rows, :, :1].repeat(heads, 2), length[:rows]
+    def uneven(q, k, length):
+        q = jax.lax.with_sharding_constraint(q, NamedSharding(mesh, P("data", None, "tensor")))
+        operands = {"q": q, "k": k, "length": length}
+        return partitioning.cut(
+            function, operands, axes=axes, results=("scores", "twice"), along="bk", units={"g": 8 // heads}
+        )
+    for a, b in zip(jax.jit(uneven)(*given), function(*given), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+assert ((1, 6, 8, 3), (1, 5, 1, 3), (1,)) in shapes and ((1, 6, 4, 3), (1, 5, 4, 3), (1,)) in shapes
 """
 
 # flash_attention with the XLA path in place of both kernels: dispatch, limits, decisions, gradients.
@@ -165,7 +177,7 @@ def place(weight, outputs, inputs):
 def run(x, weights, dtype="bfloat16", implementation=None):
     return quantized_matmuls(x, [w.of_layer(1) for w in weights], dtype=dtype, implementation=implementation)
 def check(name, x, weights, lie, local, sent=(), dtype="bfloat16", atol=1e-4):
-    \"\"\"`lie`: mesh axes of rows and inputs of x, then of outputs and inputs of each weight. `local`: of what each device
+    \"\"\"`lie`: mesh axes of rows and inputs of x, then of outputs and inputs of each weight. `local`: what each device
     multiplies, rows and inputs, then outputs of each weight. `sent`: collectives, and what they exchange.\"\"\"
     want = run(x, weights, dtype, "reference")
     given = put(x, *lie[0]), [place(w, *own) for w, own in zip(weights, lie[1:], strict=True)]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +43,11 @@ def params():
     return jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, LM.init(jax.random.key(0)))
 
 
-def rotated(params, seed=0):
+def rotated(params, seed=0, lm=LM):
     """int4 parameters as ParoQuant has them, the rotation at random."""
-    leaves = flatten(round_params(LM, params, "int4", group_size=32))
+    leaves = flatten(round_params(lm, params, "int4", group_size=32))
     rng = np.random.default_rng(seed)
-    for path in LM.linears:
+    for path in lm.linears:
         weight, steps = leaves[path], 3
         shape = (CONFIG.layers, steps, weight.inputs // 32)
         pairs = rng.permuted(np.broadcast_to(np.arange(32), (*shape, 32)), axis=-1).reshape(*shape[:2], -1)
@@ -240,6 +241,58 @@ def test_on_a_mesh(tmp_path):
         parts, held, difference, largest = map(float, line.split())
         assert held < 1.25 / parts + 0.05 and difference < 2e-5 * max(1, largest)
     assert "cut 64 inputs 4 ways, through groups of 32" in error
+
+
+KERNELS = """
+import re, sys, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import stand_ins
+from jaxmodels import load_pretrained
+stand_ins.install()
+tokens = np.array([[3, 14, 15, 92, 65, 35, 89, 79, 32], [1, 4, 1, 5, 9, 2, 6, 5, 3]])
+one = load_pretrained(sys.argv[1], dtype="bfloat16")
+own = jax.device_put(one.params, jax.devices()[0])
+expected = np.asarray(jax.jit(lambda *given: one.lm.apply(*given))(own, tokens), np.float32)
+for record in (stand_ins.products, stand_ins.rotations, stand_ins.norms):
+    del record[:]
+mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+model = load_pretrained(sys.argv[1], dtype="bfloat16", mesh=mesh)
+given = model.params, jax.device_put(tokens, NamedSharding(mesh, P("data")))
+with jax.set_mesh(mesh):
+    compiled = jax.jit(lambda *given: model.lm.apply(*given)).lower(*given).compile()
+logits = np.asarray(compiled(*given), np.float32)
+is_local = lambda shape: shape[0] == 9
+print(sorted({products for products in stand_ins.products if is_local(products[1][0])}))
+print(sorted({rows for rows, *_ in stand_ins.rotations if is_local(rows)}))
+print(sorted({heads for heads in stand_ins.norms if is_local(heads[0])}))
+sent = re.findall(r"= (.*) (?:all-|collective-|reduce-)[a-z-]*[(]", compiled.as_text())
+print([what for what in sent if re.search("u8|s8|f16|s16", what.replace("bf16", ""))])
+print(np.sqrt(((logits - expected) ** 2).mean() / (expected**2).mean()))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_on_a_mesh(tmp_path):
+    """Kernels of a forward pass get their parts of rows, heads, outputs or inputs, and no quantized weight is sent."""
+    config = QwenConfig.tiny(layers=2, vocab_size=96, dim=128, heads=4, kv_heads=2, head_dim=64, mlp_dim=256)
+    lm = build(config)
+    params = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, lm.init(jax.random.key(0)))
+    save_pretrained(tmp_path, lm, rotated(params, lm=lm))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "pallas_kernels")
+    command = [sys.executable, "-c", KERNELS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    products, rotations, norms, sent, difference = done.stdout.splitlines()
+    rows, stack = 9, 1  # a scan takes the stack apart
+    layers = {
+        "q, k, v": ("bfloat16", *(((rows, 128), (stack, outputs, 64)) for outputs in (128, 64, 64))),
+        "gate, up": ("bfloat16", *(((rows, 128), (stack, 128, 64)),) * 2),
+        "o, down": ("float32", ((rows, 128), (stack, 128, 64))),
+    }
+    assert products == str(sorted(layers.values()))
+    assert rotations == str([(rows, 128)]) and norms == str([((rows, 2, 64), (rows, 1, 64))])
+    assert sent == "[]" and float(difference) < 1e-2
 
 
 TRANSFORMERS = """
