@@ -11,7 +11,8 @@ implementation took (`timed`). From it:
    since they run the same machine code. What failed on itself stays failed. All others take XLA.
 4. `moba_attention` is taken where it was checked: its XLA path, made for little memory, was never timed on a GPU.
 5. XLA cannot partition a kernel. With several devices in sight a GPU implementation is considered inside `shard_map`,
-   when explicit axes tell how the operands lie (`partition`), and when it tells XLA itself (`partitioning.cut`).
+   when explicit axes tell how the operands lie (`partition`), and when it tells XLA itself (`partitioning.cut`). Sizes
+   are then those of the whole call: what each device will have of it is not known when it is traced.
 
 So an automatic choice may be slower than the best one, never wrong. A choice by name does not come here.
 """

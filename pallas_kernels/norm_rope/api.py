@@ -36,7 +36,7 @@ def norm_rope(
       sin: sines.
       epsilon: of the norm.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice. The gradients of "mosaic", the
-        Hopper kernel, are those of "xla".
+        Hopper kernel, are those of "xla". On a mesh of automatic axes each device has its rows and heads.
 
     Raises:
       ValueError: arguments that do not fit together.

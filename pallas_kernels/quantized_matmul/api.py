@@ -37,8 +37,10 @@ def quantized_matmul(
       weight: see there.
       dtype: type of the result; None is that of `x`.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`). "mosaic", the Hopper
-        kernel, takes all codes, bfloat16 activations (any, where they are rounded) and one device, and reads the weight
-        of a stack in place; its gradients are those of "xla".
+        kernel, takes all codes and bfloat16 activations (any, where they are rounded), and reads the weight of a stack
+        in place; its gradients are those of "xla". On a mesh of automatic axes each device multiplies its rows and its
+        outputs, or its groups of inputs, whose sums are added up in float32 before they are rounded; what is cut
+        through a group or a unit of the kernel is gathered along that axis (README). Explicit axes it does not take.
 
     Raises:
       ValueError: arguments that do not fit together.
@@ -140,6 +142,8 @@ class _Launch(NamedTuple):
 
 def automatic(x: Rows, weight: QuantizedTensor, *, dtype: Any, outputs: int | None = None) -> tuple[str, str]:
     """The implementation that a call without a name takes, and why no other, in words.
+
+    On a mesh it is chosen by the sizes of the whole call, and the kernel's tiles by those of each device's part.
 
     Args:
       x: activations `[M, I]`, already turned.
