@@ -209,6 +209,14 @@ check("M and I", x, two, (("data", "tensor"), inputs, inputs), (2, 128, 64, 32),
 check("x alone", x, two[:1], (inputs, outputs), (8, 256, 32), [("all-gather", "f32[8,256]")])
 gathered = [("all-gather", "u8[2,32,128]"), ("all-gather", "f16[2,8,32]"), ("all-gather", "s8[2,8,32]")]
 check("rows win", x, two[1:], (rows, (None, "data")), (2, 256, 32), gathered)
+# Of two weights one has outputs and the other inputs on one axis of the mesh: outputs keep it.
+first = [("all-gather", "u8[2,64,128]"), ("all-gather", "f16[2,8,64]"), ("all-gather", "s8[2,8,64]")]
+check("two ways", x, two, ((), inputs, outputs), (8, 256, 64, 16), first)
+# On two axes: the first weight decides, and devices exchange quarters of the other until each has its half.
+moved = [("all-reduce", "f32[8,64]"), ("all-reduce", "f32[8,32]")]
+for kind, codes, grid in (("collective-permute", "2,32,32", "2,2,32"), ("all-gather", "2,32,64", "2,4,32")):
+    moved += [(kind, f"u8[{codes}]"), (kind, f"f16[{grid}]"), (kind, f"s8[{grid}]")]
+check("two axes", x, two, ((), inputs, (None, "data")), (8, 128, 64, 32), moved)
 # A group, the kernel's 16 outputs, and the period of its own order would be cut through.
 three = [stack(48, 96, size=32)]
 gathered = [("all-gather", "u8[2,48,48]"), ("all-gather", "f16[2,3,48]"), ("all-gather", "s8[2,3,48]")]
