@@ -2,6 +2,7 @@
 
 The interpreter of kernels cannot run inside a partitioned call, so plain functions stand in for them."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import flash_attention
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, quantized_matmul
 
 HEAD = """
 import jax, jax.numpy as jnp, numpy as np
@@ -347,3 +349,40 @@ def test_two_gpus_give_what_one_gives():
         cut = [jax.device_put(x, sharding) for x, sharding in zip((q, k, v, lengths), shardings, strict=True)]
         for a, b in zip(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*cut), want, strict=True):
             np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (a, b)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", ["rows", "outputs", "inputs"])
+def test_two_gpus_multiply_as_one(axis):
+    """The kernels of a rotation and a product on halves of one axis; the split of the inputs changes float32 sums."""
+    if jax.default_backend() != "gpu" or jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    rng, (layers, outputs, inputs) = np.random.default_rng(0), (2, 512, 1024)
+    pairs = np.argsort(rng.random((layers, 8, inputs // 128, 128)), axis=-1).reshape(layers, 8, inputs)
+    grid = (layers, inputs // 128, outputs)
+    weight = QuantizedTensor(
+        codes=rng.integers(0, 256, (layers, outputs, inputs // 2)).astype(np.uint8),
+        scales=rng.uniform(0.01, 0.02, grid).astype(np.float16),
+        zeros=rng.integers(-8, 8, grid).astype(np.int8),
+        rotation=Rotation(rng.normal(size=(layers, 8, inputs // 2)).astype(np.float16), pairs.astype(np.int16)),
+        shape=(outputs, inputs),
+    )
+    x = jnp.asarray(rng.normal(size=(16, inputs)), jnp.bfloat16)
+
+    def product(x, weight):
+        return quantized_matmul(x, weight.of_layer(1), dtype=jnp.float32, implementation="mosaic")
+
+    one = jax.device_put((x, weight), jax.devices()[0])
+    want = np.asarray(jax.jit(product)(*one))
+    mesh = jax.make_mesh((2,), ("both",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    rows, out, into = ("both" if axis == name else None for name in ("rows", "outputs", "inputs"))
+    specs = dataclasses.replace(
+        weight,
+        codes=P(None, out, into),
+        scales=P(None, into, out),
+        zeros=P(None, into, out),
+        rotation=Rotation(P(None, None, into), P(None, None, into)),
+    )
+    place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))  # noqa: E731
+    got = jax.jit(product)(place(x, P(rows, into)), jax.tree.map(place, weight, specs))
+    np.testing.assert_allclose(np.asarray(got), want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
