@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -32,7 +33,7 @@ from unittest import mock
 
 import jax
 
-from pallas_kernels import compat
+from pallas_kernels import compat, dispatch
 
 # Each of these has `compile_cases()`, an iterator of CompileCase.
 MODULES = (
@@ -208,7 +209,21 @@ def hopper_sharding(gpu: str = "h100") -> jax.sharding.Sharding:
     return jax.sharding.NamedSharding(hopper_mesh(gpu), jax.sharding.PartitionSpec())
 
 
-def uncut(axis: int, gpu: str = "h100") -> str | None:
+def _on_two_gpus(function: Callable[..., Any], *avals: Any) -> tuple[list[str], list[str]]:
+    """Lines of HLO: the kernels of a call, and what it sends; compiled for the two devices of its arguments."""
+    with (
+        mock.patch.object(jax, "device_count", lambda: 2),  # this machine's own would be one CPU
+        mock.patch.object(compat, "missing_hopper", lambda: None),
+        mock.patch.object(dispatch, "preferred", lambda *_, **__: (("mosaic", "xla"), "")),
+    ):
+        text = jax.jit(function).trace(*avals).lower(lowering_platforms=("cuda",)).compile().as_text()
+    lines = text.splitlines()
+    sent = r"= .* (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\("
+    kernels = [line for line in lines if 'custom_call_target="mosaic_gpu' in line]
+    return kernels, [line.strip()[:200] for line in lines if re.search(sent, line)]
+
+
+def uncut_attention(axis: int, gpu: str = "h100") -> str | None:
     """Why the kernels of a program for two GPUs do not each see half of `axis`, 0 rows or 2 heads; None when they do.
 
     Compiles flash attention with its gradients on a mesh of an automatic axis, so through `partitioning.cut`.
@@ -228,16 +243,61 @@ def uncut(axis: int, gpu: str = "h100") -> str | None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
     avals = (halved(4, 1024, 8, 128), *[halved(4, 1024, 2, 128)] * 2, halved(4, dtype="int32"))
-    with mock.patch.object(jax, "device_count", lambda: 2):  # this machine's own would be one CPU
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*avals)
-        text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
-    kernels = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
+    kernels, sent = _on_two_gpus(jax.grad(loss, argnums=(0, 1, 2)), *avals)
     wanted = {"4,1024,4,128", "4,1024,1,128"} if axis else {"2,1024,8,128", "2,1024,2,128"}
     cut = [line for line in kernels if set(re.findall(r"bf16\[([\d,]+)\]", line)) <= wanted]
-    exchanged = sorted(set(re.findall(r"\b(all-gather|all-reduce|all-to-all|collective-permute)", text)))
-    if len(kernels) != 3 or cut != kernels or exchanged:
-        return f"{len(cut)} of {len(kernels)} kernels see their half, of 3; exchanges: {exchanged}"
+    if len(kernels) != 3 or cut != kernels or sent:
+        return f"{len(cut)} of {len(kernels)} kernels see their half, of 3; sends {sent}"
     return None
+
+
+def uncut_product(axis: str, gpu: str = "h100") -> str | None:
+    """The same for a rotated and quantized weight in halves of its "outputs", or with the activations of its "inputs".
+
+    The former may send nothing, the latter the float32 sums of the results alone.
+    """
+    from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, quantized_matmul
+
+    mesh, layers, rows, (outputs, inputs) = hopper_mesh(gpu, 2), 4, 16, (4096, 12288)
+    by_outputs, by_inputs = ("gpu" if axis == name else None for name in ("outputs", "inputs"))
+
+    def lying(dtype, shape, *spec):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    grid, groups = (layers, inputs // 128, outputs), (None, by_inputs, by_outputs)
+    weight = QuantizedTensor(
+        codes=lying("uint8", (layers, outputs, inputs // 2), None, by_outputs, by_inputs),
+        scales=lying("float16", grid, *groups),
+        zeros=lying("int8", grid, *groups),
+        rotation=Rotation(
+            lying("float16", (layers, 8, inputs // 2), None, None, by_inputs),
+            lying("int16", (layers, 8, inputs), None, None, by_inputs),
+        ),
+        shape=(outputs, inputs),
+    )
+
+    def product(x, weight, layer):
+        return quantized_matmul(x, weight.of_layer(layer), implementation="mosaic")
+
+    x, layer = lying("bfloat16", (rows, inputs), None, by_inputs), lying("int32", ())
+    kernels, sent = _on_two_gpus(product, x, weight, layer)
+    own_outputs, own_inputs = outputs // 2 if by_outputs else outputs, inputs // 2 if by_inputs else inputs
+    codes, turned = f"u8[{layers},{own_outputs},{own_inputs // 2}]", f"= bf16[{rows},{own_inputs}]"
+    found = [sum(part in line for line in kernels) for part in (codes, turned)]
+    sums = [line for line in sent if f"= f32[{rows},{outputs}]" in line and " all-reduce" in line]
+    if found != [1, 1] or len(kernels) != 2 or sent != sums or len(sums) != (axis == "inputs"):
+        return f"of {len(kernels)} kernels {found[0]} multiply {codes} and {found[1]} give {turned}; sends {sent}"
+    return None
+
+
+ON_TWO_GPUS: dict[str, Callable[[str], str | None]] = {
+    "flash attention with gradients, rows on two GPUs": functools.partial(uncut_attention, 0),
+    "flash attention with gradients, heads on two GPUs": functools.partial(uncut_attention, 2),
+    "w4a16 and rotation, outputs on two GPUs": functools.partial(uncut_product, "outputs"),
+    "w4a16 and rotation, inputs on two GPUs": functools.partial(uncut_product, "inputs"),
+}
+"""Of what is cut, for a GPU of `GPUS`: why the kernels do not each run on their half, or more is sent than the sums."""
 
 
 def _cuda_root() -> Path:
@@ -376,7 +436,8 @@ def main(argv: list[str] | None = None) -> int:
     selected = list(cases(shipped_only=not arguments.all, name_contains=arguments.filter))
     if arguments.quick:
         selected = [case for case in selected if case.name in QUICK]
-    if not selected:
+    divided = [name for name in ON_TWO_GPUS if arguments.filter in name]
+    if not selected and not divided:
         print(f"no case matches {arguments.filter!r}", file=sys.stderr)
         return 3
     status = 0
@@ -401,16 +462,19 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  FAILS: {'; '.join(failures)}")
                 status = max(status, 1)
             results.append({"case": case.name, "failures": failures, **dataclasses.asdict(report)})
-    if not arguments.filter:
-        for axis, what in ((0, "rows"), (2, "heads")):
-            print(f"flash attention with gradients, {what} on two GPUs", flush=True)
-            failure = uncut(axis, arguments.gpu)
-            print(f"  FAILS: {failure}" if failure else "  each runs the kernels on its half and sends nothing")
-            status = max(status, 1 if failure else 0)
-            results.append({"case": f"{what} on two GPUs", "failures": [failure] if failure else []})
+    for name in divided:
+        print(name, flush=True)
+        failure = ON_TWO_GPUS[name](arguments.gpu)
+        print(
+            f"  FAILS: {failure}"
+            if failure
+            else "  each runs the kernels on its half and sends sums of results at most"
+        )
+        status = max(status, 1 if failure else 0)
+        results.append({"case": name, "failures": [failure] if failure else []})
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{len(selected)} cases, exit code {status}")
+    print(f"{len(selected) + len(divided)} cases, exit code {status}")
     return status
 
 

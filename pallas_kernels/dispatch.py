@@ -11,7 +11,8 @@ implementation took (`timed`). From it:
    since they run the same machine code. What failed on itself stays failed. All others take XLA.
 4. `moba_attention` is taken where it was checked: its XLA path, made for little memory, was never timed on a GPU.
 5. XLA cannot partition a kernel. With several devices in sight a GPU implementation is considered inside `shard_map`,
-   when explicit axes tell how the operands lie (`partition`), and when it tells XLA itself (`partitioning.cut`).
+   when explicit axes tell how the operands lie (`partition`), and when it tells XLA itself (`partitioning.cut`). Sizes
+   are then those of the whole call: what each device will have of it is not known when it is traced.
 
 So an automatic choice may be slower than the best one, never wrong. A choice by name does not come here.
 """
@@ -304,9 +305,12 @@ def partition(q: Any, *others: Any, is_cut: bool = False) -> tuple[PartitionSpec
     return spec, None
 
 
-def undivided() -> str | None:
-    """Why a kernel that nobody can cut cannot be called on the devices in sight; None when it can."""
-    if jax.device_count() == 1:
+def undivided(*, is_cut: bool = False) -> str | None:
+    """Why a kernel cannot be called as it is on the devices in sight; None when it can.
+
+    `is_cut` says that the kernel tells XLA by `partitioning.cut` how it may be divided.
+    """
+    if jax.device_count() == 1 or (is_cut and partitioning.is_automatic()):
         return None
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and set(mesh.axis_types) == {AxisType.Manual}:

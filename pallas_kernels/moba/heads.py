@@ -63,7 +63,7 @@ def map_heads(
     written = {f"new_{name}": x for name, x in results.items()}
     axes = {name: _axes(name, x.ndim) for name, x in (arrays | results | written).items()}
     axes |= {name: f"b {name}0" for name in ("start", "length")}
-    return partitioning.cut(all_heads, operands, axes=axes, results=list(written), group=1)
+    return partitioning.cut(all_heads, operands, axes=axes, results=list(written), along="bk")
 
 
 def split_groups(x: Array, k: Array) -> Array:

@@ -36,7 +36,7 @@ def norm_rope(
       sin: sines.
       epsilon: of the norm.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice. The gradients of "mosaic", the
-        Hopper kernel, are those of "xla".
+        Hopper kernel, are those of "xla". On a mesh of automatic axes each device has its rows and heads.
 
     Raises:
       ValueError: arguments that do not fit together.
@@ -49,7 +49,7 @@ def norm_rope(
     if implementation is None:
         implementation, _ = automatic(heads, weights, cos, sin)
     elif implementation == "mosaic" and (
-        reason := dispatch.undivided() or mosaic_sm90.unsupported(heads, weights, cos, sin)
+        reason := dispatch.undivided(is_cut=True) or mosaic_sm90.unsupported(heads, weights, cos, sin)
     ):
         raise NotImplementedError(f'norm_rope "mosaic": {reason}')
     if implementation == "mosaic":
@@ -82,7 +82,7 @@ def automatic(heads: tuple[Any, ...], weights: tuple[Any, ...], cos: Any, sin: A
     sizes = {"rows": rows, "heads": sum(x.shape[2] for x in heads)}
     if not all(sizes.values()):
         return "xla", "nothing to do"
-    if (reason := dispatch.undivided()) is not None:
+    if (reason := dispatch.undivided(is_cut=True)) is not None:
         return "xla", f"mosaic: {reason}"
     kind = dispatch.NormRopeKind(head_dim, str(heads[0].dtype), str(weights[0].dtype))
     (first, *_), reason = dispatch.preferred("norm_rope", kind, sizes, gradients=False)
@@ -96,14 +96,39 @@ def _on_hopper(
     heads: tuple[Array, ...], weights: tuple[Array, ...], cos: Array, sin: Array, epsilon: float
 ) -> tuple[Array, ...]:
     """The kernel's results; its derivatives are XLA's."""
-
-    def rows_of(of_rows, weights):
-        *heads, cos, sin = of_rows
-        return mosaic_sm90.run(tuple(heads), weights, cos, sin, epsilon=epsilon)
-
     flat = tuple(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*heads, cos, sin))
-    results = partitioning.over_rows(rows_of, flat, weights)
+    results = partitioning.over_rows(functools.partial(_of_rows, epsilon=epsilon), flat, weights)
     return tuple(result.reshape(x.shape) for result, x in zip(results, heads, strict=True))
+
+
+def _of_rows(of_rows: tuple[Array, ...], weights: tuple[Array, ...], *, epsilon: float) -> tuple[Array, ...]:
+    """What `mosaic_sm90.run` gives; on a mesh of automatic axes each device has its rows, and its heads of each array.
+
+    Of an array whose heads are cut within a head, all heads are gathered.
+    """
+    *heads, cos, sin = of_rows
+    names, rows = range(len(weights)), partitioning.ROWS
+
+    def run(*, cos: Array, sin: Array, **arrays: Array) -> tuple[Array, ...]:
+        own, of_own = (tuple(arrays[f"{kind}{n}"] for n in names) for kind in ("heads", "weight"))
+        return mosaic_sm90.run(own, of_own, cos, sin, epsilon=epsilon)
+
+    return partitioning.cut(
+        run,
+        {
+            **{f"heads{n}": x for n, x in enumerate(heads)},
+            **{f"weight{n}": weight for n, weight in enumerate(weights)},
+            "cos": cos,
+            "sin": sin,
+        },
+        axes={
+            **{f"heads{n}": f"{rows} n{n} h" for n in names},
+            **{f"weight{n}": "h" for n in names},
+            **dict.fromkeys(("cos", "sin"), f"{rows} half"),
+        },
+        results=[f"heads{n}" for n in names],
+        along=(rows, *(f"n{n}" for n in names)),
+    )
 
 
 def _on_hopper_fwd(heads: Any, weights: Any, cos: Array, sin: Array, epsilon: float) -> tuple[Any, Any]:

@@ -37,8 +37,10 @@ def quantized_matmul(
       weight: see there.
       dtype: type of the result; None is that of `x`.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`). "mosaic", the Hopper
-        kernel, takes all codes, bfloat16 activations (any, where they are rounded) and one device, and reads the weight
-        of a stack in place; its gradients are those of "xla".
+        kernel, takes all codes and bfloat16 activations (any, where they are rounded), and reads the weight of a stack
+        in place; its gradients are those of "xla". On a mesh of automatic axes each device multiplies its rows and its
+        outputs, or its groups of inputs, whose sums are added up in float32 before they are rounded; what is cut
+        through a group or a unit of the kernel is gathered along that axis (README). Explicit axes it does not take.
 
     Raises:
       ValueError: arguments that do not fit together.
@@ -141,6 +143,8 @@ class _Launch(NamedTuple):
 def automatic(x: Rows, weight: QuantizedTensor, *, dtype: Any, outputs: int | None = None) -> tuple[str, str]:
     """The implementation that a call without a name takes, and why no other, in words.
 
+    On a mesh it is chosen by the sizes of the whole call, and the kernel's tiles by those of each device's part.
+
     Args:
       x: activations `[M, I]`, already turned.
       weight: of the call.
@@ -149,7 +153,7 @@ def automatic(x: Rows, weight: QuantizedTensor, *, dtype: Any, outputs: int | No
     """
     if x.shape[0] == 0:
         return "xla", "nothing to do"
-    if (reason := dispatch.undivided()) is not None:
+    if (reason := dispatch.undivided(is_cut=True)) is not None:
         return "xla", f"mosaic: {reason}"
     kind = dispatch.ProductKind(
         codes=weight.format,
@@ -168,7 +172,7 @@ def automatic(x: Rows, weight: QuantizedTensor, *, dtype: Any, outputs: int | No
 
 def hopper_unsupported(x: Any, weight: QuantizedTensor) -> str | None:
     """Why the Hopper kernel cannot multiply these activations `[M, I]`, already turned; None when it can."""
-    if (reason := dispatch.undivided()) is not None:
+    if (reason := dispatch.undivided(is_cut=True)) is not None:
         return reason
     if weight.activations is not None:  # their codes are what the kernel gets
         x = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
@@ -190,10 +194,6 @@ def _on_hopper(
     Codes of rounded activations are bfloat16 numbers, so their products are those of eight bits, summed in float32.
     """
 
-    def products(turned, stacks):
-        operands = [mosaic_sm90.Operands(x, **stack) for x, stack in zip(turned, stacks, strict=True)]
-        return mosaic_sm90.run_together(operands, **_options(weights[0]), dtype=dtype, is_ordered=order is not None)
-
     scales: list[Any] = [None] * len(weights)
     if weights[0].activations is not None:
         rounded = [
@@ -201,8 +201,67 @@ def _on_hopper(
             for x, weight in zip(turned, weights, strict=True)
         ]
         turned, scales = tuple(codes.astype(jnp.bfloat16) for codes, _ in rounded), [scale for _, scale in rounded]
+    products = functools.partial(_products, **_options(weights[0]), dtype=dtype, is_ordered=order is not None)
     results = partitioning.over_rows(products, turned, tuple(_stack(weight) for weight in weights))
     return tuple(x if scale is None else x * scale for x, scale in zip(results, scales, strict=True))
+
+
+def _products(
+    turned: tuple[Array, ...],
+    stacks: tuple[dict[str, Any], ...],
+    *,
+    group_size: int,
+    format: str,
+    dtype: Any,
+    is_ordered: bool,
+) -> tuple[Array, ...]:
+    """What `mosaic_sm90.run_together` gives; on a mesh of automatic axes each device multiplies its part.
+
+    Cut are rows, the outputs of each weight in units of `mosaic_sm90.OUTPUTS`, and inputs in units of
+    `mosaic_sm90.unit_of_inputs`, alike for all weights: the parts' float32 results are added up and then rounded.
+    Where weights and activations lie differently, it is as the first weight's codes do.
+    """
+    inputs, groups = turned[0].shape[1], stacks[0]["scales"].shape[1]
+    unit = mosaic_sm90.unit_of_inputs(inputs, groups, format, is_ordered=is_ordered)
+    units = {
+        "outputs": mosaic_sm90.OUTPUTS,
+        "inputs": unit,
+        "codes": stacks[0]["codes"].shape[2] * unit // inputs,
+        "groups": max(groups * unit // inputs, 1),
+    }
+    operands: dict[str, Any] = {}
+    axes: dict[str, str] = {}
+    for n, (x, stack) in enumerate(zip(turned, stacks, strict=True)):
+        grid = f"layers{n} {'one' if groups == 1 else '(i groups)'} (o{n} outputs)"
+        of_weight = {
+            "codes": f"layers{n} (o{n} outputs) (i codes)",
+            "scales": grid,
+            "zeros": grid,
+            "global_scale": f"layers{n}",
+            "layer": "",
+            "x": f"{partitioning.ROWS} (i inputs)",
+        }
+        axes |= {f"{name}{n}": names for name, names in of_weight.items()}
+        axes[f"result{n}"] = f"{partitioning.ROWS} (o{n} outputs)"
+        operands |= {f"{name}{n}": (stack | {"x": x})[name] for name in of_weight}
+
+    def run(dtype: Any, **arrays: Array) -> tuple[Array, ...]:
+        fields = mosaic_sm90.Operands._fields
+        of_weights = [
+            mosaic_sm90.Operands(*(arrays.get(f"{field}{n}") for field in fields)) for n in range(len(stacks))
+        ]
+        options: dict[str, Any] = {"group_size": group_size, "format": format, "is_ordered": is_ordered}
+        return mosaic_sm90.run_together(of_weights, **options, dtype=dtype)
+
+    return partitioning.cut(
+        functools.partial(run, dtype),
+        operands,
+        axes=axes,
+        results=[f"result{n}" for n in range(len(stacks))],
+        along=(partitioning.ROWS, *(f"o{n}" for n in range(len(stacks))), "i"),
+        units=units,
+        summed=partitioning.Summed("i", functools.partial(run, jnp.float32)),
+    )
 
 
 def _on_hopper_fwd(turned: Any, weights: Any, order: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:

@@ -41,7 +41,7 @@ def pairwise_rotation(
       group_size: channels of a group, even, divides I.
       inverse: apply the transposed matrix instead: the steps in reverse order with negative angles.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice. "mosaic", the Hopper kernel, rotates
-        forwards; its gradients are those of "xla".
+        forwards; its gradients are those of "xla". On a mesh of automatic axes each device turns its rows and groups.
 
     Raises:
       ValueError: arguments that do not fit together.
@@ -96,7 +96,8 @@ def _run(
     if implementation is None:
         implementation, _ = automatic(rows, turns, group_size=group_size, inverse=inverse)
     elif implementation == "mosaic" and (
-        reason := dispatch.undivided() or mosaic_sm90.unsupported(rows, turns, group_size=group_size, inverse=inverse)
+        reason := dispatch.undivided(is_cut=True)
+        or mosaic_sm90.unsupported(rows, turns, group_size=group_size, inverse=inverse)
     ):
         raise NotImplementedError(f'pairwise_rotation "mosaic": {reason}')
     if implementation == "mosaic":
@@ -128,7 +129,7 @@ def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool
     """The implementation that a call without a name takes, and why no other, in words; `x` is `[M, I]`."""
     if not x.shape[0] or not turns:
         return "xla", "nothing to do"
-    if (reason := dispatch.undivided()) is not None:
+    if (reason := dispatch.undivided(is_cut=True)) is not None:
         return "xla", f"mosaic: {reason}"
     kind = dispatch.RotationKind(group_size, turns[0].steps, str(x.dtype), isinstance(x, Normed))
     sizes = {"rows": x.shape[0], "channels": x.shape[1], "rotations": len(turns)}
@@ -168,8 +169,48 @@ def _plain(
 def _on_hopper(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Array, ...]:
     """The kernel's results; its derivatives are XLA's."""
     stacks = tuple(turn if turn.layer is not None else _stack_of_one(turn) for turn in turns)
-    return partitioning.over_rows(
-        lambda x, turns: mosaic_sm90.run(x, turns, group_size=group_size, order=order), x, stacks
+    if not isinstance(x, Normed):
+        return partitioning.over_rows(lambda x, turns: _turned(x, turns, group_size, order), x, stacks)
+    epsilon = x.epsilon
+
+    def normed(x: Array, rest: tuple[Array, tuple[Turn, ...]]) -> tuple[Array, ...]:
+        weight, turns = rest
+        return _turned(Normed(x, weight, epsilon), turns, group_size, order)
+
+    return partitioning.over_rows(normed, x.x, (x.weight, stacks))
+
+
+def _turned(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Array, ...]:
+    """What `mosaic_sm90.run` gives; on a mesh of automatic axes each device turns its rows and groups of channels.
+
+    Of `Normed` rows it turns whole ones, since the norm is over all channels: these are gathered. So are channels that
+    are cut through a group.
+    """
+    epsilon = x.epsilon if isinstance(x, Normed) else None
+
+    def run(*, x: Array, weight: Array | None = None, **parts: Array) -> tuple[Array, ...]:
+        own = tuple(Turn(*(parts.get(f"{field}{n}") for field in Turn._fields)) for n in range(len(turns)))
+        rows = x if epsilon is None else Normed(x, weight, epsilon)
+        return mosaic_sm90.run(rows, own, group_size=group_size, order=order)
+
+    operands: dict[str, Any] = {"x": x.x, "weight": x.weight} if isinstance(x, Normed) else {"x": x}
+    axes = {"x": f"{partitioning.ROWS} (groups channels)", "weight": "(groups channels)"}
+    for n, turn in enumerate(turns):
+        of_turn = {
+            "theta": f"layers{n} steps{n} (groups angles)",
+            "pairs": f"layers{n} steps{n} (groups channels)",
+            "channel_scales": f"layers{n} (groups channels)",
+            "layer": "",
+        }
+        axes |= {f"{field}{n}": names for field, names in of_turn.items()}
+        operands |= {f"{field}{n}": getattr(turn, field) for field in of_turn}
+    return partitioning.cut(
+        run,
+        operands,
+        axes=axes | {f"result{n}": axes["x"] for n in range(len(turns))},
+        results=[f"result{n}" for n in range(len(turns))],
+        along=(partitioning.ROWS, *(("groups",) if epsilon is None else ())),
+        units={"channels": group_size, "angles": group_size // 2},
     )
 
 

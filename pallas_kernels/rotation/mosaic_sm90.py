@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -321,7 +322,7 @@ def _cos_sin(angle: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 def _hexadecimal(value: float) -> str:
     """A float32 as PTX writes it."""
-    return f"0f{jnp.float32(value).view(jnp.uint32).item():08X}"
+    return f"0f{np.float32(value).view(np.uint32):08X}"
 
 
 def compile_cases() -> Iterator[Any]:

@@ -98,4 +98,6 @@ def test_the_automatic_choice(monkeypatch):
     if jax.default_backend() != "gpu":  # what was preferred cannot run
         assert api.automatic(*given)[0] == "xla" and "needs an NVIDIA GPU" in api.automatic(*given)[1]
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert api.automatic(*given)[0] == "xla" and "2 devices" in api.automatic(*given)[1]
+    explicit = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.sharding.use_abstract_mesh(explicit):
+        assert api.automatic(*given)[0] == "xla" and "2 devices" in api.automatic(*given)[1]

@@ -376,7 +376,7 @@ def test_the_automatic_choice_asks_for_the_kind_of_the_call(monkeypatch, name):
         return ("mosaic", "xla"), ""
 
     monkeypatch.setattr(dispatch, "preferred", preferred)
-    monkeypatch.setattr(dispatch, "undivided", lambda: None)
+    monkeypatch.setattr(dispatch, "undivided", lambda **_: None)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
     shape = benchmark.of_format(name, rows=8, outputs=64, inputs=256)
     weight = shape.tensor(shape.avals()).of_layer(0)

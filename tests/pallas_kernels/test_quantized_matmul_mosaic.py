@@ -602,6 +602,40 @@ def test_on_a_gpu(rows, outputs, inputs, group_size):
     assert math.isfinite(float(out.sum()))
 
 
+@pytest.mark.parametrize(
+    "format, inputs, groups, is_ordered, unit",
+    [
+        ("int4", 1024, 8, False, 128),
+        ("int4", 1024, 8, True, 128),
+        ("int4", 1024, 32, False, 32),
+        ("int4", 1024, 32, True, 128),  # a group of 32 alone is read in another order than several
+        ("int4", 192, 3, True, 192),
+        ("int4", 1024, 1, False, 32),
+        ("int8", 1024, 1, False, 16),
+        ("int8", 1024, 1, True, 128),
+        ("fp8", 1024, 4, False, 256),
+        ("nvfp4", 1024, 64, False, 32),
+    ],
+)
+def test_the_unit_of_inputs(format, inputs, groups, is_ordered, unit):
+    """Each part of a weight is one that the kernels take, and is read in the order of the whole."""
+    assert mosaic_sm90.unit_of_inputs(inputs, groups, format, is_ordered=is_ordered) == unit
+    codes, scale = mosaic_sm90.CODES[format], {"nvfp4": "float8_e4m3fn"}.get(format, "float16")
+
+    def part(inputs, groups):
+        array = jax.ShapeDtypeStruct
+        stack = array((2, 64, codes.bytes(inputs)), codes.dtype), array((2, groups, 64), scale)
+        return mosaic_sm90.Operands(array((8, inputs), jnp.bfloat16), *stack, None, 0)
+
+    for ways in (ways for ways in range(1, inputs // unit + 1) if inputs // unit % ways == 0):
+        operands = part(inputs // ways, max(groups // ways, 1))
+        options = {"group_size": -1 if groups == 1 else inputs // groups, "format": format}
+        assert mosaic_sm90._unsupported_arrays(operands, *options.values(), jnp.float32) is None
+        if is_ordered:
+            widths = {mosaic_sm90.form_of(each, format).width for each in (operands, part(inputs, groups))}
+            assert len(widths) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # As the automatic choice
 
@@ -629,7 +663,7 @@ def hopper(monkeypatch):
 
     monkeypatch.setattr(mosaic_sm90, "run_together", run_together)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
-    monkeypatch.setattr(dispatch, "undivided", lambda: None)
+    monkeypatch.setattr(dispatch, "undivided", lambda **_: None)
 
     def preferred(op, *_, **__):
         return (("mosaic", "xla") if op == "quantized_matmul" else ("xla",)), ""
@@ -730,5 +764,5 @@ def test_what_the_automatic_choice_says(hopper, monkeypatch):
     )
     narrow = round_weight(jnp.ones((8, 64)), "int8")
     assert api.automatic(x, narrow, dtype=x.dtype) == ("xla", "mosaic: needs a multiple of 16 outputs; got 8")
-    monkeypatch.setattr(dispatch, "undivided", lambda: "2 devices")
+    monkeypatch.setattr(dispatch, "undivided", lambda **_: "2 devices")
     assert api.automatic(x, weight, dtype=x.dtype) == ("xla", "mosaic: 2 devices")

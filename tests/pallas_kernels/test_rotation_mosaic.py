@@ -118,7 +118,7 @@ def hopper(monkeypatch):
 
     monkeypatch.setattr(mosaic_sm90, "run", run)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
-    monkeypatch.setattr(dispatch, "undivided", lambda: None)
+    monkeypatch.setattr(dispatch, "undivided", lambda **_: None)
 
     def preferred(op, *_, **__):
         return (("mosaic", "xla") if op == "pairwise_rotation" else ("xla",)), ""
@@ -165,6 +165,25 @@ def test_vmap(hopper, mapped):
         alone = pairwise_rotations(xs[i] if mapped != "turns" else xs, own, group_size=32, implementation="xla")
         for result, right in zip(results, alone, strict=True):
             np.testing.assert_allclose(result[i], right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, None])
+def test_vmap_over_norms(hopper, axis):
+    """Over their rows, and over their weights too."""
+    shape = benchmark.Shape(rows=3, channels=128, group_size=32, steps=2, rotations=1, dtype="float32")
+    x, turns = shape.arguments()
+    (turn,) = of_layer(turns, 1)
+    weights = jnp.stack([jnp.linspace(1, 2, 128), jnp.linspace(-1, 3, 128)])
+    xs = jnp.stack([x, -2 * x])
+
+    def call(x, weight, implementation=None):
+        return pairwise_rotations(Normed(x, weight, 0.1), [turn], group_size=32, implementation=implementation)[0]
+
+    result = jax.vmap(call, in_axes=(0, axis))(xs, weights if axis == 0 else weights[0])
+    assert hopper, "the kernel"
+    for i in range(2):
+        alone = call(xs[i], weights[i if axis == 0 else 0], "xla")
+        np.testing.assert_allclose(result[i], alone, rtol=1e-6, atol=1e-6)
 
 
 def test_an_order_is_a_permutation_of_a_group():

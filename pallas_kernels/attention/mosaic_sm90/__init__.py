@@ -140,7 +140,7 @@ def _attention(
 
     operands = {"q": q, "k": k, "v": v, "log_threshold": log_threshold, **limits._asdict()}
     names = ("out", "lse") if log_threshold is None else ("out", "lse", "keep")
-    out, lse, *keep = partitioning.cut(call, operands, axes=AXES, results=names, group=q.shape[2] // k.shape[2])
+    out, lse, *keep = partitioning.cut(call, operands, axes=AXES, results=names, **_along(q, k))
     return out, lse, keep[0] if keep else None
 
 
@@ -175,7 +175,12 @@ def _first_order(static: _Static, q, k, v, limits, out, lse, keep, d_out, d_lse)
     operands = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "d_out": d_out, "d_lse": d_lse, "keep": keep}
     operands |= limits._asdict()
     names = ("dq", "dk", "dv")
-    return partitioning.cut(call, operands, axes=AXES, results=names, group=q.shape[2] // k.shape[2])
+    return partitioning.cut(call, operands, axes=AXES, results=names, **_along(q, k))
+
+
+def _along(q: Array, k: Array) -> dict[str, Any]:
+    """Rows and key heads, with the query heads that share them."""
+    return {"along": (partitioning.ROWS, "k"), "units": {"g": q.shape[2] // k.shape[2]}}
 
 
 @_first_order.defjvp

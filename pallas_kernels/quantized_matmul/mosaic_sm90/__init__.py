@@ -9,6 +9,7 @@ The stack of layers is read where it lies: the layer index is a number in global
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 __all__ = [
     "MAX_ROWS_TOGETHER",
     "MAX_WIDTH",
+    "OUTPUTS",
     "Config",
     "Form",
     "Operands",
@@ -37,6 +39,7 @@ __all__ = [
     "order_of",
     "run",
     "run_together",
+    "unit_of_inputs",
     "unsupported",
 ]
 
@@ -190,6 +193,17 @@ def run_together(
     if isinstance(config, PrefillConfig):
         return (prefill.run(operands[0], form=first, config=config, interpret=interpret),)
     return decode.run(operands, forms=forms, config=config, interpret=interpret)
+
+
+def unit_of_inputs(inputs: int, groups: int, format: str, *, is_ordered: bool) -> int:
+    """Of how many inputs the parts are that a weight may be divided into, so that the kernels take each of them.
+
+    Groups stay whole, and rows of codes begin at whole 16 bytes. Of inputs that are in the order of `order_of` a part
+    has whole products of `MAX_WIDTH`: one small group alone would be read in another order than several.
+    """
+    size = inputs // groups if groups > 1 else 1
+    unit = math.lcm(size, MAX_WIDTH if is_ordered else 16 * 8 // CODES[format].bits)
+    return unit if inputs % unit == 0 else inputs
 
 
 def order_of(group_size: int, format: str = "int4") -> tuple[int, ...] | None:

@@ -1,10 +1,12 @@
 """Whole quantized models: saved and loaded, decoded, spread over devices, and how much memory they take."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +44,11 @@ def params():
     return jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, LM.init(jax.random.key(0)))
 
 
-def rotated(params, seed=0):
+def rotated(params, seed=0, lm=LM):
     """int4 parameters as ParoQuant has them, the rotation at random."""
-    leaves = flatten(round_params(LM, params, "int4", group_size=32))
+    leaves = flatten(round_params(lm, params, "int4", group_size=32))
     rng = np.random.default_rng(seed)
-    for path in LM.linears:
+    for path in lm.linears:
         weight, steps = leaves[path], 3
         shape = (CONFIG.layers, steps, weight.inputs // 32)
         pairs = rng.permuted(np.broadcast_to(np.arange(32), (*shape, 32)), axis=-1).reshape(*shape[:2], -1)
@@ -240,6 +242,116 @@ def test_on_a_mesh(tmp_path):
         parts, held, difference, largest = map(float, line.split())
         assert held < 1.25 / parts + 0.05 and difference < 2e-5 * max(1, largest)
     assert "cut 64 inputs 4 ways, through groups of 32" in error
+
+
+KERNELS = """
+import re, sys, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import stand_ins
+from jaxmodels import load_pretrained
+stand_ins.install()
+tokens = np.array([[3, 14, 15, 92, 65, 35, 89, 79, 32], [1, 4, 1, 5, 9, 2, 6, 5, 3]])
+one = load_pretrained(sys.argv[1], dtype="bfloat16")
+own = jax.device_put(one.params, jax.devices()[0])
+expected = np.asarray(jax.jit(lambda *given: one.lm.apply(*given))(own, tokens), np.float32)
+for record in (stand_ins.products, stand_ins.rotations, stand_ins.norms):
+    del record[:]
+mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+model = load_pretrained(sys.argv[1], dtype="bfloat16", mesh=mesh)
+given = model.params, jax.device_put(tokens, NamedSharding(mesh, P("data")))
+with jax.set_mesh(mesh):
+    compiled = jax.jit(lambda *given: model.lm.apply(*given)).lower(*given).compile()
+logits = np.asarray(compiled(*given), np.float32)
+is_local = lambda shape: shape[0] == 9
+print(sorted({products for products in stand_ins.products if is_local(products[1][0])}))
+print(sorted({rows for rows, *_ in stand_ins.rotations if is_local(rows)}))
+print(sorted({heads for heads in stand_ins.norms if is_local(heads[0])}))
+pattern = r"= ([^ {]*)[^ ]* ((?:all|collective)-[a-z-]*|reduce-scatter)[(]"
+print(sorted(" ".join(words) for words in re.findall(pattern, compiled.as_text())))
+print(np.sqrt(((logits - expected) ** 2).mean() / (expected**2).mean()))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_on_a_mesh(tmp_path):
+    """Kernels of a forward pass get their parts of rows, heads, outputs or inputs, and nothing but sums is sent."""
+    config = QwenConfig.tiny(layers=2, vocab_size=96, dim=128, heads=4, kv_heads=2, head_dim=64, mlp_dim=256)
+    lm = build(config)
+    params = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, lm.init(jax.random.key(0)))
+    save_pretrained(tmp_path, lm, rotated(params, lm=lm))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "pallas_kernels")
+    command = [sys.executable, "-c", KERNELS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    products, rotations, norms, sent, difference = done.stdout.splitlines()
+    rows, stack = 9, 1  # a scan takes the stack apart
+    layers = {
+        "q, k, v": ("bfloat16", *(((rows, 128), (stack, outputs, 64)) for outputs in (128, 64, 64))),
+        "gate, up": ("bfloat16", *(((rows, 128), (stack, 128, 64)),) * 2),
+        "o, down": ("float32", ((rows, 128), (stack, 128, 64))),
+    }
+    assert products == str(sorted(layers.values()))
+    assert rotations == str([(rows, 128)]) and norms == str([((rows, 2, 64), (rows, 1, 64))])
+    sums = ["f32[1,9,128]", *["f32[9,128]"] * 2]  # of the embedding, and of a layer's attention and mlp
+    assert sent == str([f"{shape} all-reduce" for shape in sums]) and float(difference) < 1e-2
+
+
+COMPILED = """
+import dataclasses, re, jax, jax.numpy as jnp
+from unittest import mock
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxmodels.checkpoints.mapping import flatten, unflatten
+from jaxmodels.quantization import round_params
+from jaxmodels.quantization.load import partition_specs
+from jaxmodels.qwen import QwenConfig, build
+from jaxmodels.sharding import param_shardings
+from pallas_kernels import compat, dispatch
+from pallas_kernels.compile_gate import hopper_mesh
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
+jax.config.update("jax_platforms", "cpu")
+mesh = Mesh(hopper_mesh("h100", 2).devices.reshape(1, 2), ("data", "tensor"))
+lm = build(QwenConfig.tiny(layers=2, vocab_size=96, dim=1024, heads=8, kv_heads=4, head_dim=128, mlp_dim=2048))
+def init():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lm.init(jax.random.key(0)))
+    return round_params(lm, params, "int4", group_size=128)
+array, shardings, params = jax.ShapeDtypeStruct, flatten(param_shardings(lm, mesh)), flatten(jax.eval_shape(init))
+def lying(leaf, spec):
+    return array(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+for path, leaf in params.items():
+    if isinstance(leaf, QuantizedTensor):
+        turns = Rotation(array((2, 8, leaf.inputs // 2), jnp.float16), array((2, 8, leaf.inputs), jnp.int16))
+        leaf = dataclasses.replace(leaf, rotation=turns)
+        params[path] = jax.tree.map(lying, leaf, partition_specs(leaf, shardings[path], str(path)))
+    else:
+        params[path] = lying(leaf, shardings[path].spec)
+tokens = array((2, 16), jnp.int32, sharding=NamedSharding(mesh, P()))
+with (
+    mock.patch.object(jax, "device_count", lambda: 2),
+    mock.patch.object(compat, "missing_hopper", lambda: None),
+    mock.patch.object(dispatch, "preferred", lambda *_, **__: (("mosaic", "xla"), "")),
+    jax.set_mesh(mesh),
+):
+    traced = jax.jit(lm.apply).trace(unflatten(params), tokens)
+    text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+kernels = [line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line]
+print(len(kernels))
+print(sorted(set(re.findall(r"u8\\[[0-9,]*\\]", " ".join(kernels)))))
+print(sorted(re.findall(r" ((?:all|collective)-[a-z-]*|reduce-scatter)[(]", re.sub("-start|-done[(]", "", text))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra gpu-compile")
+def test_layers_compile_for_two_gpus():
+    """A layer on two imaginary H100s: every kernel with its half of heads, outputs or inputs, and two sums are sent."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels, codes, sent = done.stdout.splitlines()
+    assert kernels == "10", "four rotations and products, norms of heads, attention"
+    halves = [(outputs, inputs) for outputs, inputs in ((1024, 512), (1024, 1024), (256, 1024), (512, 1024))]
+    assert codes == str([f"u8[1,{outputs},{inputs // 2}]" for outputs, inputs in halves])
+    assert sent == str(["all-reduce"] * 3), "of attention, mlp and embedding"
 
 
 TRANSFORMERS = """
