@@ -83,6 +83,7 @@ def test_what_such_models_cannot_stream_with(hybrid):
         TextEngine.from_pretrained(hybrid, capacity=CAPACITY, kv_cache="int8")
 
 
+@pytest.mark.slow  # many programs to compile
 def test_the_command_line_streams_from_such_a_checkpoint(directory, hybrid, capsys, monkeypatch):
     monkeypatch.setattr(command_line, "prepare_environment", lambda: None)
     options = ["--prompt", "one prompt in two pieces", "--prefill-chunk", 16, "--max-new-tokens", 9, "--ignore-eos"]

@@ -184,6 +184,7 @@ def test_thresholds_share_one_program_and_cost_what_they_say(pair, prompts):
     assert tokens == jnp.argmax(logits, axis=-1).tolist()
 
 
+@pytest.mark.slow  # many programs to compile
 def test_likelihoods_equal_a_direct_computation(pair, prompts):
     few = prompts[:2]
     result = score(pair, few, draws=32)

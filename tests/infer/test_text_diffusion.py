@@ -198,7 +198,8 @@ def test_bad_flags(fields, message):
         Text(model="none", **fields)
 
 
-@pytest.mark.parametrize("form", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])  # both passed 2026-11-27
+@pytest.mark.slow  # many programs to compile
+@pytest.mark.parametrize("form", ["int8", "fp8"])  # both passed 2026-11-27
 def test_a_cache_in_eight_bits(form):
     """It decodes, keeps codes, and comes near the float cache: most first tokens are the same."""
     own = engine(kv_codes=KVCodes(form))

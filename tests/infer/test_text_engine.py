@@ -369,7 +369,7 @@ def test_no_requests_no_events(engine):
     assert engine.complete([]) == []
 
 
-@pytest.mark.parametrize("form, window", [("int8", None), ("fp8", 24)])
+@pytest.mark.parametrize("form, window", [pytest.param("int8", None, marks=pytest.mark.slow), ("fp8", 24)])
 def test_a_cache_in_eight_bits(tiny, form, window):
     """The log-probabilities of the first tokens are near those of a float cache, and the cache holds codes. Three bits
     of mantissa are few for keys as large as those of random weights."""

@@ -115,7 +115,12 @@ def numpy_states(config: QwenConfig, params, tokens: np.ndarray) -> np.ndarray:
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     "layers",
-    [(LOCAL, ROUTED) * 2, (FULL, ROUTED, LayerAttention(moba=MobaConfig(BLOCK, 3)), LayerAttention())],
+    [
+        (LOCAL, ROUTED) * 2,
+        pytest.param(
+            (FULL, ROUTED, LayerAttention(moba=MobaConfig(BLOCK, 3)), LayerAttention()), marks=pytest.mark.slow
+        ),
+    ],
     ids=["pattern", "all different"],
 )
 def test_forward_equals_numpy(layers):
@@ -129,8 +134,8 @@ def test_forward_equals_numpy(layers):
     "changes",
     [
         {"moba": MobaConfig(BLOCK, 1)},
-        {"moba": MobaConfig(BLOCK, 3)},
-        {"moba": MobaConfig(2 * BLOCK, TOP_K)},
+        pytest.param({"moba": MobaConfig(BLOCK, 3)}, marks=pytest.mark.slow),
+        pytest.param({"moba": MobaConfig(2 * BLOCK, TOP_K)}, marks=pytest.mark.slow),
         {"moba": None},
         {"key_conv": None},
         {"rotary": True},
@@ -187,9 +192,10 @@ def test_padding_is_seen_by_nobody():
             np.testing.assert_allclose(states[row, :length], whole[row, :length], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow  # many programs to compile
 @pytest.mark.parametrize(
     "options",
-    [{"remat": "attention"}, pytest.param({"unroll": True, "remat": "full"}, marks=pytest.mark.slow)],
+    [{"remat": "attention"}, {"unroll": True, "remat": "full"}],
     ids=["remat", "unrolled"],
 )
 def test_gradients_do_not_depend_on_the_loop(options):
@@ -318,7 +324,7 @@ CAPACITY = TIME + 1  # not a whole number of blocks
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("chunk", [1, 2, 7])
+@pytest.mark.parametrize("chunk", [1, pytest.param(2, marks=pytest.mark.slow), 7])
 def test_cached_equals_full_forward(chunk):
     """Token by token and in pieces of two kinds, over the ends of blocks, in rows of different lengths."""
     tokens = random_tokens(3, TIME)
@@ -348,6 +354,7 @@ def test_a_prompt_then_tokens_then_a_piece():
         lengths = lengths + chunk
 
 
+@pytest.mark.slow  # many programs to compile
 def test_half_precision():
     """With blocks enough for all, so that no rounding changes a selection; as near float32 as without a cache."""
     config = hybrid(dataclasses.replace(ROUTED, moba=MobaConfig(BLOCK, 8)))
@@ -365,6 +372,7 @@ def test_half_precision():
             assert np.abs(states[row, :length].astype(np.float32) - expected[row, :length]).max() < 2 * cost
 
 
+@pytest.mark.slow  # many programs to compile
 def test_other_orders_of_layers_unstacked():
     config = hybrid(FULL, ROUTED, LOCAL)
     params, tokens = random_params(config), random_tokens(3, TIME)

@@ -190,7 +190,9 @@ def test_layer_runs(windows, runs):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("windows", "cached"), [((None, 3, None, 3), False), ((None, 3, 3, 3), True)])
+@pytest.mark.parametrize(
+    ("windows", "cached"), [pytest.param((None, 3, None, 3), False, marks=pytest.mark.slow), ((None, 3, 3, 3), True)]
+)
 def test_scanned_equals_unrolled(windows, cached):
     """Stacked and scanned, stacked and unrolled, unstacked; with layer states and keys; without and with a cache."""
     lm = build(dataclasses.replace(BASE, layers=4, layer_attention=sliding_windows(*windows)))
@@ -286,6 +288,7 @@ def test_models_are_static_arguments():
     assert hash(CausalLM(BASE)) == hash(build(BASE)) and CausalLM(BASE) == build(BASE)
 
 
+@pytest.mark.slow  # many programs to compile
 def test_remat_policies_trade_memory_for_work():
     """From "none" to "full" each keeps less for the backward pass, and computes more."""
     lm = build(QwenConfig.tiny(layers=2))

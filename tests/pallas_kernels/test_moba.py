@@ -525,7 +525,7 @@ def numpy_conv(k, weight):
     return k + total / (1 + np.exp(-total))
 
 
-@pytest.mark.parametrize("width", [1, 3, 5])
+@pytest.mark.parametrize("width", [1, 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_key_conv(width):
     rng = np.random.default_rng(0)
     k = jnp.asarray(rng.normal(size=(2, 23, 2, 3)), jnp.float32)
@@ -547,6 +547,7 @@ def test_key_conv(width):
     np.testing.assert_array_equal(ends_in_one[:, : max(0, width - 2)], 0)  # nothing of the sequence before
 
 
+@pytest.mark.slow  # many programs to compile
 def test_the_filter_learns_through_attention():
     q, k, v, *_ = (x[:, :40] for x in solved("odd length, groups")[0][:3])
 

@@ -215,7 +215,7 @@ def multiply(
                 slot = lax.rem(unit - first, i32(stages))
                 plgpu.barrier_wait(smem["ready"].at[slot])
                 acc = parts.add_step(acc, smem, form, slot=slot, warpgroup=warpgroup, interpreted=interpreted)
-                plgpu.barrier_arrive(smem["free"].at[slot])
+                parts.release(smem["free"].at[slot], cluster)
                 return acc
 
             @pl.loop(lax.div(first, i32(cut.steps)), lax.div(last - 1, i32(cut.steps)) + 1)

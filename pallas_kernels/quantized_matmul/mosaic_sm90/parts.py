@@ -168,6 +168,13 @@ def _free(warpgroups: int, stages: int, cluster: int) -> Any:
     return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=warpgroups, num_barriers=stages)
 
 
+def release(barrier: Any, cluster: int) -> None:
+    """Tells the loads of all CTAs of a cluster that the warpgroup has read a slot."""
+    if cluster > 1:
+        plgpu.commit_smem()  # one thread arrives for all of the warpgroup, which must have read the slot by then
+    plgpu.barrier_arrive(barrier)
+
+
 def cluster_options(cluster: int) -> dict[str, Any]:
     """Of the kernel."""
     return {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}

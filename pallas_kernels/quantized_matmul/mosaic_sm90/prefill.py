@@ -86,7 +86,7 @@ def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> 
                 slot = lax.rem(step, i32(stages))
                 plgpu.barrier_wait(smem["ready"].at[slot])
                 acc = parts.add_step(acc, smem, form, slot=slot, warpgroup=warpgroup, interpreted=interpreted)
-                plgpu.barrier_arrive(smem["free"].at[slot])
+                parts.release(smem["free"].at[slot], cluster)
                 return acc
 
             acc = plgpu.layout_cast(jnp.zeros((ROWS, block_m), jnp.float32), WGMMA)

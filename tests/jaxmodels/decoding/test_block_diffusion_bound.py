@@ -104,7 +104,17 @@ def test_block_of_all_is_bidirectional_and_block_of_one_has_a_causal_clean_half(
     )
 
 
-def test_packed_documents_are_independent():
+@pytest.mark.parametrize(
+    "pattern, shift",
+    [
+        (Pattern("block_diffusion", 4), True),
+        pytest.param(Pattern("block_diffusion", 4), False, marks=pytest.mark.slow),
+        pytest.param(Pattern("block_causal", 4), False, marks=pytest.mark.slow),
+        pytest.param(Pattern("bidirectional"), False, marks=pytest.mark.slow),
+        (Pattern("autoregressive"), False),
+    ],
+)
+def test_packed_documents_are_independent(pattern, shift):
     lm, params = golden()
     rng = np.random.default_rng(2)
     # Boundaries at multiples of the block: each document then equals itself alone, in every pattern.
@@ -112,21 +122,16 @@ def test_packed_documents_are_independent():
     tokens = jnp.asarray(rng.integers(6, 60, (1, 12)), jnp.int32)
     masked = jnp.asarray(rng.random((1, 12)) < 0.5)
     segments = jnp.asarray([[1] * 4 + [2] * 8])
-    patterns = [
-        Pattern("block_diffusion", 4), Pattern("block_causal", 4), Pattern("bidirectional"), Pattern("autoregressive")
-    ]  # fmt: skip
-    for pattern in patterns:
-        for shift in (False, True) if pattern.doubled else (False,):
-            both = predict(lm, params, tokens, masked, pattern, mask_id=5, segment_ids=segments, token_shift=shift)
-            start = 0
-            for length in parts:
-                part = slice(start, start + length)
-                alone = predict(lm, params, tokens[:, part], masked[:, part], pattern, mask_id=5, token_shift=shift)
-                valid = np.asarray(alone.valid[0])
-                np.testing.assert_array_equal(both.valid[0, part], valid)
-                np.testing.assert_allclose(both.states[0, part][valid], alone.states[0][valid], atol=1e-5)
-                start += length
-            assert bool(both.valid[0, 4]) == (not shift and pattern.kind != "autoregressive")
+    both = predict(lm, params, tokens, masked, pattern, mask_id=5, segment_ids=segments, token_shift=shift)
+    start = 0
+    for length in parts:
+        part = slice(start, start + length)
+        alone = predict(lm, params, tokens[:, part], masked[:, part], pattern, mask_id=5, token_shift=shift)
+        valid = np.asarray(alone.valid[0])
+        np.testing.assert_array_equal(both.valid[0, part], valid)
+        np.testing.assert_allclose(both.states[0, part][valid], alone.states[0][valid], atol=1e-5)
+        start += length
+    assert bool(both.valid[0, 4]) == (not shift and pattern.kind != "autoregressive")
 
 
 def test_token_shift_takes_the_state_before():
@@ -144,7 +149,7 @@ def test_token_shift_takes_the_state_before():
 
 
 @pytest.mark.parametrize("masked_count, fits", [(9, True), (30, False)])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_gathered_positions_give_the_loss_and_gradient_of_all(masked_count, fits, groups):
     lm = toy()
     params = lm.init()
@@ -195,7 +200,7 @@ def any_order_nll(lm, params, tokens, block, context) -> float:
     return total / len(orders)
 
 
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_bound_by_enumeration_is_the_average_over_all_orders(size):
     with jax.enable_x64(True):
         lm = toy()
@@ -232,6 +237,7 @@ def any_order_nll_short(lm, params, tokens, size) -> float:
     return -sum(orders) / 2
 
 
+@pytest.mark.slow  # many programs to compile
 def test_sampled_bound_has_the_enumerated_expectation():
     lm = toy()
     params = lm.init(4)
@@ -267,6 +273,7 @@ def test_blocks_of_one_give_the_exact_likelihood():
     assert score.tokens.tolist() == [6, 6]
 
 
+@pytest.mark.slow  # many programs to compile
 def test_shifted_blocks_of_one_are_the_autoregressive_likelihood():
     lm, params = golden()
     tokens = jnp.asarray(np.random.default_rng(6).integers(6, 60, (2, 9)), jnp.int32)
@@ -285,6 +292,7 @@ def test_shifted_blocks_of_one_are_the_autoregressive_likelihood():
     assert shifted.tokens.tolist() == [8, 8]
 
 
+@pytest.mark.slow  # many programs to compile
 def test_autoregressive_score_of_packed_documents():
     lm = toy()
     params = lm.init(7)

@@ -223,7 +223,7 @@ def test_cached_decoding_equals_full_recomputation():
     [
         pytest.param(3, {"prompt_attention": "bidirectional", "align": True}, marks=pytest.mark.slow),
         (8, {"prompt_attention": "causal", "commit_attention": "causal", "fused": True, "eos": (5, 9, 14)}),
-        (5, {"shift": True, "fused": True, "align": True, "eos": (4,)}),
+        pytest.param(5, {"shift": True, "fused": True, "align": True, "eos": (4,)}, marks=pytest.mark.slow),
         pytest.param(1, {"shift": True, "prompt_attention": "causal"}, marks=pytest.mark.slow),
     ],
 )
@@ -244,6 +244,7 @@ def test_cached_decoding_of_a_hundred_models(length, fused):
     )
 
 
+@pytest.mark.slow  # many programs to compile
 def test_blocks_of_one_with_shift_are_the_autoregressive_model():
     """Token ids of transformers' greedy `generate` on the model before any conversion."""
     golden = np.load(GOLDEN / "outputs.npz")
@@ -406,6 +407,7 @@ def test_margins_are_scaled_over_the_masked_positions_of_the_row():
     assert after.masked.tolist() == [[True, False, False, False], [False] * 4]
 
 
+@pytest.mark.slow  # many programs to compile
 def test_temperature_samples_the_softmax():
     logits = np.array([1.0, 0.0, -1.0, 2.0, 0.5])
     rows, n = 200, 50

@@ -91,6 +91,7 @@ def test_default_chunk_bounds_logits(monkeypatch):
     )
 
 
+@pytest.mark.slow  # many programs to compile
 def test_closure_over_jit_constants_and_tracers():
     """A head closing over nothing traced, and one inside an outer scan."""
     states, head, targets, _ = problem(M=12)

@@ -184,8 +184,10 @@ def test_steps_compile_once(params):
     assert traces == 1
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("format, activations", [("int8", None), ("fp8", "fp8")])
+@pytest.mark.parametrize(
+    "tied, format, activations",
+    [(True, "int8", None), (False, "fp8", "fp8"), pytest.param(True, "fp8", "fp8", marks=pytest.mark.slow)],
+)
 def test_a_head_in_eight_bits(tied, format, activations):
     lm = build(dataclasses.replace(CONFIG, tied_head=tied))
     params = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, lm.init(jax.random.key(1)))
