@@ -107,7 +107,7 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
         names = tuple(name for row in rows for name in row.names(layers))
         return Plan(tuple(rows), (), names)
     modules, present = quantized_modules(scheme, source.names()), set(source.names())
-    biases = {row.name(n) for row in rows if row.key.endswith(".bias") for n in range(layers)}
+    biases = {name for row in rows if row.key.endswith(".bias") for name in row.names(layers)}
     dense, quantized, used = [], [], []
     for row in rows:
         own = row.names(layers)

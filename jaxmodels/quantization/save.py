@@ -18,7 +18,7 @@ from jaxmodels.checkpoints.safetensors import LazyTensor
 from jaxmodels.quantization.packing import pack_int4
 from pallas_kernels.quantized_matmul import QuantizedTensor
 
-Fetch = Callable[[Any, int | None], np.ndarray]
+Fetch = Callable[[Any, tuple[int, ...]], np.ndarray]
 FP8 = ml_dtypes.float8_e4m3fn
 
 
@@ -143,36 +143,36 @@ def _kind(weight: QuantizedTensor, name: str) -> dict[str, Any]:
 def quantized_tensors(rows: Sequence[Row], weights: Mapping[tuple[str, ...], QuantizedTensor], fetch: Fetch) -> dict:
     """The checkpoint's tensors of quantized parameters, made when the writer comes to them.
 
-    `fetch(array, layer)` brings one array, or one layer of a stacked one, to the host.
+    `fetch(array, index)` brings one array, or what a stacked one has at an index of its first axes, to the host.
     """
     tensors: dict[str, LazyTensor] = {}
     for row in rows:
         weight = weights[row.path]
-        for layer in range(weight.codes.shape[0]) if row.stacked else (None,):
-            module = (row.key if layer is None else row.name(layer)).removesuffix(".weight")
+        for index in row.indices(weight.codes.shape[0]):
+            module = row.name(*index).removesuffix(".weight")
             for suffix, tensor in stored(weight).items():
                 tensors[f"{module}.{suffix}"] = LazyTensor(
-                    tensor.shape, np.dtype(tensor.dtype), _reader(weight, layer, tensor, f"{module}.{suffix}", fetch)
+                    tensor.shape, np.dtype(tensor.dtype), _reader(weight, index, tensor, f"{module}.{suffix}", fetch)
                 )
     return tensors
 
 
-class _Layer:
-    """The arrays of a weight, or of one layer of it, on the host as they are asked for."""
+class _One:
+    """The arrays of a weight, or of one in its stack, on the host as they are asked for."""
 
-    def __init__(self, weight: QuantizedTensor, layer: int | None, fetch: Fetch):
-        self._weight, self._layer, self._fetch = weight, layer, fetch
+    def __init__(self, weight: QuantizedTensor, index: tuple[int, ...], fetch: Fetch):
+        self._weight, self._index, self._fetch = weight, index, fetch
 
     def __getattr__(self, name: str) -> Any:
-        return jax.tree.map(lambda leaf: self._fetch(leaf, self._layer), getattr(self._weight, name))
+        return jax.tree.map(lambda leaf: self._fetch(leaf, self._index), getattr(self._weight, name))
 
 
 def _reader(
-    weight: QuantizedTensor, layer: int | None, tensor: Stored, name: str, fetch: Fetch
+    weight: QuantizedTensor, index: tuple[int, ...], tensor: Stored, name: str, fetch: Fetch
 ) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         try:
-            made = tensor.make(_Layer(weight, layer, fetch))
+            made = tensor.make(_One(weight, index, fetch))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         return np.ascontiguousarray(made, dtype=tensor.dtype)

@@ -26,6 +26,8 @@ def round_params(
 
     Embedding, head, norms and biases stay as they are. Jit it to round on the devices that hold the parameters.
     """
+    if lm.config.moe is not None:
+        raise NotImplementedError(f"rounding of a mixture of experts is not implemented; got {lm.config.moe}")
     leaves = flatten(params)
 
     def one(weight: Any, num_inputs: int) -> QuantizedTensor:

@@ -226,8 +226,8 @@ def test_unusable_directories_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: pickled"):
         jaxmodels.load_pretrained(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_moe"}))
-    with pytest.raises(ValueError, match=r"m/config\.json: model_type 'qwen3_moe' is a mixture of experts"):
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_moe"}))
+    with pytest.raises(ValueError, match=r"m/config\.json: model_type 'qwen2_moe' is a mixture of experts"):
         jaxmodels.load_pretrained(tmp_path / "m")  # said before anything about weights
 
 

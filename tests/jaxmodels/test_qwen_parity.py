@@ -63,7 +63,10 @@ def test_apply_is_the_ordinary_forward(name):
         assert_close(logits[0], golden["logits"][row, :length])
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The slow one differs from another in its head and in how experts are weighed (last run: passes, 2026-11-30).
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "qwen3_moe_tied" else name for name in NAMES]
+)
 def test_greedy_continuation(name):
     """Both rows in one ragged batch, from a cache, give the ids of `generate`; scanned, some also unrolled."""
     lm, params = load(name)
@@ -123,6 +126,9 @@ SLOW = ("linear_window", "tied_yarn", "yarn_mscale", "dynamic")
 GRADIENTS = [
     *((name, "none") for name in ("qwen2_tied", "qwen3_alternating_window")),
     *(("qwen3", remat) for remat in ("none", "full", "dots", "attention")),
+    ("qwen3_moe", "none"),
+    *(pytest.param("qwen3_moe", remat, marks=pytest.mark.slow) for remat in ("full", "dots", "attention")),
+    pytest.param("qwen3_moe_tied", "none", marks=pytest.mark.slow),
     *(pytest.param(name, "none", marks=pytest.mark.slow) for name in NAMES if name[6:] in SLOW),
 ]
 
@@ -147,8 +153,8 @@ def test_gradients(name, remat):
     assert_close(loss, golden["loss"])
     for row in table(lm.config, Layout(head=None if lm.config.tied_head else "lm_head.weight")):
         actual = functools.reduce(lambda tree, key: tree[key], row.path, grads)
-        names = [row.name(layer) for layer in range(lm.config.layers)] if row.stacked else [row.key]
-        for name, part in zip(names, actual if row.stacked else [actual], strict=True):
+        for index in row.indices(lm.config.layers):
+            name, part = row.name(*index), actual[index]
             expected = golden[f"grad/{name}"]
             scale = float(np.abs(expected).max())
             assert scale > 0, f"the golden gradient of {name} is zero and would prove nothing"

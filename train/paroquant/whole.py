@@ -135,6 +135,8 @@ def quantize_model(
       ValueError: a linear whose inputs are no multiple of the group size, or too few samples.
       FloatingPointError: the loss of an untouched block is not finite.
     """
+    if lm.config.moe is not None:
+        raise NotImplementedError(f"ParoQuant of a mixture of experts is not implemented; got {lm.config.moe}")
     directory.mkdir(parents=True, exist_ok=True)
     layers = flatten(params["layers"])
     names = {".".join(path[1:]): path[1:] for path in lm.linears}

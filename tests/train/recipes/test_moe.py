@@ -1,0 +1,46 @@
+"""Recipes on a mixture of experts: what trains, and what is refused before anything is spent."""
+
+import numpy as np
+import pytest
+
+import train.__main__ as cli
+from jaxmodels import load_pretrained
+from jaxmodels.checkpoints.mapping import flatten
+from jaxmodels.qwen import MoeConfig
+
+
+@pytest.fixture(scope="module")
+def start(make_start):
+    """(initial model, corpus)."""
+    return make_start(layers=1, dim=32, mlp_dim=32, moe=MoeConfig(4, 2))
+
+
+@pytest.fixture
+def flags(start, tmp_path, monkeypatch, compiled_programs):
+    init, corpus = start
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    common = ["--init", str(init), "--data", str(corpus), "--directory", str(tmp_path / "run")]
+    return [*common, "--steps", "2", "--batch-size", "4", "--rows.seq-len", "32", "--rows.validation-fraction", "0"]
+
+
+@pytest.mark.slow
+def test_a_step_of_next_token_training_moves_router_and_experts(start, flags, tmp_path):
+    """Last run: 2026-11-30."""
+    assert cli.main(["lm", *flags, "--optim.learning-rate", "1e-3"]) == 0
+    before, after = (flatten(load_pretrained(path).params) for path in (start[0], tmp_path / "run" / "model"))
+    for name in ("router", "gate", "up", "down"):
+        moved = np.abs(np.asarray(after["layers", "mlp", name] - before["layers", "mlp", name]))
+        assert (moved.reshape(1, 4, -1).max(-1) > 1e-5).all(), name  # of every expert in every layer
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["lm", "--moba.layers", "0"], "with layer_attention=(LayerAttention(window=None, moba=MobaConfig("),
+        (["dlm", "--mask-id", "1"], "top_k=2, normalize=True) with block_size=32; possible: none"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exported(flags, tmp_path, capsys, command, message):
+    assert cli.main([*command[:1], *flags, *command[1:]]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "model").exists()
