@@ -348,8 +348,6 @@ def load_params(
 ) -> dict[str, Any]:
     """The parameters of `lm` from the tensors of `checkpoint`; see `load_pretrained`."""
     layers = lm.config.layers
-    if scheme is not None and lm.config.moe is not None:
-        raise ValueError(f"checkpoint {checkpoint}: a quantized mixture of experts ({scheme.title}) is not implemented")
     parts = plan(scheme, checkpoint, qwen_load.table(lm.config, layout), layers)
     check_names(checkpoint, parts.names, (*qwen_load.IGNORED_TENSORS, *ignored))
     if dtype is None:

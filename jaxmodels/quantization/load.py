@@ -1,5 +1,7 @@
 """Quantized checkpoints: which scheme it is, and its linears as stacked `QuantizedTensor`s on their devices.
 
+Linears of experts are stacked by layer and by expert; a router is never quantized.
+
 Codes are repacked once, into the one form that kernels read; nothing is ever expanded to a float.
 """
 
@@ -124,6 +126,8 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
             continue
         if row.path == ("embed",):
             raise ValueError(f"checkpoint {source}: {linears[0]} is quantized, which embeddings cannot be here")
+        if row.path[-1] == "router":
+            raise ValueError(f"checkpoint {source}: {linears[0]} is quantized, which routers of experts cannot be here")
         quantized.append(row)
         for linear in linears:
             needed, possible = scheme.suffixes(linear)
@@ -176,37 +180,36 @@ def load_quantized(
     shape: tuple[int, ...],
     sharding: Sharding | None,
 ) -> QuantizedTensor:
-    """One parameter of a model, stacked if its row is; one staging copy in host memory, which a CPU goes on to use.
+    """One parameter of a model, stacked as its row is; one staging copy in host memory, which a CPU goes on to use.
 
     Args:
       scheme: of the checkpoint.
       source: the checkpoint.
       row: of the parameter.
-      shape: of the dense parameter, with the layer axis if it is stacked.
+      shape: of the dense parameter, with the axes that it is stacked along.
       sharding: of the dense parameter; None: the default device.
     """
-    own = shape[1:] if row.stacked else shape
+    stack, own = shape[: row.stacked], shape[row.stacked :]
     outputs, inputs = row.stored_shape(own)
-    layers = range(shape[0] if row.stacked else 1)
-    linears = [Linear(source, row.name(n).removesuffix(".weight"), outputs, inputs) for n in layers]
+    linears = [Linear(source, name.removesuffix(".weight"), outputs, inputs) for name in row.names(shape[0])]
     leaves, treedef = jax.tree.flatten(scheme.read(linears[0]))
     stacks = [aligned_empty((len(linears), *leaf.shape), leaf.dtype) for leaf in leaves]
     codes = jax.tree.unflatten(treedef, stacks).codes
     del leaves
 
-    def fill(layer: int) -> None:
+    def fill(n: int) -> None:
         # Repacked codes are written where they stay: staged ones would leave holes of their size in the heap.
-        parts, other = jax.tree.flatten(scheme.read(dataclasses.replace(linears[layer], room=codes[layer])))
+        parts, other = jax.tree.flatten(scheme.read(dataclasses.replace(linears[n], room=codes[n])))
         if str(other) != str(treedef) or any(a.dtype != b.dtype for a, b in zip(parts, stacks, strict=True)):
-            raise ValueError(f"{linears[layer].name} is stored differently from {linears[0].name}")
-        for stack, part in zip(stacks, parts, strict=True):
-            if not np.may_share_memory(stack, part):
-                stack[layer] = part
+            raise ValueError(f"{linears[n].name} is stored differently from {linears[0].name}")
+        for room, part in zip(stacks, parts, strict=True):
+            if not np.may_share_memory(room, part):
+                room[n] = part
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each expands one layer to a byte per code
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each expands one linear to a byte per code
         for _ in pool.map(fill, range(len(linears))):
             pass
-    weight = jax.tree.unflatten(treedef, stacks if row.stacked else [stack[0] for stack in stacks])
+    weight = jax.tree.unflatten(treedef, [room.reshape(*stack, *room.shape[1:]) for room in stacks])
     if weight.zeros is not None and not weight.zeros.any():
         weight = dataclasses.replace(weight, zeros=None)
     if weight.order is not None and (weight.order == np.arange(inputs)).all():
@@ -241,8 +244,10 @@ def partition_specs(weight: QuantizedTensor, sharding: NamedSharding, name: str)
       ValueError: the parts would cut through groups, or through more than the first axis of outputs or inputs.
     """
     axes = len(weight.shape)
-    spec = (*sharding.spec, *(None,) * (axes + 1 - len(sharding.spec)))
     stack: tuple = (None,) * (weight.codes.ndim - 2)
+    spec = (*sharding.spec, *(None,) * (len(stack) + axes - len(sharding.spec)))
+    if any(part is not None for part in spec[: len(stack)]):
+        raise ValueError(f"{name}: stacks of quantized weights are on every device whole; got {spec}")
     spec = spec[len(stack) : len(stack) + axes]
     produced, contracted = spec[: axes - weight.num_inputs], spec[axes - weight.num_inputs :]
     if any(part is not None for part in (*produced[1:], *contracted[1:])):

@@ -110,10 +110,12 @@ def config_block(weights: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
     for name, other in others:
         if _kind(other, name) != kind:
             raise ValueError(f"{name} is quantized differently from {first}: {_kind(other, name)} and {kind}")
+    has_experts = any(weight.codes.ndim == 4 for weight in weights.values())
+    routers = ["re:.*mlp.gate$"] if has_experts else []
     if kind["layout"] == "awq":
         return {
             "quant_method": "awq", "bits": 4, "group_size": kind["group_size"], "zero_point": True, "version": "gemm",
-            "modules_to_not_convert": None,
+            "modules_to_not_convert": ["mlp.gate"] if has_experts else None,  # the router; readers look for the string
         }  # fmt: skip
     if kind["layout"] == "paroquant":
         return {"quant_method": "paroquant", "bits": 4, "group_size": kind["group_size"], "krot": kind["steps"]}
@@ -127,7 +129,7 @@ def config_block(weights: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": options | own | {"dynamic": False}, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors", "format": name, "quantization_status": "compressed",
-        "config_groups": {"group_0": group | {"output_activations": None}}, "ignore": ["lm_head"],
+        "config_groups": {"group_0": group | {"output_activations": None}}, "ignore": ["lm_head", *routers],
         "kv_cache_scheme": None,
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ from jaxmodels.checkpoints.safetensors import SafetensorsFile
 from jaxmodels.pretrained import save_pretrained
 from jaxmodels.quantization import find_scheme
 from jaxmodels.quantization.source import Linear
-from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.qwen.config import MoeConfig, QwenConfig
 from jaxmodels.qwen.model import build
 from pallas_kernels.quantized_matmul import QuantizedTensor, dequantize
 
@@ -301,6 +301,61 @@ def test_weights_are_those_of_an_independent_unpacker_and_logits_those_of_dense_
         np.testing.assert_allclose(logits, expected, atol=1e-4)
     else:  # activations are rounded too, which changes little and something
         assert 1e-4 < float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)) < 0.15
+
+
+EXPERTS = QwenConfig.tiny(dim=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp_dim=32, moe=MoeConfig(3, 2))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """A dense mixture of experts with a router that decides."""
+    directory = tmp_path_factory.mktemp("mixture") / "model"
+    lm = build(EXPERTS)
+    params = jax.jit(lm.init)(jax.random.key(0))
+    params["layers"]["mlp"]["router"] *= 20
+    save_pretrained(directory, lm, params)
+    return directory
+
+
+OTHERS = ("awq", "pack-quantized asymmetric", "nvfp4-pack-quantized")  # slow; last run: all pass, 2026-11-30
+
+
+@pytest.mark.parametrize("layout", ["gptq desc_act", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_experts_of_a_mixture_one_by_one(mixture, tmp_path, layout):
+    """Every layer's and expert's weight is where it belongs, and the model is that of the dense weights."""
+    block, store = LAYOUTS[layout]
+    expanded = write(mixture, tmp_path / "quantized", block, store)
+    model, plain = load_pretrained(tmp_path / "quantized"), expanded_model(mixture, tmp_path / "dense", expanded)
+    assert not isinstance(model.params["layers"]["mlp"]["router"], QuantizedTensor)
+    for name in ("gate", "up", "down"):
+        weight, expected = model.params["layers"]["mlp"][name], plain.params["layers"]["mlp"][name]
+        assert weight.codes.shape[:2] == (2, 3) and weight.shape == expected.shape[2:]
+        every = jax.jit(lambda w: jax.vmap(jax.vmap(dequantize))(w))(weight)
+        np.testing.assert_array_equal(every, expected)
+    logits, expected = (jax.jit(m.lm.apply)(m.params, jnp.asarray(TOKENS)) for m in (model, plain))
+    assert float(jnp.abs(expected).max()) > 0.3
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_what_is_refused_of_quantized_mixtures(mixture, tmp_path):
+    expanded = write(mixture, tmp_path / "quantized", AWQ, awq)
+    file = tmp_path / "quantized" / "model.safetensors"
+    tensors = load_file(file)
+    router = {
+        f"model.layers.{n}.mlp.gate.{s}": x
+        for n in range(2)
+        for s, x in awq(np.random.default_rng(0), 8, 64)[0].items()
+    }
+    save_file({k: v for k, v in tensors.items() if not k.endswith("mlp.gate.weight")} | router, file)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate is quantized, which routers of experts cannot be here"):
+        load_pretrained(tmp_path / "quantized")
+    one = "model.layers.1.mlp.experts.2.up_proj"
+    mixed = {k: v for k, v in tensors.items() if not k.startswith(one)} | {f"{one}.weight": expanded[f"{one}.weight"]}
+    save_file(mixed, file)
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.experts\.2\.up_proj is not quantized, but .*experts\.0\.up_proj"
+    ):
+        load_pretrained(tmp_path / "quantized")
 
 
 # ----------------------------------------------------------------------------------------------------

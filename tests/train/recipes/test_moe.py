@@ -33,6 +33,17 @@ def test_a_step_of_next_token_training_moves_router_and_experts(start, flags, tm
         assert (moved.reshape(1, 4, -1).max(-1) > 1e-5).all(), name  # of every expert in every layer
 
 
+@pytest.mark.slow
+def test_rounds_experts_and_reports_them_together(start, tmp_path, capsys):
+    """Last run: 2026-11-30."""
+    out = tmp_path / "out"
+    assert cli.main(["quantize", "--model", str(start[0]), "--out", str(out), "--format", "int8"]) == 0
+    assert "mlp.down      weight SNR" in capsys.readouterr().err
+    model = load_pretrained(out)
+    assert model.params["layers"]["mlp"]["up"].codes.shape == (1, 4, 32, 32)
+    assert np.isfinite(model.apply(model.params, np.arange(3, 40)[None])).all()
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
