@@ -51,6 +51,8 @@ class Row:
       layers: which layers the checkpoint stores, the parameter being 0 in the others; None: all.
       other: another layout that is read too; None: there is none.
       experts: how many experts each layer stores; None: the parameter has no axis of experts.
+      shared: what the names of tensors begin with that all experts of a layer share, if their storage has such; "{}" is
+        the layer.
     """
 
     key: str
@@ -59,6 +61,7 @@ class Row:
     layers: tuple[int, ...] | None = None
     other: OtherLayout | None = None
     experts: int | None = None
+    shared: str | None = None
 
     def __post_init__(self):
         if self.key.count("{}") < 2 and self.experts is not None:

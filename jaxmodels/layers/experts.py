@@ -4,6 +4,7 @@ Letters beside the legend: R rows (tokens), C experts of each row, E experts, M 
 inputs, O outputs of an expert's weight.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.layers.linear import linears
 from pallas_kernels.quantized_matmul import QuantizedTensor
+from pallas_kernels.quantized_matmul.tensor import turn_all
 
 MAX_TILE = 128
 """Rows of a tile at most; more would not read weights much more rarely."""
@@ -95,20 +97,34 @@ def expert_linears(
 
     Args:
       x: rows in tiles.
-      weights: of all experts, stacked; quantized ones with an axis of experts in every array.
+      weights: of all experts, stacked; quantized ones with an axis of experts in every array, or in all but those of a
+        rotation (and scales of inputs) that they share.
       experts: of each tile.
     """
+    if any(isinstance(weight, QuantizedTensor) and weight.shares_turn for weight in weights):
+        turned = [_turned(x, weight) for weight in weights]
+        return tuple(_products(y, (w,), experts, x.dtype)[0] for y, w in zip(turned, weights, strict=True))
     if any(isinstance(weight, QuantizedTensor) for weight in weights):
-        return _products(x, tuple(weights), experts)
+        return _products(x, tuple(weights), experts, x.dtype)
     return _dense_products(x, tuple(weights), experts)
 
 
-def _products(x: Array, weights: tuple, experts: Array) -> tuple[Array, ...]:
+def _products(x: Array, weights: tuple, experts: Array, dtype: jnp.dtype) -> tuple[Array, ...]:
+    equations = ["RI,OI->RO"] * len(weights)
+
     def one(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, ...]]:
         rows, expert = inputs
-        return None, linears(rows, [_own(weight, expert) for weight in weights], ["RI,OI->RO"] * len(weights))
+        return None, linears(rows, [_own(weight, expert) for weight in weights], equations, dtype=dtype)
 
     return jax.lax.scan(one, None, (x, experts))[1]
+
+
+def _turned(x: Array, weight: Array | QuantizedTensor) -> Array:
+    """Rows scaled and rotated as all experts of a weight want them."""
+    if not (isinstance(weight, QuantizedTensor) and weight.shares_turn):
+        return x
+    (rows,) = turn_all(x.reshape(-1, x.shape[-1]), [dataclasses.replace(weight, order=None)])
+    return rows.reshape(x.shape)
 
 
 def _own(weight: Array | QuantizedTensor, expert: Array) -> Array | QuantizedTensor:
@@ -119,11 +135,11 @@ def _own(weight: Array | QuantizedTensor, expert: Array) -> Array | QuantizedTen
 
 @jax.custom_vjp
 def _dense_products(x: Array, weights: tuple[Array, ...], experts: Array) -> tuple[Array, ...]:
-    return _products(x, weights, experts)
+    return _products(x, weights, experts, x.dtype)
 
 
 def _forward(x: Array, weights: tuple[Array, ...], experts: Array) -> tuple[tuple[Array, ...], tuple]:
-    return _products(x, weights, experts), (x, weights, experts)
+    return _products(x, weights, experts, x.dtype), (x, weights, experts)
 
 
 def _backward(residuals: tuple, cotangents: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...], None]:

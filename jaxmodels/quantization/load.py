@@ -129,8 +129,11 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
         if row.path[-1] == "router":
             raise ValueError(f"checkpoint {source}: {linears[0]} is quantized, which routers of experts cannot be here")
         quantized.append(row)
+        common = shared_turn(scheme, row, present)
+        used += [f"{linear.name}_{suffix}" for linear in _shared(source, row, layers) for suffix in sorted(common)]
         for linear in linears:
             needed, possible = scheme.suffixes(linear)
+            needed = needed - common
             used += [f"{linear}.{suffix}" for suffix in sorted(needed)]
             used += [name for suffix in sorted(possible) if (name := f"{linear}.{suffix}") in present]
             if (bias := f"{linear}.bias") in present - biases:
@@ -142,6 +145,21 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
     if not quantized:
         raise ValueError(f"checkpoint {source}: should be {scheme.title}, but has no tensor {scheme.marker!r}")
     return Plan(tuple(dense), tuple(quantized), tuple(used))
+
+
+def shared_turn(scheme: Scheme, row: Row, names: Collection[str]) -> frozenset[str]:
+    """Suffixes of what the experts of a row share in a checkpoint with these names; empty when they do not."""
+    if not isinstance(scheme, Paroquant) or row.shared is None:
+        return frozenset()
+    beginning = row.shared.format(0) + "_"
+    return scheme.turn if any(f"{beginning}{suffix}" in names for suffix in scheme.turn) else frozenset()
+
+
+def _shared(source: Checkpoint, row: Row, layers: int, outputs: int = 0, inputs: int = 0) -> list[Linear]:
+    """Where the experts' shared tensors are, layer by layer."""
+    if row.shared is None:
+        return []
+    return [Linear(source, row.shared.format(layer), outputs, inputs, joint="_") for layer in range(layers)]
 
 
 def _kv_names(rows: Sequence[Row], layers: int) -> list[list[str]]:
@@ -192,14 +210,31 @@ def load_quantized(
     stack, own = shape[: row.stacked], shape[row.stacked :]
     outputs, inputs = row.stored_shape(own)
     linears = [Linear(source, name.removesuffix(".weight"), outputs, inputs) for name in row.names(shape[0])]
-    leaves, treedef = jax.tree.flatten(scheme.read(linears[0]))
+    if shared_turn(scheme, row, source.names()):
+        assert isinstance(scheme, Paroquant)
+        weight = _stacked(scheme.read_codes, linears, stack)
+        scales, rotation = _stacked(scheme.read_turn, _shared(source, row, shape[0], outputs, inputs), stack[:1])
+        weight = dataclasses.replace(weight, input_scales=scales, rotation=rotation)
+    else:
+        weight = _stacked(scheme.read, linears, stack)
+    if weight.zeros is not None and not weight.zeros.any():
+        weight = dataclasses.replace(weight, zeros=None)
+    if weight.order is not None and (weight.order == np.arange(inputs)).all():
+        weight = dataclasses.replace(weight, order=None)
+    weight = dataclasses.replace(weight, shape=own, num_inputs=num_inputs(row))
+    return _place(weight, sharding, linears[0].name)
+
+
+def _stacked(read: Callable[[Linear], Any], linears: Sequence[Linear], stack: tuple[int, ...]) -> Any:
+    """What `read` makes of each linear, a tree of arrays, in one tree of arrays with the axes `stack` in front."""
+    leaves, treedef = jax.tree.flatten(read(linears[0]))
     stacks = [aligned_empty((len(linears), *leaf.shape), leaf.dtype) for leaf in leaves]
-    codes = jax.tree.unflatten(treedef, stacks).codes
+    codes = getattr(jax.tree.unflatten(treedef, stacks), "codes", [None] * len(linears))
     del leaves
 
     def fill(n: int) -> None:
         # Repacked codes are written where they stay: staged ones would leave holes of their size in the heap.
-        parts, other = jax.tree.flatten(scheme.read(dataclasses.replace(linears[n], room=codes[n])))
+        parts, other = jax.tree.flatten(read(dataclasses.replace(linears[n], room=codes[n])))
         if str(other) != str(treedef) or any(a.dtype != b.dtype for a, b in zip(parts, stacks, strict=True)):
             raise ValueError(f"{linears[n].name} is stored differently from {linears[0].name}")
         for room, part in zip(stacks, parts, strict=True):
@@ -209,13 +244,7 @@ def load_quantized(
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each expands one linear to a byte per code
         for _ in pool.map(fill, range(len(linears))):
             pass
-    weight = jax.tree.unflatten(treedef, [room.reshape(*stack, *room.shape[1:]) for room in stacks])
-    if weight.zeros is not None and not weight.zeros.any():
-        weight = dataclasses.replace(weight, zeros=None)
-    if weight.order is not None and (weight.order == np.arange(inputs)).all():
-        weight = dataclasses.replace(weight, order=None)
-    weight = dataclasses.replace(weight, shape=own, num_inputs=num_inputs(row))
-    return _place(weight, sharding, linears[0].name)
+    return jax.tree.unflatten(treedef, [room.reshape(*stack, *room.shape[1:]) for room in stacks])
 
 
 def num_inputs(row: Row) -> int:
@@ -261,14 +290,15 @@ def partition_specs(weight: QuantizedTensor, sharding: NamedSharding, name: str)
         )
     grid = PartitionSpec(*stack, into if weight.scales.shape[-2] > 1 else None, out)
     whole = PartitionSpec()
-    turn = PartitionSpec(*stack, None, into)
+    turned = stack[:-1] if weight.shares_turn else stack
+    turn = PartitionSpec(*turned, None, into)
     return dataclasses.replace(
         weight,
         codes=PartitionSpec(*stack, out, into),
         scales=grid,
         zeros=None if weight.zeros is None else grid,
         global_scale=None if weight.global_scale is None else whole,
-        input_scales=None if weight.input_scales is None else PartitionSpec(*stack, into),
+        input_scales=None if weight.input_scales is None else PartitionSpec(*turned, into),
         rotation=None if weight.rotation is None else Rotation(turn, turn),
         order=None if weight.order is None else whole,
         activation_scale=None if weight.activation_scale is None else whole,

@@ -1,7 +1,7 @@
 """Writing quantized linears in the layouts that other tools read.
 
 int4                             AWQ ("gemm")
-int4, scaled and rotated inputs  ParoQuant
+int4, scaled and rotated inputs  ParoQuant; what experts share is stored once, for gate and up projections together
 int8, fp8, nvfp4                 compressed-tensors
 """
 
@@ -73,14 +73,20 @@ def stored(weight: QuantizedTensor) -> dict[str, Stored]:
         "qzeros": Stored(np.int32, (groups, outputs // 8), lambda w: pack_int4(_zeros(w), "awq")),
         "scales": Stored(np.float16, (groups, outputs), lambda w: _half(w.scales, "scales")),
     }
-    if weight.rotation is not None:
-        steps = weight.rotation.theta.shape[-2]
-        tensors |= {
-            "theta": Stored(np.float16, (steps, inputs // 2), lambda w: _half(w.rotation.theta, "theta")),
-            "pairs": Stored(np.int16, (steps, inputs), lambda w: w.rotation.pairs.astype(np.int16)),
-            "channel_scales": Stored(np.float16, (1, inputs), lambda w: _half(w.input_scales, "channel_scales")[None]),
-        }
+    if weight.rotation is not None and not weight.shares_turn:
+        tensors |= stored_turn(weight)
     return tensors
+
+
+def stored_turn(weight: QuantizedTensor) -> dict[str, Stored]:
+    """The tensors of the rotation of one linear's inputs, or of those of all experts."""
+    assert weight.rotation is not None
+    inputs, steps = weight.inputs, weight.rotation.theta.shape[-2]
+    return {
+        "theta": Stored(np.float16, (steps, inputs // 2), lambda w: _half(w.rotation.theta, "theta")),
+        "pairs": Stored(np.int16, (steps, inputs), lambda w: w.rotation.pairs.astype(np.int16)),
+        "channel_scales": Stored(np.float16, (1, inputs), lambda w: _half(w.input_scales, "channel_scales")[None]),
+    }
 
 
 def _unsigned(weight: Any) -> np.ndarray:
@@ -148,8 +154,17 @@ def quantized_tensors(rows: Sequence[Row], weights: Mapping[tuple[str, ...], Qua
     `fetch(array, index)` brings one array, or what a stacked one has at an index of its first axes, to the host.
     """
     tensors: dict[str, LazyTensor] = {}
+    shared: dict[str, list[Callable[[], np.ndarray]]] = {}
     for row in rows:
         weight = weights[row.path]
+        if weight.shares_turn:
+            if row.shared is None:
+                raise ValueError(f"{'.'.join(row.path)}: experts that share a rotation have no layout to be saved in")
+            for layer in range(weight.codes.shape[0]):
+                for suffix, tensor in stored_turn(weight).items():
+                    name = f"{row.shared.format(layer)}_{suffix}"
+                    shared.setdefault(name, []).append(_reader(weight, (layer,), tensor, name, fetch))
+                    tensors[name] = LazyTensor(tensor.shape, np.dtype(tensor.dtype), _agreed(shared[name], name))
         for index in row.indices(weight.codes.shape[0]):
             module = row.name(*index).removesuffix(".weight")
             for suffix, tensor in stored(weight).items():
@@ -157,6 +172,18 @@ def quantized_tensors(rows: Sequence[Row], weights: Mapping[tuple[str, ...], Qua
                     tensor.shape, np.dtype(tensor.dtype), _reader(weight, index, tensor, f"{module}.{suffix}", fetch)
                 )
     return tensors
+
+
+def _agreed(readers: list[Callable[[], np.ndarray]], name: str) -> Callable[[], np.ndarray]:
+    """The one value that all readers give."""
+
+    def read() -> np.ndarray:
+        first, *others = (reader() for reader in readers)
+        if any(not np.array_equal(first, other) for other in others):
+            raise ValueError(f"{name}: gate and up projections of experts must share it; theirs differ")
+        return first
+
+    return read
 
 
 class _One:

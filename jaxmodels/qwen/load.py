@@ -35,10 +35,13 @@ MLP = (
     Row("layers.{}.mlp.down_proj.weight", ("layers", "mlp", "down"), "D F"),
 )
 ROUTER = Row("layers.{}.mlp.gate.weight", ("layers", "mlp", "router"), "E D")
-EXPERTS = (
-    Row("layers.{}.mlp.experts.{}.gate_proj.weight", ("layers", "mlp", "gate"), "F D"),
-    Row("layers.{}.mlp.experts.{}.up_proj.weight", ("layers", "mlp", "up"), "F D"),
-    Row("layers.{}.mlp.experts.{}.down_proj.weight", ("layers", "mlp", "down"), "D F"),
+EXPERTS = tuple(
+    Row(f"layers.{{}}.mlp.experts.{{}}.{name}_proj.weight", ("layers", "mlp", name), dims, shared=shared)
+    for name, dims, shared in (
+        ("gate", "F D", "layers.{}.mlp.experts.gate_up_weight"),
+        ("up", "F D", "layers.{}.mlp.experts.gate_up_weight"),
+        ("down", "D F", "layers.{}.mlp.experts.down_weight"),
+    )
 )
 QKV_BIAS = (
     Row("layers.{}.self_attn.q_proj.bias", ("layers", "attention", "q_bias"), "(N H)"),
@@ -99,7 +102,10 @@ def table(config: QwenConfig, layout: Layout) -> list[Row]:
     if config.key_conv_taps is not None:
         convolved = tuple(n for n, layer in enumerate(config.layer_attention) if layer.key_conv is not None)
         rows.append(replace(K_CONV, layers=convolved))
-    rows = [replace(row, key=layout.prefix + row.key) for row in rows]
+    rows = [
+        replace(row, key=layout.prefix + row.key, shared=None if row.shared is None else layout.prefix + row.shared)
+        for row in rows
+    ]
     if not config.tied_head:
         rows.append(Row(layout.head or HEADS[0], ("head",), "V D"))
     return rows

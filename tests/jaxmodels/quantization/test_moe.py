@@ -1,5 +1,6 @@
 """Mixtures of experts with quantized weights: rounded, saved, decoded, spread over devices."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 
 from jaxmodels import load_pretrained, save_pretrained
+from jaxmodels.cache import KVCache
+from jaxmodels.checkpoints.mapping import flatten, unflatten
+from jaxmodels.checkpoints.safetensors import SafetensorsFile
 from jaxmodels.decoding.complete import complete_autoregressive
 from jaxmodels.quantization import round_params
 from jaxmodels.qwen import MoeConfig, QwenConfig, build
-from pallas_kernels.quantized_matmul import QuantizedTensor, dequantize
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, dequantize
 
 CONFIG = QwenConfig.tiny(layers=2, dim=64, heads=2, kv_heads=1, head_dim=32, mlp_dim=64, moe=MoeConfig(3, 2))
 LM = build(CONFIG)
@@ -38,6 +42,22 @@ def params():
     return jax.tree.map(lambda x: x * 6 if x.ndim > 2 else x, jax.jit(LM.init)(jax.random.key(0)))
 
 
+def rotated(lm, params, seed=0):
+    """int4 parameters as ParoQuant has them, rotations at random: gate and up projections of all experts have one."""
+    leaves = flatten(jax.jit(lambda p: round_params(lm, p, "int4", group_size=32))(params))
+    rng = np.random.default_rng(seed)
+    turns = {}
+    for path in lm.linears:
+        weight, layers, steps = leaves[path], lm.config.layers, 3
+        pairs = rng.permuted(np.broadcast_to(np.arange(32), (layers, steps, weight.inputs // 32, 32)), axis=-1)
+        theta = jnp.asarray(rng.normal(0, 0.5, (layers, steps, weight.inputs // 2)), jnp.float16)
+        scales = jnp.asarray(rng.uniform(0.5, 2, (layers, weight.inputs)), jnp.float16)
+        turn = scales, Rotation(theta, jnp.asarray(pairs.reshape(layers, steps, -1), jnp.int16))
+        scales, rotation = turns.setdefault("gate_up" if path[-1] in ("gate", "up") else path, turn)
+        leaves[path] = dataclasses.replace(weight, input_scales=scales, rotation=rotation)
+    return unflatten(leaves)
+
+
 @jax.jit
 def expand(params):
     """The same parameters with dense weights."""
@@ -45,6 +65,10 @@ def expand(params):
     def dense(leaf):
         if not isinstance(leaf, QuantizedTensor):
             return leaf
+        if leaf.shares_turn:
+            turn = leaf.input_scales, leaf.rotation
+            scales, rotation = jax.tree.map(lambda x: jnp.repeat(x[:, None], leaf.codes.shape[1], axis=1), turn)
+            leaf = dataclasses.replace(leaf, input_scales=scales, rotation=rotation)
         each = dequantize
         for _ in range(leaf.codes.ndim - 2):
             each = jax.vmap(each)
@@ -77,6 +101,39 @@ def test_rounded_saved_loaded_and_equal_to_the_dense_weights(params, tmp_path, n
         np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+def test_experts_that_share_a_rotation(params, tmp_path):
+    """Saved once per layer, loaded, and equal to the dense weights, as is one step of decoding."""
+    quantized = rotated(LM, params)
+    save_pretrained(tmp_path / "model", LM, quantized)
+    names = set(SafetensorsFile(tmp_path / "model" / "model.safetensors"))
+    experts = {name.removeprefix("model.layers.1.mlp.experts.") for name in names if "layers.1.mlp.experts" in name}
+    shared = {f"{part}_weight_{n}" for part in ("gate_up", "down") for n in ("theta", "pairs", "channel_scales")}
+    parts = ("gate_proj", "up_proj", "down_proj")
+    own = {f"{e}.{part}.{n}" for e in range(3) for part in parts for n in ("qweight", "qzeros", "scales")}
+    assert experts == shared | own
+    loaded = load_pretrained(tmp_path / "model")
+    assert loaded.quantization == "ParoQuant, 4 bits, groups of 32, 3 rotations"
+    assert loaded.params["layers"]["mlp"]["down"].rotation.pairs.shape == (2, 3, 64)
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(quantized)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, quantized)
+
+    @jax.jit
+    def both_ways(params):
+        cache = KVCache.init(CONFIG, batch=1, capacity=9, dtype=jnp.float32)
+        hidden = LM.hidden(params, TOKENS, return_kv=True)
+        return LM.head(params, hidden.states), LM.hidden(params, TOKENS[:, :1], cache=cache).states
+
+    for found, expected in zip(both_ways(quantized), both_ways(expand(quantized)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    layers = quantized["layers"]
+    up = layers["mlp"]["up"]
+    other = {"up": dataclasses.replace(up, input_scales=up.input_scales.at[1].multiply(0.5))}
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.experts\.gate_up_weight_channel_scales: gate and up .* differ"
+    ):
+        save_pretrained(tmp_path / "x", LM, quantized | {"layers": layers | {"mlp": layers["mlp"] | other}})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("unrolled", [True, False])
 def test_completions_are_those_of_the_dense_weights(params, unrolled):
@@ -100,6 +157,7 @@ SHARDED = """
     gate, down = (model.params["layers"]["mlp"][name] for name in ("gate", "down"))
     assert gate.codes.sharding.spec[2] == "tensor" and down.codes.sharding.spec[3] == "tensor"
     assert down.codes.addressable_shards[0].data.shape == (2, 3, 64, 16), down.codes.addressable_shards[0].data.shape
+    assert down.rotation.theta.addressable_shards[0].data.shape == (2, 3, 16)
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, 96)
     want = jax.jit(single.lm.apply)(single.params, tokens)
     with jax.set_mesh(mesh):
@@ -111,14 +169,14 @@ SHARDED = """
 
 @pytest.mark.slow
 def test_a_mesh_gives_what_one_device_gives(tmp_path):
-    """Codes are cut along the experts' inner width, on both sides (last run: 2026-11-30)."""
+    """Codes, and the rotation that experts share, are cut along their inner width (last run: 2026-11-30)."""
     lm = build(
         QwenConfig.tiny(
             vocab_size=96, layers=2, dim=64, heads=2, kv_heads=2, head_dim=32, mlp_dim=64, moe=MoeConfig(3, 2)
         )
     )
     params = jax.tree.map(lambda x: x * 6 if x.ndim > 2 else x, lm.init(jax.random.key(0)))
-    save_pretrained(tmp_path / "model", lm, round_params(lm, params, "int4", group_size=32))
+    save_pretrained(tmp_path / "model", lm, rotated(lm, params))
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).resolve().parents[3]),

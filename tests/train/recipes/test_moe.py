@@ -1,5 +1,7 @@
 """Recipes on a mixture of experts: what trains, and what is refused before anything is spent."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ import train.__main__ as cli
 from jaxmodels import load_pretrained
 from jaxmodels.checkpoints.mapping import flatten
 from jaxmodels.qwen import MoeConfig
+from train.paroquant.pairs import select_pairs
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,39 @@ def test_rounds_experts_and_reports_them_together(start, tmp_path, capsys):
     model = load_pretrained(out)
     assert model.params["layers"]["mlp"]["up"].codes.shape == (1, 4, 32, 32)
     assert np.isfinite(model.apply(model.params, np.arange(3, 40)[None])).all()
+
+
+@pytest.mark.slow
+def test_paroquant_shares_rotations_and_continues(start, tmp_path, capsys, monkeypatch, compiled_programs):
+    """Last run: 2026-11-30."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    init, corpus = start
+    out = tmp_path / "out"
+    command = [
+        "paroquant", "--model", str(init), "--data", str(corpus), "--rows.seq-len", "32",
+        "--rows.validation-fraction", "0.3", "--samples", "16", "--validation-samples", "5", "--batch-size", "4",
+        "--group-size", "16", "--num-rotations", "2", "--epochs", "2", "1", "--out", str(out), "--seed", "5",
+    ]  # fmt: skip
+    assert cli.main(command) == 0, capsys.readouterr().err
+    dense, model = load_pretrained(init), load_pretrained(out)
+    assert model.quantization == "ParoQuant, 4 bits, groups of 16, 2 rotations"
+    mlp = model.params["layers"]["mlp"]
+    for name, seed in (("gate", 5), ("up", 5), ("down", 5 + 97)):
+        pairs = select_pairs(seed, 2, group_size=16, num_rotations=2)
+        np.testing.assert_array_equal(mlp[name].rotation.pairs[0], pairs.channels)
+        assert np.asarray(mlp[name].rotation.theta).any()
+    np.testing.assert_array_equal(mlp["gate"].input_scales, mlp["up"].input_scales)
+    np.testing.assert_array_equal(mlp["router"], dense.params["layers"]["mlp"]["router"])
+    report = json.loads((tmp_path / "out.run" / "report.json").read_text())
+    (block,) = report["blocks"]
+    assert {"mlp.gate_up", "mlp.down"} < set(block["weight_snr"]) and block["snr"] > block["snr_nearest"]
+    tokens = np.arange(3, 40)[None] % 300
+    logits = [m.apply(m.params, tokens) for m in (dense, model)]
+    assert 1e-5 < float(abs(logits[0] - logits[1]).max()) < 0.5 * float(abs(logits[0]).max())
+    weights = (out / "model.safetensors").read_bytes()
+    assert cli.main(command) == 0
+    assert "block 1/1  from" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.parametrize(
