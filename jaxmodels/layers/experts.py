@@ -120,7 +120,7 @@ def _products(x: Array, weights: tuple, experts: Array, dtype: jnp.dtype) -> tup
 
 
 def _turned(x: Array, weight: Array | QuantizedTensor) -> Array:
-    """Rows scaled and rotated as all experts of a weight want them."""
+    """Rows scaled and rotated by what all experts of a weight share."""
     if not (isinstance(weight, QuantizedTensor) and weight.shares_turn):
         return x
     (rows,) = turn_all(x.reshape(-1, x.shape[-1]), [dataclasses.replace(weight, order=None)])

@@ -59,7 +59,7 @@ def test_routing_weighs_the_largest_and_breaks_ties_by_index():
 @pytest.mark.parametrize(("rows", "num_experts", "per_row"), ROUTINGS)
 def test_tiles_hold_every_pair_once(rows, num_experts, per_row):
     x, _, experts = routed(rows, num_experts, per_row)
-    tiles = Tiles.of(experts, num_experts)
+    tiles = jax.jit(Tiles.of, static_argnums=1)(experts, num_experts)
     assert tiles.rows.shape[1] <= MAX_TILE and (tiles.rows.shape[1] == 1) == (rows * per_row <= num_experts)
     held, slots = np.asarray(tiles.rows).ravel(), np.asarray(tiles.slots)
     assert len(set(slots.ravel())) == rows * per_row
@@ -126,7 +126,9 @@ def test_padding_and_company_change_nothing():
         np.testing.assert_allclose(together[row, :length], alone, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_cached_pieces_equal_one_pass():
+    """Last run: 2026-11-30; a fast test of infer/ compares whole streams with one pass."""
     tokens = jax.random.randint(jax.random.key(1), (2, 14), 0, 61)
     expected = jax.jit(LM.apply)(PARAMS, tokens)
 

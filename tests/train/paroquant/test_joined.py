@@ -27,6 +27,8 @@ def test_joined_and_split(moe):
         assert one.seed == (97 if moe and name == "mlp.down" else 0)
         for path, part in one.split(matrix).items():
             np.testing.assert_array_equal(part, own[path])
+        if one.is_experts is (moe is None):
+            continue  # what is no mixture of experts is rounded in the other case
         # Parts of the rounded matrix are the rounded parts: grids are those of rows.
         quantized = round_weight(jnp.asarray(matrix), "int4", group_size=8)
         parts, dense = one.split_quantized(jax.device_get(quantized)), one.split(np.asarray(dequantize(quantized)))
