@@ -157,5 +157,8 @@ def test_gradients(name, remat):
             name, part = row.name(*index), actual[index]
             expected = golden[f"grad/{name}"]
             scale = float(np.abs(expected).max())
+            if ".experts." in name and scale == 0:  # no token of the row went there
+                np.testing.assert_array_equal(part, 0, err_msg=name)
+                continue
             assert scale > 0, f"the golden gradient of {name} is zero and would prove nothing"
             np.testing.assert_allclose(part.reshape(expected.shape), expected, rtol=0, atol=1e-4 * scale, err_msg=name)
