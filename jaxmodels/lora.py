@@ -34,6 +34,9 @@ def split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     frozen: dict[str, Any] = {}
     dense: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if path[-1].key == "router":
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"parameter {name}: low-rank adapters of a mixture of experts are not implemented")
         tree = frozen if _is_adapted(path) else dense
         for key in path[:-1]:
             tree = tree.setdefault(key.key, {})

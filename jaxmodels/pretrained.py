@@ -410,9 +410,10 @@ def save_pretrained(
         only.
       dtype: float32, bfloat16 or float16 for all dense weights; None keeps each array's.
       max_shard_bytes: larger models are split into files of at most this size, with an index.
-      family: "qwen2", "qwen3", "qwen_moba" or "edlm"; None takes "qwen_moba" for models with layers that select
-        blocks, convolve their keys or rotate nothing, "edlm" (Efficient-DLM's layout, `encoder.` and `diffusion_head`)
-        for models with a block size, else the Qwen that fits. transformers reads qwen2 and qwen3.
+      family: "qwen2", "qwen3", "qwen3_moe", "qwen_moba" or "edlm"; None takes "qwen_moba" for models with layers that
+        select blocks, convolve their keys or rotate nothing, "edlm" (Efficient-DLM's layout, `encoder.` and
+        `diffusion_head`) for models with a block size, else the Qwen that fits. transformers reads qwen2, qwen3 and
+        qwen3_moe, the only one for mixtures of experts.
       extra_config: further fields for config.json that do not change the model, such as
         `tok_mask_half_life_ratio`.
 
@@ -462,23 +463,23 @@ def _shape(leaf: Any) -> tuple[int, ...]:
     return (*leaf.codes.shape[:-2], *leaf.shape) if isinstance(leaf, QuantizedTensor) else tuple(leaf.shape)
 
 
-def _fetch(array: Any, layer: int | None) -> np.ndarray:
-    """One parameter, or one layer of a stacked one, on the host; collective if other processes hold parts."""
+def _fetch(array: Any, index: tuple[int, ...]) -> np.ndarray:
+    """One parameter, or what a stacked one has at an index, on the host; collective if other processes hold parts."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         if not isinstance(array.sharding, NamedSharding):
             raise ValueError(f"parameters over several processes need a NamedSharding; got {array.sharding}")
-        whole, one_layer = _gather(array.sharding.mesh)
-        return np.asarray((whole(array) if layer is None else one_layer(array, layer)).addressable_data(0))
-    if layer is None:
+        return np.asarray(_gather(array.sharding.mesh)(array, index).addressable_data(0))
+    if not index:
         return np.asarray(array)
     if isinstance(array, jax.Array) and (len(array.devices()) > 1 or next(iter(array.devices())).platform != "cpu"):
-        return np.asarray(array[layer])  # one layer at a time off the device
-    return np.asarray(np.asarray(array)[layer])  # of a stack of numbers, an array without axes
+        return np.asarray(array[index])  # one layer at a time off the device
+    return np.asarray(np.asarray(array)[index])  # of a stack of numbers, an array without axes
 
 
 @functools.lru_cache(maxsize=8)
-def _gather(mesh: Mesh) -> tuple[Callable, Callable]:
-    """Functions that bring an array, or one entry of its first axis, to every device; compiled once per shape."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    one_layer = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-    return jax.jit(lambda array: array, out_shardings=everywhere), jax.jit(one_layer, out_shardings=everywhere)
+def _gather(mesh: Mesh) -> Callable:
+    """Brings an array, or what it has at an index of its first axes, to every device; compiled once per shape."""
+    one = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    return jax.jit(
+        lambda array, index: functools.reduce(one, index, array), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )

@@ -21,8 +21,12 @@ AXIS_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": None,
 }
-"""Logical axis -> mesh axes that split it. A mesh axis that the mesh lacks splits nothing."""
+"""Logical axis -> mesh axes that split it. A mesh axis that the mesh lacks splits nothing.
+
+Each expert is cut along "mlp" like a dense MLP: all devices then have equal work whatever is routed where, and a loop
+over tiles finds its part of any expert on the device."""
 
 
 def partition_spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -66,6 +70,15 @@ def constrain(x: Array, axes: Axes) -> Array:
     ways = (math.prod(mesh.shape[name] for name in _names(part)) for part in parts)
     spec = PartitionSpec(*(part if size % n == 0 else None for part, size, n in zip(parts, x.shape, ways, strict=True)))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def row_parts(rows: int) -> int:
+    """How many parts the mesh in scope (see `constrain`) cuts the rows of a batch into; 1 if it cannot evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return 1
+    ways = math.prod(mesh.shape[name] for name in _names(partition_spec(("batch",), mesh)[0]))
+    return 1 if rows % ways else ways
 
 
 def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -1,10 +1,12 @@
 """From the tensors of a checkpoint to the arrays of a model and back, driven by one visible table.
 
 A `Row` says that a tensor of the checkpoint is a parameter of the model. Tensors of layers are stacked along
-a first axis L. Otherwise the two differ by splitting dimensions only, so a device's part of a parameter is a
-slice of a view of the memory map, and nothing but that slice is ever read.
+a first axis L, those of a layer's experts along a second one, E. Otherwise the two differ by splitting
+dimensions only, so a device's part of a parameter is a slice of a view of the memory map, and nothing but
+that slice is ever read.
 """
 
+import itertools
 import math
 import os
 import re
@@ -43,11 +45,14 @@ class Row:
     """`key` of the checkpoint -> `path` in the parameters.
 
     Attributes:
-      key: tensor name; "{}" is the layer.
+      key: tensor name; the first "{}" is the layer, a second one the expert.
       path: keys of the nested parameter dict.
       dims: the checkpoint's dimensions in letters; "(N H) D" is a matrix whose rows are split into N and H.
       layers: which layers the checkpoint stores, the parameter being 0 in the others; None: all.
       other: another layout that is read too; None: there is none.
+      experts: how many experts each layer stores; None: the parameter has no axis of experts.
+      shared: what the names of tensors begin with that all experts of a layer share, if their storage has such; "{}" is
+        the layer.
     """
 
     key: str
@@ -55,27 +60,36 @@ class Row:
     dims: str
     layers: tuple[int, ...] | None = None
     other: OtherLayout | None = None
+    experts: int | None = None
+    shared: str | None = None
+
+    def __post_init__(self):
+        if self.key.count("{}") < 2 and self.experts is not None:
+            raise ValueError(f"{self.key!r} names no expert; got experts={self.experts}")
 
     @property
-    def stacked(self) -> bool:
-        return "{}" in self.key
+    def stacked(self) -> int:
+        """First axes of the parameter that the checkpoint stores tensor by tensor: 0, 1 (layers) or 2 (experts)."""
+        return self.key.count("{}")
 
-    def name(self, layer: int) -> str:
-        """The tensor of one layer, or the only one."""
-        return self.key.format(layer) if self.stacked else self.key
+    def name(self, *index: int) -> str:
+        """The tensor at an index of the stacked axes."""
+        return self.key.format(*index)
 
-    def stored_layers(self, layers: int) -> Sequence[int]:
-        """Of a model's `layers` those that have a tensor; one for a parameter that is not stacked."""
+    def indices(self, layers: int) -> list[tuple[int, ...]]:
+        """Of the tensors that a model of `layers` stores; one without numbers for a parameter that is not stacked."""
         if not self.stacked:
-            return (0,)
-        return range(layers) if self.layers is None else self.layers
+            return [()]
+        stored = range(layers) if self.layers is None else self.layers
+        experts = () if self.stacked == 1 else (range(self.experts or 0),)
+        return [*itertools.product(stored, *experts)]
 
     def names(self, layers: int) -> list[str]:
         """All tensors of the row in a model of `layers`."""
-        return [self.name(layer) for layer in self.stored_layers(layers)]
+        return [self.name(*index) for index in self.indices(layers)]
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape in the checkpoint of a parameter of `shape` (without the layer axis)."""
+        """Shape in the checkpoint of a parameter of `shape` (without the stacked axes)."""
         groups = [group.strip("()").split() for group in re.findall(r"\([^()]*\)|\w+", self.dims)]
         letters = [letter for group in groups for letter in group]
         if len(set(letters)) != len(letters) or len(letters) != len(shape):
@@ -188,7 +202,7 @@ def load_arrays(
         raise ValueError(f"table and parameters differ in {sorted({row.path for row in rows} ^ set(shapes))}")
     for row in rows:  # all checks before the first byte of data
         shape = tuple(shapes[row.path])
-        expected = row.stored_shape(shape[1:] if row.stacked else shape)
+        expected = row.stored_shape(shape[row.stacked :])
         possible = {expected} if row.other is None else {expected, row.other.shape(expected)}
         for name in row.names(shape[0]):
             found_dtype, found, file = source.describe(name)
@@ -219,14 +233,19 @@ class _Reader:
     def __call__(self, limits: Sequence[tuple[int, int]]) -> np.ndarray:
         """The part between `limits` (start and stop per dimension)."""
         target = aligned_empty([stop - start for start, stop in limits], self.dtype)
-        first, last = limits[0]
-        rest = tuple(slice(*limit) for limit in limits[1:])
-        if self.row.stacked:
-            stored = set(self.row.stored_layers(self.shape[0]))
-            parts = [(target[n - first], self.row.name(n), rest) for n in range(first, last) if n in stored]
-            for n in set(range(first, last)) - stored:
-                target[n - first] = 0
+        if stacked := self.row.stacked:
+            rest = tuple(slice(*limit) for limit in limits[stacked:])
+            stored = set(self.row.indices(self.shape[0]))
+            parts = []
+            for index in itertools.product(*(range(*limit) for limit in limits[:stacked])):
+                place = target[tuple(n - start for n, (start, _) in zip(index, limits, strict=False))]
+                if index in stored:
+                    parts.append((place, self.row.name(*index), rest))
+                else:
+                    place[...] = 0
         else:
+            (first, last), *others = limits
+            rest = tuple(slice(*limit) for limit in others)
             step = max(1, -(-(last - first) // self.workers))
             parts = [
                 (target[n - first : n - first + step], self.row.key, (slice(n, min(n + step, last)), *rest))
@@ -237,7 +256,7 @@ class _Reader:
         return target
 
     def _copy(self, target: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
-        shape = self.shape[1:] if self.row.stacked else self.shape
+        shape = self.shape[self.row.stacked :]
         view = self.source.view(name)
         if self.row.other is not None and view.shape != self.row.stored_shape(shape):
             view = self.row.other.read(view)
@@ -266,11 +285,11 @@ def to_tensors(
     rows: Sequence[Row],
     params: Mapping[str, Any],
     dtype: np.dtype | None,
-    fetch: Callable[[Any, int | None], np.ndarray],
+    fetch: Callable[[Any, tuple[int, ...]], np.ndarray],
 ) -> dict[str, LazyTensor]:
     """The checkpoint's tensors of `params`, layer by layer, each read when the writer comes to it.
 
-    `fetch(array, layer)` brings one parameter, or one layer of a stacked one, to the host.
+    `fetch(array, index)` brings one parameter, or what a stacked one has at an index of its first axes, to the host.
     Raises ValueError naming parameters that no row stores, or that rows want and `params` lacks.
     """
     leaves = flatten(params)
@@ -279,17 +298,17 @@ def to_tensors(
         raise ValueError(f"params and the model's table differ in {', '.join(difference)}")
     tensors: dict[str, LazyTensor] = {}
 
-    def add(row: Row, layer: int | None) -> None:
+    def add(row: Row, index: tuple[int, ...]) -> None:
         array = leaves[row.path]
         target = np.dtype(array.dtype) if dtype is None else np.dtype(dtype)
         if target not in FLOATS:
             raise ValueError(f"dtype must be one of {[str(d) for d in FLOATS]}; {'.'.join(row.path)} has {target}")
-        shape = row.stored_shape(array.shape if layer is None else array.shape[1:])
+        shape = row.stored_shape(array.shape[row.stacked :])
 
         def read() -> np.ndarray:
-            return np.asarray(fetch(array, layer).reshape(shape), dtype=target, order="C")
+            return np.asarray(fetch(array, index).reshape(shape), dtype=target, order="C")
 
-        tensors[row.key if layer is None else row.name(layer)] = LazyTensor(shape, target, read)
+        tensors[row.name(*index)] = LazyTensor(shape, target, read)
 
     stacked = [row for row in rows if row.stacked]
     layers = {leaves[row.path].shape[0] for row in stacked}
@@ -297,9 +316,10 @@ def to_tensors(
         raise ValueError(f"stacked parameters disagree on the number of layers: {sorted(layers)}")
     for row in rows:
         if not row.stacked:
-            add(row, None)
+            add(row, ())
     for layer in range(max(layers, default=0)):
         for row in stacked:
-            if layer in row.stored_layers(max(layers)):
-                add(row, layer)
+            for index in row.indices(max(layers)):
+                if index[0] == layer:
+                    add(row, index)
     return tensors

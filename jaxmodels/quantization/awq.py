@@ -2,9 +2,11 @@
 
 Of a linear with O outputs and I inputs in G groups: `qweight` int32 [I, O / 8], `qzeros` int32 [G, O / 8], `scales`
 float16 [G, O]; weight = (code - zero) * scale. ParoQuant adds `theta` [R, I / 2], `pairs` int16 [R, I] and
-`channel_scales` [1, I], which multiply the activations.
+`channel_scales` [1, I], which multiply the activations. Experts of a layer share those: `experts.gate_up_weight_theta`
+and so on are of all their gate and up projections, `experts.down_weight_theta` of all their down projections.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +76,7 @@ class Paroquant:
     group_size: int
     num_rotations: int
     marker = "qweight"
+    turn = frozenset({"theta", "pairs", "channel_scales"})  # tensors that experts share
 
     @classmethod
     def from_hf(cls, block: Mapping[str, Any]) -> "Paroquant":
@@ -94,11 +97,21 @@ class Paroquant:
         return f"ParoQuant, 4 bits, groups of {self.group_size}, {self.num_rotations} rotations"
 
     def suffixes(self, name: str) -> tuple[set[str], set[str]]:
-        return {"qweight", "qzeros", "scales", "theta", "pairs", "channel_scales"}, set()
+        return {"qweight", "qzeros", "scales", *self.turn}, set()
 
     def read(self, linear: Linear) -> QuantizedTensor:
-        weight = read_gemm(linear, self.group_size)
-        inputs, size = linear.inputs, weight.group_size
+        weight = self.read_codes(linear)
+        scales, rotation = self.read_turn(linear)
+        return dataclasses.replace(weight, input_scales=scales, rotation=rotation)
+
+    def read_codes(self, linear: Linear) -> QuantizedTensor:
+        """The weight without its rotation."""
+        return read_gemm(linear, self.group_size)
+
+    def read_turn(self, linear: Linear) -> tuple[np.ndarray, Rotation]:
+        """Scales and rotation of the inputs."""
+        inputs = linear.inputs
+        size = inputs // groups_of(linear, self.group_size)
         theta = linear.view("theta", HALF, (self.num_rotations, inputs // 2), finite=True)
         pairs = linear.view("pairs", [np.int16], (self.num_rotations, inputs))
         scales = linear.view("channel_scales", HALF, (1, inputs), (inputs,), finite=True)
@@ -109,12 +122,4 @@ class Paroquant:
             raise linear.error("pairs", f"is no permutation of 0..{size - 1} in rotation {step}, group {group}")
         if not (scales > 0).all():
             raise linear.error("channel_scales", f"must be positive; the smallest is {scales.min()}")
-        return QuantizedTensor(
-            codes=weight.codes,
-            scales=weight.scales,
-            zeros=weight.zeros,
-            input_scales=scales.reshape(inputs),
-            rotation=Rotation(theta, pairs),
-            format="int4",
-            shape=weight.shape,
-        )
+        return scales.reshape(inputs), Rotation(theta, pairs)

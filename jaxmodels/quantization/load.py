@@ -1,5 +1,7 @@
 """Quantized checkpoints: which scheme it is, and its linears as stacked `QuantizedTensor`s on their devices.
 
+Linears of experts are stacked by layer and by expert; a router is never quantized.
+
 Codes are repacked once, into the one form that kernels read; nothing is ever expanded to a float.
 """
 
@@ -107,7 +109,7 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
         names = tuple(name for row in rows for name in row.names(layers))
         return Plan(tuple(rows), (), names)
     modules, present = quantized_modules(scheme, source.names()), set(source.names())
-    biases = {row.name(n) for row in rows if row.key.endswith(".bias") for n in range(layers)}
+    biases = {name for row in rows if row.key.endswith(".bias") for name in row.names(layers)}
     dense, quantized, used = [], [], []
     for row in rows:
         own = row.names(layers)
@@ -124,9 +126,14 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
             continue
         if row.path == ("embed",):
             raise ValueError(f"checkpoint {source}: {linears[0]} is quantized, which embeddings cannot be here")
+        if row.path[-1] == "router":
+            raise ValueError(f"checkpoint {source}: {linears[0]} is quantized, which routers of experts cannot be here")
         quantized.append(row)
+        common = shared_turn(scheme, row, present)
+        used += [f"{linear.name}_{suffix}" for linear in _shared(source, row, layers) for suffix in sorted(common)]
         for linear in linears:
             needed, possible = scheme.suffixes(linear)
+            needed = needed - common
             used += [f"{linear}.{suffix}" for suffix in sorted(needed)]
             used += [name for suffix in sorted(possible) if (name := f"{linear}.{suffix}") in present]
             if (bias := f"{linear}.bias") in present - biases:
@@ -138,6 +145,21 @@ def plan(scheme: Scheme | None, source: Checkpoint, rows: Sequence[Row], layers:
     if not quantized:
         raise ValueError(f"checkpoint {source}: should be {scheme.title}, but has no tensor {scheme.marker!r}")
     return Plan(tuple(dense), tuple(quantized), tuple(used))
+
+
+def shared_turn(scheme: Scheme, row: Row, names: Collection[str]) -> frozenset[str]:
+    """Suffixes of what the experts of a row share in a checkpoint with these names; empty when they do not."""
+    if not isinstance(scheme, Paroquant) or row.shared is None:
+        return frozenset()
+    beginning = row.shared.format(0) + "_"
+    return scheme.turn if any(f"{beginning}{suffix}" in names for suffix in scheme.turn) else frozenset()
+
+
+def _shared(source: Checkpoint, row: Row, layers: int, outputs: int = 0, inputs: int = 0) -> list[Linear]:
+    """Where the experts' shared tensors are, layer by layer."""
+    if row.shared is None:
+        return []
+    return [Linear(source, row.shared.format(layer), outputs, inputs, joint="_") for layer in range(layers)]
 
 
 def _kv_names(rows: Sequence[Row], layers: int) -> list[list[str]]:
@@ -176,43 +198,53 @@ def load_quantized(
     shape: tuple[int, ...],
     sharding: Sharding | None,
 ) -> QuantizedTensor:
-    """One parameter of a model, stacked if its row is; one staging copy in host memory, which a CPU goes on to use.
+    """One parameter of a model, stacked as its row is; one staging copy in host memory, which a CPU goes on to use.
 
     Args:
       scheme: of the checkpoint.
       source: the checkpoint.
       row: of the parameter.
-      shape: of the dense parameter, with the layer axis if it is stacked.
+      shape: of the dense parameter, with the axes that it is stacked along.
       sharding: of the dense parameter; None: the default device.
     """
-    own = shape[1:] if row.stacked else shape
+    stack, own = shape[: row.stacked], shape[row.stacked :]
     outputs, inputs = row.stored_shape(own)
-    layers = range(shape[0] if row.stacked else 1)
-    linears = [Linear(source, row.name(n).removesuffix(".weight"), outputs, inputs) for n in layers]
-    leaves, treedef = jax.tree.flatten(scheme.read(linears[0]))
-    stacks = [aligned_empty((len(linears), *leaf.shape), leaf.dtype) for leaf in leaves]
-    codes = jax.tree.unflatten(treedef, stacks).codes
-    del leaves
-
-    def fill(layer: int) -> None:
-        # Repacked codes are written where they stay: staged ones would leave holes of their size in the heap.
-        parts, other = jax.tree.flatten(scheme.read(dataclasses.replace(linears[layer], room=codes[layer])))
-        if str(other) != str(treedef) or any(a.dtype != b.dtype for a, b in zip(parts, stacks, strict=True)):
-            raise ValueError(f"{linears[layer].name} is stored differently from {linears[0].name}")
-        for stack, part in zip(stacks, parts, strict=True):
-            if not np.may_share_memory(stack, part):
-                stack[layer] = part
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each expands one layer to a byte per code
-        for _ in pool.map(fill, range(len(linears))):
-            pass
-    weight = jax.tree.unflatten(treedef, stacks if row.stacked else [stack[0] for stack in stacks])
+    linears = [Linear(source, name.removesuffix(".weight"), outputs, inputs) for name in row.names(shape[0])]
+    if shared_turn(scheme, row, source.names()):
+        assert isinstance(scheme, Paroquant)
+        weight = _stacked(scheme.read_codes, linears, stack)
+        scales, rotation = _stacked(scheme.read_turn, _shared(source, row, shape[0], outputs, inputs), stack[:1])
+        weight = dataclasses.replace(weight, input_scales=scales, rotation=rotation)
+    else:
+        weight = _stacked(scheme.read, linears, stack)
     if weight.zeros is not None and not weight.zeros.any():
         weight = dataclasses.replace(weight, zeros=None)
     if weight.order is not None and (weight.order == np.arange(inputs)).all():
         weight = dataclasses.replace(weight, order=None)
     weight = dataclasses.replace(weight, shape=own, num_inputs=num_inputs(row))
     return _place(weight, sharding, linears[0].name)
+
+
+def _stacked(read: Callable[[Linear], Any], linears: Sequence[Linear], stack: tuple[int, ...]) -> Any:
+    """What `read` makes of each linear, a tree of arrays, in one tree of arrays with the axes `stack` in front."""
+    leaves, treedef = jax.tree.flatten(read(linears[0]))
+    stacks = [aligned_empty((len(linears), *leaf.shape), leaf.dtype) for leaf in leaves]
+    codes = getattr(jax.tree.unflatten(treedef, stacks), "codes", [None] * len(linears))
+    del leaves
+
+    def fill(n: int) -> None:
+        # Repacked codes are written where they stay: staged ones would leave holes of their size in the heap.
+        parts, other = jax.tree.flatten(read(dataclasses.replace(linears[n], room=codes[n])))
+        if str(other) != str(treedef) or any(a.dtype != b.dtype for a, b in zip(parts, stacks, strict=True)):
+            raise ValueError(f"{linears[n].name} is stored differently from {linears[0].name}")
+        for room, part in zip(stacks, parts, strict=True):
+            if not np.may_share_memory(room, part):
+                room[n] = part
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each expands one linear to a byte per code
+        for _ in pool.map(fill, range(len(linears))):
+            pass
+    return jax.tree.unflatten(treedef, [room.reshape(*stack, *room.shape[1:]) for room in stacks])
 
 
 def num_inputs(row: Row) -> int:
@@ -241,8 +273,10 @@ def partition_specs(weight: QuantizedTensor, sharding: NamedSharding, name: str)
       ValueError: the parts would cut through groups, or through more than the first axis of outputs or inputs.
     """
     axes = len(weight.shape)
-    spec = (*sharding.spec, *(None,) * (axes + 1 - len(sharding.spec)))
     stack: tuple = (None,) * (weight.codes.ndim - 2)
+    spec = (*sharding.spec, *(None,) * (len(stack) + axes - len(sharding.spec)))
+    if any(part is not None for part in spec[: len(stack)]):
+        raise ValueError(f"{name}: stacks of quantized weights are on every device whole; got {spec}")
     spec = spec[len(stack) : len(stack) + axes]
     produced, contracted = spec[: axes - weight.num_inputs], spec[axes - weight.num_inputs :]
     if any(part is not None for part in (*produced[1:], *contracted[1:])):
@@ -256,14 +290,15 @@ def partition_specs(weight: QuantizedTensor, sharding: NamedSharding, name: str)
         )
     grid = PartitionSpec(*stack, into if weight.scales.shape[-2] > 1 else None, out)
     whole = PartitionSpec()
-    turn = PartitionSpec(*stack, None, into)
+    turned = stack[:-1] if weight.shares_turn else stack
+    turn = PartitionSpec(*turned, None, into)
     return dataclasses.replace(
         weight,
         codes=PartitionSpec(*stack, out, into),
         scales=grid,
         zeros=None if weight.zeros is None else grid,
         global_scale=None if weight.global_scale is None else whole,
-        input_scales=None if weight.input_scales is None else PartitionSpec(*stack, into),
+        input_scales=None if weight.input_scales is None else PartitionSpec(*turned, into),
         rotation=None if weight.rotation is None else Rotation(turn, turn),
         order=None if weight.order is None else whole,
         activation_scale=None if weight.activation_scale is None else whole,

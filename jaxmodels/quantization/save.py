@@ -1,7 +1,7 @@
 """Writing quantized linears in the layouts that other tools read.
 
 int4                             AWQ ("gemm")
-int4, scaled and rotated inputs  ParoQuant
+int4, scaled and rotated inputs  ParoQuant; what experts share is stored once, for gate and up projections together
 int8, fp8, nvfp4                 compressed-tensors
 """
 
@@ -18,7 +18,7 @@ from jaxmodels.checkpoints.safetensors import LazyTensor
 from jaxmodels.quantization.packing import pack_int4
 from pallas_kernels.quantized_matmul import QuantizedTensor
 
-Fetch = Callable[[Any, int | None], np.ndarray]
+Fetch = Callable[[Any, tuple[int, ...]], np.ndarray]
 FP8 = ml_dtypes.float8_e4m3fn
 
 
@@ -73,14 +73,20 @@ def stored(weight: QuantizedTensor) -> dict[str, Stored]:
         "qzeros": Stored(np.int32, (groups, outputs // 8), lambda w: pack_int4(_zeros(w), "awq")),
         "scales": Stored(np.float16, (groups, outputs), lambda w: _half(w.scales, "scales")),
     }
-    if weight.rotation is not None:
-        steps = weight.rotation.theta.shape[-2]
-        tensors |= {
-            "theta": Stored(np.float16, (steps, inputs // 2), lambda w: _half(w.rotation.theta, "theta")),
-            "pairs": Stored(np.int16, (steps, inputs), lambda w: w.rotation.pairs.astype(np.int16)),
-            "channel_scales": Stored(np.float16, (1, inputs), lambda w: _half(w.input_scales, "channel_scales")[None]),
-        }
+    if weight.rotation is not None and not weight.shares_turn:
+        tensors |= stored_turn(weight)
     return tensors
+
+
+def stored_turn(weight: QuantizedTensor) -> dict[str, Stored]:
+    """The tensors of the rotation of one linear's inputs, or of those of all experts."""
+    assert weight.rotation is not None
+    inputs, steps = weight.inputs, weight.rotation.theta.shape[-2]
+    return {
+        "theta": Stored(np.float16, (steps, inputs // 2), lambda w: _half(w.rotation.theta, "theta")),
+        "pairs": Stored(np.int16, (steps, inputs), lambda w: w.rotation.pairs.astype(np.int16)),
+        "channel_scales": Stored(np.float16, (1, inputs), lambda w: _half(w.input_scales, "channel_scales")[None]),
+    }
 
 
 def _unsigned(weight: Any) -> np.ndarray:
@@ -110,10 +116,12 @@ def config_block(weights: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
     for name, other in others:
         if _kind(other, name) != kind:
             raise ValueError(f"{name} is quantized differently from {first}: {_kind(other, name)} and {kind}")
+    has_experts = any(weight.codes.ndim == 4 for weight in weights.values())
+    routers = ["re:.*mlp.gate$"] if has_experts else []
     if kind["layout"] == "awq":
         return {
             "quant_method": "awq", "bits": 4, "group_size": kind["group_size"], "zero_point": True, "version": "gemm",
-            "modules_to_not_convert": None,
+            "modules_to_not_convert": ["mlp.gate"] if has_experts else None,  # the router; readers look for the string
         }  # fmt: skip
     if kind["layout"] == "paroquant":
         return {"quant_method": "paroquant", "bits": 4, "group_size": kind["group_size"], "krot": kind["steps"]}
@@ -127,7 +135,7 @@ def config_block(weights: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": options | own | {"dynamic": False}, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors", "format": name, "quantization_status": "compressed",
-        "config_groups": {"group_0": group | {"output_activations": None}}, "ignore": ["lm_head"],
+        "config_groups": {"group_0": group | {"output_activations": None}}, "ignore": ["lm_head", *routers],
         "kv_cache_scheme": None,
     }  # fmt: skip
 
@@ -143,36 +151,57 @@ def _kind(weight: QuantizedTensor, name: str) -> dict[str, Any]:
 def quantized_tensors(rows: Sequence[Row], weights: Mapping[tuple[str, ...], QuantizedTensor], fetch: Fetch) -> dict:
     """The checkpoint's tensors of quantized parameters, made when the writer comes to them.
 
-    `fetch(array, layer)` brings one array, or one layer of a stacked one, to the host.
+    `fetch(array, index)` brings one array, or what a stacked one has at an index of its first axes, to the host.
     """
     tensors: dict[str, LazyTensor] = {}
+    shared: dict[str, list[Callable[[], np.ndarray]]] = {}
     for row in rows:
         weight = weights[row.path]
-        for layer in range(weight.codes.shape[0]) if row.stacked else (None,):
-            module = (row.key if layer is None else row.name(layer)).removesuffix(".weight")
+        if weight.shares_turn:
+            if row.shared is None:
+                raise ValueError(f"{'.'.join(row.path)}: experts that share a rotation have no layout to be saved in")
+            for layer in range(weight.codes.shape[0]):
+                for suffix, tensor in stored_turn(weight).items():
+                    name = f"{row.shared.format(layer)}_{suffix}"
+                    shared.setdefault(name, []).append(_reader(weight, (layer,), tensor, name, fetch))
+                    tensors[name] = LazyTensor(tensor.shape, np.dtype(tensor.dtype), _agreed(shared[name], name))
+        for index in row.indices(weight.codes.shape[0]):
+            module = row.name(*index).removesuffix(".weight")
             for suffix, tensor in stored(weight).items():
                 tensors[f"{module}.{suffix}"] = LazyTensor(
-                    tensor.shape, np.dtype(tensor.dtype), _reader(weight, layer, tensor, f"{module}.{suffix}", fetch)
+                    tensor.shape, np.dtype(tensor.dtype), _reader(weight, index, tensor, f"{module}.{suffix}", fetch)
                 )
     return tensors
 
 
-class _Layer:
-    """The arrays of a weight, or of one layer of it, on the host as they are asked for."""
+def _agreed(readers: list[Callable[[], np.ndarray]], name: str) -> Callable[[], np.ndarray]:
+    """The one value that all readers give."""
 
-    def __init__(self, weight: QuantizedTensor, layer: int | None, fetch: Fetch):
-        self._weight, self._layer, self._fetch = weight, layer, fetch
+    def read() -> np.ndarray:
+        first, *others = (reader() for reader in readers)
+        if any(not np.array_equal(first, other) for other in others):
+            raise ValueError(f"{name}: gate and up projections of experts must share it; theirs differ")
+        return first
+
+    return read
+
+
+class _One:
+    """The arrays of a weight, or of one in its stack, on the host as they are asked for."""
+
+    def __init__(self, weight: QuantizedTensor, index: tuple[int, ...], fetch: Fetch):
+        self._weight, self._index, self._fetch = weight, index, fetch
 
     def __getattr__(self, name: str) -> Any:
-        return jax.tree.map(lambda leaf: self._fetch(leaf, self._layer), getattr(self._weight, name))
+        return jax.tree.map(lambda leaf: self._fetch(leaf, self._index), getattr(self._weight, name))
 
 
 def _reader(
-    weight: QuantizedTensor, layer: int | None, tensor: Stored, name: str, fetch: Fetch
+    weight: QuantizedTensor, index: tuple[int, ...], tensor: Stored, name: str, fetch: Fetch
 ) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         try:
-            made = tensor.make(_Layer(weight, layer, fetch))
+            made = tensor.make(_One(weight, index, fetch))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         return np.ascontiguousarray(made, dtype=tensor.dtype)

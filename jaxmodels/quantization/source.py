@@ -19,6 +19,7 @@ class Linear:
       name: of the module, such as "model.layers.0.self_attn.q_proj".
       outputs, inputs: O and I, from the model's configuration.
       room: where repacked codes go; None: a new array.
+      joint: between name and suffix.
     """
 
     source: Checkpoint
@@ -26,13 +27,18 @@ class Linear:
     outputs: int
     inputs: int
     room: np.ndarray | None = None
+    joint: str = "."
 
     def has(self, suffix: str) -> bool:
-        return f"{self.name}.{suffix}" in self.source.names()
+        return self.tensor(suffix) in self.source.names()
+
+    def tensor(self, suffix: str) -> str:
+        """The name of one tensor."""
+        return f"{self.name}{self.joint}{suffix}"
 
     def view(self, suffix: str, dtypes: Sequence[Any], *shapes: tuple[int, ...], finite: bool = False) -> np.ndarray:
         """A view of one tensor, which must have one of the dtypes and shapes, and with `finite` no NaN or infinity."""
-        name = f"{self.name}.{suffix}"
+        name = self.tensor(suffix)
         if name not in self.source.names():
             raise ValueError(f"checkpoint {self.source}: lacks {name}")
         dtype, shape, _ = self.source.describe(name)
@@ -50,7 +56,7 @@ class Linear:
         return view
 
     def error(self, suffix: str, problem: str) -> ValueError:
-        name = f"{self.name}.{suffix}"
+        name = self.tensor(suffix)
         return ValueError(f"{self.source.describe(name)[2]}: tensor {name!r} {problem}")
 
 

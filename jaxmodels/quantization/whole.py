@@ -1,6 +1,7 @@
 """Rounding the linears of a whole model to the nearest codes."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -24,7 +25,7 @@ def round_params(
 ) -> Params:
     """The parameters with the linears of all blocks rounded to the nearest codes of a format; see `round_weight`.
 
-    Embedding, head, norms and biases stay as they are. Jit it to round on the devices that hold the parameters.
+    Embedding, head, norms, biases and routers stay as they are. Jit it to round on the devices that hold them.
     """
     leaves = flatten(params)
 
@@ -37,8 +38,11 @@ def round_params(
         if isinstance(leaves[path], QuantizedTensor):
             raise ValueError(f"parameter {'.'.join(path)!r} is quantized already ({leaves[path].format})")
         try:
-            # One layer after the other: the float32 copies that rounding makes are those of one layer.
-            leaves[path] = jax.lax.map(lambda weight, n=num_inputs: one(weight, n), leaves[path])
+            # One layer, or expert, after the other: the float32 copies that rounding makes are those of one.
+            rounded = functools.partial(one, num_inputs=num_inputs)
+            if path in lm.expert_linears:
+                rounded = functools.partial(jax.lax.map, rounded)
+            leaves[path] = jax.lax.map(rounded, leaves[path])
         except ValueError as error:
             raise ValueError(f"parameter {'.'.join(path)!r}: {error}") from None
     return unflatten(leaves)

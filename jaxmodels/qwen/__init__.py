@@ -1,6 +1,6 @@
-"""Qwen2, Qwen2.5 and Qwen3: one decoder, differences as configuration."""
+"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE: one decoder, differences as configuration."""
 
-from jaxmodels.qwen.config import LayerAttention, MobaConfig, QwenConfig, hybrid_layers, sliding_windows
+from jaxmodels.qwen.config import LayerAttention, MobaConfig, MoeConfig, QwenConfig, hybrid_layers, sliding_windows
 from jaxmodels.qwen.convert import route_layers
 from jaxmodels.qwen.model import CausalLM, Hidden, build
 
@@ -9,6 +9,7 @@ __all__ = [
     "Hidden",
     "LayerAttention",
     "MobaConfig",
+    "MoeConfig",
     "QwenConfig",
     "build",
     "hybrid_layers",

@@ -1,4 +1,4 @@
-"""Configuration of the Qwen2, Qwen2.5 and Qwen3 decoders and of block-diffusion models made from them."""
+"""Configuration of the Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE decoders and of block-diffusion models made from them."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -25,6 +25,27 @@ class MobaConfig:
         for name in ("block_size", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of moba must be at least 1; got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts in place of every layer's MLP.
+
+    Attributes:
+      num_experts: SwiGLU blocks of a layer (E), each of inner width `mlp_dim`.
+      top_k: experts that the router picks for each token.
+      normalize: whether the weights of a token's experts sum to 1.
+    """
+
+    num_experts: int
+    top_k: int
+    normalize: bool = True
+
+    def __post_init__(self):
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts of moe must be at least 1; got {self.num_experts}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k of moe must lie in [1, num_experts={self.num_experts}]; got {self.top_k}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +106,12 @@ class QwenConfig:
       dim: width of the residual stream (D).
       layers: number of decoder blocks (L).
       heads, kv_heads, head_dim: query heads (N), key/value heads (K), size of each (H).
-      mlp_dim: inner width of the SwiGLU block (F).
+      mlp_dim: inner width of the SwiGLU block, or of each expert's (F).
       rope: rotary position embedding.
       norm_eps: epsilon of every RMSNorm.
       qkv_bias: biases on the query, key and value projections.
       qk_norm: RMSNorm over each query and key head before the rotation.
+      moe: a mixture of experts in every layer; None: one SwiGLU block.
       tied_head: the head is the embedding matrix.
       layer_attention: what each layer attends to; () means everything up to itself, everywhere.
       max_positions: longest sequence the weights were made for.
@@ -111,6 +133,7 @@ class QwenConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    moe: MoeConfig | None = None
     tied_head: bool = False
     layer_attention: tuple[LayerAttention, ...] = ()
     max_positions: int = 32_768
@@ -214,6 +237,15 @@ class QwenConfig:
         return cls(
             vocab_size=151_936, dim=4_096, layers=36, heads=32, kv_heads=8, head_dim=128, mlp_dim=12_288,
             qk_norm=True, max_positions=40_960, eos_ids=(151_645,), bos_id=151_643,
+        )  # fmt: skip
+
+    @classmethod
+    def qwen3_30b_a3b(cls) -> "QwenConfig":
+        """Source: huggingface.co/Qwen/Qwen3-30B-A3B, config.json."""
+        return cls(
+            vocab_size=151_936, dim=2_048, layers=48, heads=32, kv_heads=4, head_dim=128, mlp_dim=768,
+            qk_norm=True, moe=MoeConfig(num_experts=128, top_k=8), max_positions=40_960, eos_ids=(151_645,),
+            bos_id=151_643,
         )  # fmt: skip
 
     @classmethod

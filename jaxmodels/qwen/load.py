@@ -12,10 +12,11 @@ from typing import Any, get_args
 
 from jaxmodels.checkpoints.mapping import OtherLayout, Row
 from jaxmodels.layers.rope import RopeConfig
-from jaxmodels.qwen.config import LayerAttention, MobaConfig, PromptAttention, QwenConfig
+from jaxmodels.qwen.config import LayerAttention, MobaConfig, MoeConfig, PromptAttention, QwenConfig
 
 # ----------------------------------------------------------------------------------------------------
-# Tensors. N query heads, K kv heads, H head dim, D model dim, F mlp dim, V vocabulary, W taps; "{}" is the layer.
+# Tensors. N query heads, K kv heads, H head dim, D model dim, F mlp dim, V vocabulary, W taps, E experts; the first
+# "{}" is the layer, the second one the expert.
 # Row(name in the checkpoint after its prefix, path in the parameters, dimensions in the checkpoint)
 
 BODY = (
@@ -27,9 +28,20 @@ BODY = (
     Row("layers.{}.self_attn.v_proj.weight", ("layers", "attention", "v"), "(K H) D"),
     Row("layers.{}.self_attn.o_proj.weight", ("layers", "attention", "o"), "D (N H)"),
     Row("layers.{}.post_attention_layernorm.weight", ("layers", "mlp_norm"), "D"),
+)
+MLP = (
     Row("layers.{}.mlp.gate_proj.weight", ("layers", "mlp", "gate"), "F D"),
     Row("layers.{}.mlp.up_proj.weight", ("layers", "mlp", "up"), "F D"),
     Row("layers.{}.mlp.down_proj.weight", ("layers", "mlp", "down"), "D F"),
+)
+ROUTER = Row("layers.{}.mlp.gate.weight", ("layers", "mlp", "router"), "E D")
+EXPERTS = tuple(
+    Row(f"layers.{{}}.mlp.experts.{{}}.{name}_proj.weight", ("layers", "mlp", name), dims, shared=shared)
+    for name, dims, shared in (
+        ("gate", "F D", "layers.{}.mlp.experts.gate_up_weight"),
+        ("up", "F D", "layers.{}.mlp.experts.gate_up_weight"),
+        ("down", "D F", "layers.{}.mlp.experts.down_weight"),
+    )
 )
 QKV_BIAS = (
     Row("layers.{}.self_attn.q_proj.bias", ("layers", "attention", "q_bias"), "(N H)"),
@@ -83,10 +95,17 @@ class Layout:
 def table(config: QwenConfig, layout: Layout) -> list[Row]:
     """All tensors of a checkpoint of `config`, complete both ways."""
     rows = [*BODY, *(QKV_BIAS if config.qkv_bias else ()), *(QK_NORM if config.qk_norm else ())]
+    if config.moe is None:
+        rows += MLP
+    else:
+        rows += [ROUTER, *(replace(row, experts=config.moe.num_experts) for row in EXPERTS)]
     if config.key_conv_taps is not None:
         convolved = tuple(n for n, layer in enumerate(config.layer_attention) if layer.key_conv is not None)
         rows.append(replace(K_CONV, layers=convolved))
-    rows = [replace(row, key=layout.prefix + row.key) for row in rows]
+    rows = [
+        replace(row, key=layout.prefix + row.key, shared=None if row.shared is None else layout.prefix + row.shared)
+        for row in rows
+    ]
     if not config.tied_head:
         rows.append(Row(layout.head or HEADS[0], ("head",), "V D"))
     return rows
@@ -109,11 +128,18 @@ class Family:
     prompt_attention: str = "block_causal"
     required: tuple[str, ...] = ()  # fields whose defaults differ from Qwen's
     hybrid: bool = False  # whether it has the fields of HYBRID
+    moe: bool = False  # whether it has those of MOE, and a mixture of experts in every layer
 
 
 FAMILIES = {
     "qwen2": Family(qkv_bias=True, qk_norm=False),  # Qwen2 and Qwen2.5
     "qwen3": Family(qkv_bias=False, qk_norm=True),
+    "qwen3_moe": Family(
+        qkv_bias=False,
+        qk_norm=True,
+        moe=True,
+        required=("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    ),
     # ours: Qwen with layers that select blocks, convolve their keys or rotate nothing
     "qwen_moba": Family(None, None, required=("head_dim", "layer_types", "qkv_bias", "qk_norm"), hybrid=True),
     # Efficient-DLM; its released code reads prompts with full attention
@@ -135,8 +161,7 @@ FAMILIES = {
     ),
 }
 REFUSED = {
-    "qwen2_moe": "a mixture of experts",
-    "qwen3_moe": "a mixture of experts",
+    "qwen2_moe": "a mixture of experts with shared ones",
     "sdar_moe": "a mixture of experts",
     "qwen3_next": "a hybrid with linear attention",
     "llada": "another architecture (LLaDA: its own tensor names, no grouped queries)",
@@ -161,6 +186,16 @@ READ = {
 HYBRID = {
     "qkv_bias", "qk_norm", "moba_block_size", "moba_top_k", "key_conv_taps", "layer_key_conv", "layer_rotary",
 }  # fmt: skip
+NUM_EXPERTS = ("num_experts", "num_local_experts")  # the second one is what transformers 5 writes
+MOE = {
+    *NUM_EXPERTS, "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
+    "mlp_only_layers", "router_aux_loss_coef", "output_router_logits",
+}  # fmt: skip
+MOE_FIXED: dict[str, tuple[Any, ...]] = {
+    "decoder_sparse_step": (1, None),
+    "mlp_only_layers": ([], None),
+    "use_sliding_window": (False, None),  # that class has a window in all layers, whatever max_window_layers says
+}
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_dropout": (0, None),
@@ -256,14 +291,16 @@ def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Fam
         raise ValueError(f"model_type {model_type!r} is {REFUSED[model_type]}, which is not implemented")
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not implemented; known: {[*FAMILIES]}")
-    for field, allowed in FIXED.items():
+    has = FAMILIES[model_type]
+    fixed = {f: values for f, values in FIXED.items() if not (has.moe and f in MOE)} | (MOE_FIXED if has.moe else {})
+    for field, allowed in fixed.items():
         if field in config and config[field] not in allowed:
             raise ValueError(f"field {field!r} is {config[field]!r}; implemented: {allowed[0]!r}")
     # Qwen2's own class has biases whatever this says; in Qwen3's it would add one to the output projection
     # too
-    if config.get("attention_bias") and (FAMILIES[model_type].qkv_bias is False or FAMILIES[model_type].hybrid):
+    if config.get("attention_bias") and (has.qkv_bias is False or has.hybrid):
         raise ValueError(f"field 'attention_bias' is true; implemented for {model_type!r}: false")
-    for field in FAMILIES[model_type].required:
+    for field in has.required:
         if config.get(field) is None:
             raise ValueError(f"field {field!r} is missing")
     if model_type == "nemotron_labs_diffusion" and config.get("sliding_window") is not None:
@@ -271,7 +308,8 @@ def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Fam
         raise ValueError(f"field 'sliding_window' is {config['sliding_window']!r}; implemented: null")
     known = (
         READ
-        | (HYBRID if FAMILIES[model_type].hybrid else set())
+        | (HYBRID if has.hybrid else set())
+        | (MOE if has.moe else set())
         | FIXED.keys()
         | IGNORED
         | {"attention_bias", "quantization_config", "compression_config"}
@@ -282,7 +320,7 @@ def check_fields(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Fam
             f"unknown fields {', '.join(f'{f}={config[f]!r}' for f in unknown)}: they may change the model. "
             "Name them in ignore_config= if they do not"
         )
-    return FAMILIES[model_type]
+    return has
 
 
 def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, int | None]:
@@ -410,6 +448,17 @@ def attention_from_hf(config: Mapping[str, Any], layers: int, *, hybrid: bool) -
     )
 
 
+def _moe_from_hf(config: Mapping[str, Any]) -> MoeConfig:
+    counts = {field: _integer(config, field) for field in NUM_EXPERTS if config.get(field) is not None}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"one of the fields {', '.join(map(repr, NUM_EXPERTS))} must say how many; got {counts}")
+    return MoeConfig(
+        num_experts=next(iter(counts.values())),
+        top_k=_integer(config, "num_experts_per_tok"),
+        normalize=_boolean(config, "norm_topk_prob"),
+    )
+
+
 def _token_id(config: Mapping[str, Any], field: str) -> int | None:
     value = config.get(field)
     if value is None or value == -1:  # -1 stands for "none" in some configuration classes
@@ -441,7 +490,9 @@ def config_from_hf(
       ValueError: naming the field and its value for everything that is missing, malformed or not implemented.
     """
     family = check_fields(config, ignore)
-    sizes = {name: _integer(config, field) for field, name in SIZES.items()}
+    # A mixture of experts in every layer makes no use of the inner width of a dense MLP.
+    fields = SIZES | ({"moe_intermediate_size": SIZES["intermediate_size"]} if family.moe else {})
+    sizes = {name: _integer(config, field) for field, name in fields.items()}
     layout = Layout.find(names)
     if family.hybrid:
         family = replace(family, qkv_bias=_boolean(config, "qkv_bias"), qk_norm=_boolean(config, "qk_norm"))
@@ -456,8 +507,9 @@ def config_from_hf(
     if config.get("head_dim") is not None:
         head_dim = _integer(config, "head_dim")
     else:
-        # Qwen3's class has this default; elsewhere heads fill the width
-        head_dim = 128 if config["model_type"] in ("qwen3", "sdar") or qk_norm else sizes["dim"] // sizes["heads"]
+        # Qwen3's class has this default; elsewhere, its mixtures of experts too, heads fill the width
+        fixed = config["model_type"] in ("qwen3", "sdar") or (qk_norm and not family.moe)
+        head_dim = 128 if fixed else sizes["dim"] // sizes["heads"]
     eos = config.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     if any(type(i) is not int for i in eos_ids):
@@ -510,6 +562,7 @@ def config_from_hf(
         norm_eps=_number(config, "rms_norm_eps", 1e-6),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
+        moe=_moe_from_hf(config) if family.moe else None,
         tied_head=_boolean(config, "tie_word_embeddings"),
         layer_attention=attention_from_hf(config, sizes["layers"], hybrid=family.hybrid),
         eos_ids=eos_ids,
@@ -525,14 +578,25 @@ def config_from_hf(
 def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -> dict[str, Any]:
     """config.json for `config`; what `config_from_hf` reads back as an equal configuration.
 
-    `family` is "qwen2" or "qwen3" (read by transformers, as the autoregressive model), "qwen_moba" (any layers; nobody
-    else reads it) or "edlm" (block-diffusion models; needs custom code elsewhere). None takes "qwen_moba" for layers
-    that no other can express, "edlm" for a model with a block size, else the fitting Qwen.
+    `family` is "qwen2", "qwen3" or "qwen3_moe" (read by transformers, as the autoregressive model), "qwen_moba" (any
+    layers; nobody else reads it) or "edlm" (block-diffusion models; needs custom code elsewhere). None takes
+    "qwen3_moe" for a mixture of experts, "qwen_moba" for layers that no other can express, "edlm" for a model with a
+    block size, else the fitting Qwen.
 
     Raises ValueError when `family` cannot express the configuration.
     """
     plain = {(True, False): "qwen2", (False, True): "qwen3"}.get((config.qkv_bias, config.qk_norm))
     special = any(replace(layer, window=None) != LayerAttention() for layer in config.layer_attention)
+    if config.moe is not None:
+        everywhere = (LayerAttention(),) * config.layers
+        needed = {"qkv_bias": False, "qk_norm": True, "block_size": None, "layer_attention": everywhere}
+        other = [f"{name}={getattr(config, name)}" for name, value in needed.items() if getattr(config, name) != value]
+        if other or family not in (None, "qwen3_moe"):
+            raise ValueError(
+                f"family {family or 'qwen3_moe'!r} cannot express {config.moe}{' with ' if other else ''}"
+                f"{', '.join(other)}; possible: {'none' if other else repr('qwen3_moe')}"
+            )
+        plain = "qwen3_moe"
     if family is None:
         family = "qwen_moba" if special else plain if config.block_size is None else "edlm"
     if special and family != "qwen_moba":
@@ -558,8 +622,8 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     result: dict[str, Any] = {
         "architectures": {
-            "qwen2": ["Qwen2ForCausalLM"], "qwen3": ["Qwen3ForCausalLM"], "edlm": ["EfficientDLM"],
-            "qwen_moba": ["QwenMobaForCausalLM"],
+            "qwen2": ["Qwen2ForCausalLM"], "qwen3": ["Qwen3ForCausalLM"], "qwen3_moe": ["Qwen3MoeForCausalLM"],
+            "edlm": ["EfficientDLM"], "qwen_moba": ["QwenMobaForCausalLM"],
         }[family],
         "model_type": family,
         **{field: getattr(config, name) for field, name in SIZES.items()},
@@ -587,8 +651,14 @@ def config_to_hf(config: QwenConfig, *, dtype: str, family: str | None = None) -
         "dtype": dtype,
         "torch_dtype": dtype,
     }  # fmt: skip
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_moe"):
         result["attention_bias"] = False
+    if config.moe is not None:
+        result |= {
+            "num_experts": config.moe.num_experts, "num_experts_per_tok": config.moe.top_k,
+            "moe_intermediate_size": config.mlp_dim, "norm_topk_prob": config.moe.normalize,
+            "decoder_sparse_step": 1, "mlp_only_layers": [],
+        }  # fmt: skip
     if family == "qwen_moba":
         result |= {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm}
         for moba in routed:

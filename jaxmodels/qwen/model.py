@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3 decoders as pure functions over a plain dict of parameters.
+"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE decoders as pure functions over a plain dict of parameters.
 
 Letters: B batch, T query tokens, S key slots, N query heads, K kv heads, H head dim, D model dim, F mlp dim,
 V vocabulary, L layers, W taps. Parameters (layers stacked, axis 0 = layer; output axes before contracted ones, as in
@@ -9,7 +9,8 @@ checkpoints):
              attention: q [L, N, H, D]   k, v [L, K, H, D]   o [L, D, N, H]
                         q_bias [L, N, H]   k_bias, v_bias [L, K, H]   q_norm, k_norm [L, H]
                         k_conv [L, W, K, H] (tap 0 is the current token; of layers without one 0 and never read)
-             mlp: gate, up [L, F, D]   down [L, D, F]
+             mlp: gate, up [L, F, D]   down [L, D, F], of a mixture of E experts
+                  router [L, E, D]   gate, up [L, E, F, D]   down [L, E, D, F]
 """
 
 import dataclasses
@@ -28,8 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.cache import KV, Cache, SinkRingCache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
-from jaxmodels.layers import apply_rope, embed, linear, linears, norm_rope, rms_norm, rope_tables
+from jaxmodels.layers import apply_rope, embed, gated_silu, linear, linears, norm_rope, rms_norm, rope_tables
 from jaxmodels.qwen.config import LayerAttention, MobaConfig, QwenConfig
+from jaxmodels.qwen.moe import Moe
 from jaxmodels.sharding import constrain
 from jaxmodels.sparse_attention import SkipAttention, SkipCounts, SkipMeasure
 from jaxmodels.sparse_attention.calibration import measure_decode_sparsity, measure_sparsity
@@ -257,12 +259,6 @@ class Mlp(nnx.Module):
         return linear(gated_silu(gate, up), self.down[...], "BTF,DF->BTD")
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def gated_silu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
-    """`silu(gate) * up`; a backward pass keeps the two operands and none of the steps between."""
-    return jax.nn.silu(gate) * up
-
-
 class Block(nnx.Module):
     """One decoder layer."""
 
@@ -270,7 +266,7 @@ class Block(nnx.Module):
         self.attention_norm = constant(1.0, (config.dim,), ("embed",), dtype)
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
         self.mlp_norm = constant(1.0, (config.dim,), ("embed",), dtype)
-        self.mlp = Mlp(config, rngs=rngs, dtype=dtype)
+        self.mlp = (Mlp if config.moe is None else Moe)(config, rngs=rngs, dtype=dtype)
         self.norm_eps = config.norm_eps
 
     def __call__(
@@ -342,6 +338,11 @@ class CausalLM:
         paths: dict[tuple[str, ...], int] = {("layers", "attention", name): 1 for name in ("q", "k", "v")}
         paths[("layers", "attention", "o")] = 2
         return paths | {("layers", "mlp", name): 1 for name in ("gate", "up", "down")}
+
+    @property
+    def expert_linears(self) -> frozenset[tuple[str, ...]]:
+        """Those of the linears that are stacked by layer and by expert, `[L, E, ...]`."""
+        return frozenset() if self.config.moe is None else frozenset(p for p in self.linears if p[1] == "mlp")
 
     @property
     def logical_axes(self) -> dict[str, Any]:

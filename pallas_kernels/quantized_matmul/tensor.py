@@ -37,7 +37,9 @@ class QuantizedTensor:
     The matrix of codes stands for `W[o, i] = (codes[o, i] - zeros[k, o]) * scales[k, o] * global_scale`, k the group of
     input i. Its product with activations x is that of `turn_all`: x times `input_scales`, rotated, and in the `order`
     of the codes' inputs. With every leaf stacked along a first axis L, and `layer` its index, it is one layer's weight;
-    the stack itself has no `layer` and is what scans and slices take apart.
+    the stack itself has no `layer` and is what scans and slices take apart. Weights of a layer's experts have a second
+    axis E in every leaf, or a first one when the layer's are taken apart, and `of_expert` is what products take; only
+    scales and rotation of inputs may be one for all experts (`shares_turn`).
 
     Attributes:
       codes: `[O, I]` in `int8` or `float8_e4m3fn`, `[O, I / 2]` in uint8 for 4 bits: signed integers ("int4"), or
@@ -103,6 +105,26 @@ class QuantizedTensor:
     def of_layer(self, layer: int | Array) -> "QuantizedTensor":
         """One layer's weight of a stack; copies nothing."""
         return dataclasses.replace(self, layer=jnp.asarray(layer, jnp.int32))
+
+    def of_expert(self, expert: int | Array) -> "QuantizedTensor":
+        """One expert's weight of a stack of experts, or of one of layers and their experts; copies nothing.
+
+        Without what the experts share: activations must have been turned already.
+        """
+        if self.shares_turn:
+            return dataclasses.replace(self, input_scales=None, rotation=None).of_expert(expert)
+        if self.layer is None:
+            return self.of_layer(expert)
+        every = dataclasses.replace(self, layer=None)
+        every = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every)
+        return every.of_layer(self.layer * self.codes.shape[1] + jnp.asarray(expert, jnp.int32))
+
+    @property
+    def shares_turn(self) -> bool:
+        """Whether `input_scales` and `rotation` lack the axis of experts that codes have: all experts share them."""
+        if self.rotation is not None:
+            return self.rotation.theta.ndim < self.codes.ndim
+        return self.input_scales is not None and self.input_scales.ndim + 1 < self.codes.ndim
 
     def sliced(self) -> "QuantizedTensor":
         """The weight with leaves of its own; one of a stack is cut out."""

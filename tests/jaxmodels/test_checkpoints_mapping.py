@@ -45,7 +45,7 @@ def test_layers_are_stacked_and_dimensions_split(tmp_path, threads):
 def test_arrays_go_back_to_the_same_tensors(tmp_path):
     checkpoint, tensors = stored(tmp_path)
     arrays = load_arrays(checkpoint, [STACKED, PLAIN], SHAPES, dtype=np.dtype(np.float32))
-    fetch = lambda array, layer: np.asarray(array if layer is None else array[layer])  # noqa: E731
+    fetch = lambda array, index: np.asarray(array[index])  # noqa: E731
     lazy = to_tensors([STACKED, PLAIN], unflatten(arrays), None, fetch)
     assert lazy.keys() == tensors.keys()
     for name, tensor in lazy.items():
@@ -70,7 +70,7 @@ def test_layers_without_a_tensor_are_zero_and_another_layout_is_read(tmp_path):
     arrays = load_arrays(Checkpoint(tmp_path), [row, PLAIN], SHAPES, dtype=np.dtype(np.float32))
     expected = np.stack([tensors["layers.0.q"], np.zeros((8, 5)), own]).reshape(3, 2, 4, 5)
     np.testing.assert_array_equal(arrays["layers", "q"], expected)
-    fetch = lambda array, layer: np.asarray(array if layer is None else array[layer])  # noqa: E731
+    fetch = lambda array, index: np.asarray(array[index])  # noqa: E731
     lazy = to_tensors([row, PLAIN], unflatten(arrays), None, fetch)
     assert lazy.keys() == tensors.keys()
     np.testing.assert_array_equal(lazy["layers.2.q"].read(), own)

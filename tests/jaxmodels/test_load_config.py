@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.layers.rope import RopeConfig, rope_tables
-from jaxmodels.qwen.config import QwenConfig, sliding_windows
+from jaxmodels.qwen.config import MoeConfig, QwenConfig, sliding_windows
 from jaxmodels.qwen.load import FAMILIES, Layout, config_from_hf, config_to_hf, rope_from_hf, table
 
 QWEN2_NAMES = {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"}
@@ -40,6 +40,14 @@ QWEN3_8B = {
     "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
 
+# Qwen/Qwen3-30B-A3B
+QWEN3_30B_A3B = {
+    **QWEN3_8B, "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1, "hidden_size": 2048,
+    "intermediate_size": 6144, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+}  # fmt: skip
+
 
 def read(names=QWEN3_NAMES, ignore=(), mask_id=None, given_block=None, **fields) -> QwenConfig:
     config = {"model_type": "qwen3", **SIZES, "head_dim": 32, **fields}
@@ -50,6 +58,49 @@ def read(names=QWEN3_NAMES, ignore=(), mask_id=None, given_block=None, **fields)
 def test_published_configurations_equal_the_presets():
     assert config_from_hf(QWEN2_5_0_5B, QWEN2_NAMES - {"lm_head.weight"}) == QwenConfig.qwen2_5_0_5b()
     assert config_from_hf(QWEN3_8B, QWEN3_NAMES) == QwenConfig.qwen3_8b()
+    assert config_from_hf(QWEN3_30B_A3B, QWEN3_NAMES) == QwenConfig.qwen3_30b_a3b()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "'decoder_sparse_step' is 2; implemented: 1"),
+        ({"mlp_only_layers": [0]}, r"'mlp_only_layers' is \[0\]; implemented: \[\]"),
+        ({"use_sliding_window": True}, "'use_sliding_window' is True; implemented: False"),
+        ({"num_experts": ...}, r"one of the fields 'num_experts', 'num_local_experts' must say how many; got \{\}"),
+        ({"num_local_experts": 6}, "'num_experts': 128, 'num_local_experts': 6"),
+        ({"num_experts_per_tok": ...}, "'num_experts_per_tok' is missing"),
+        ({"norm_topk_prob": 1}, "'norm_topk_prob' must be true or false; got 1"),
+        ({"num_experts_per_tok": 129}, r"top_k of moe must lie in \[1, num_experts=128\]; got 129"),
+        ({"n_shared_experts": 1}, "unknown fields n_shared_experts=1"),
+    ],
+)
+def test_mixtures_of_experts_that_are_not_implemented(fields, message):
+    config = {k: v for k, v in (QWEN3_30B_A3B | fields).items() if v is not ...}
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(config, QWEN3_NAMES)
+
+
+def test_other_spellings_of_a_mixture_of_experts():
+    config = QWEN3_30B_A3B | {"num_local_experts": 128}
+    assert config_from_hf(config, QWEN3_NAMES) == QwenConfig.qwen3_30b_a3b()
+    del config["num_experts"], config["head_dim"]  # that class has no head_dim of its own
+    assert config_from_hf(config, QWEN3_NAMES).head_dim == 2048 // 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [
+        ({"block_size": 16}, None), ({"block_size": 16}, "edlm"), ({}, "qwen3"), ({"qk_norm": False}, None),
+        ({"layer_attention": sliding_windows(4, 4, None)}, "qwen3_moe"),
+    ],
+)  # fmt: skip
+def test_mixtures_of_experts_that_no_file_can_express(changes, family):
+    config = QwenConfig.tiny(moe=MoeConfig(4, 2), **changes)
+    with pytest.raises(
+        ValueError, match=rf"family '{family or 'qwen3_moe'}' cannot express MoeConfig\(num_experts=4, top_k=2"
+    ):
+        config_to_hf(config, dtype="float32", family=family)
 
 
 def test_the_mapped_fields_arrive():
@@ -181,8 +232,9 @@ def test_windows_from_layer_types_and_from_older_fields():
         ({"use_sliding_window": True, "sliding_window": None}, "'sliding_window' must be an integer"),
         ({"use_sliding_window": True}, "'sliding_window' is missing"),
         ({"use_sliding_window": "yes"}, "'use_sliding_window' must be true or false"),
-        ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' is a mixture of experts"),
-        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is a mixture of experts"),
+        ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' is a mixture of experts with shared ones"),
+        ({"model_type": "sdar_moe"}, "model_type 'sdar_moe' is a mixture of experts"),
+        ({"moe_intermediate_size": 8}, "unknown fields moe_intermediate_size=8"),
         ({"model_type": "llada"}, "model_type 'llada' is another architecture"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not implemented; known: .*qwen2.*qwen3.*edlm"),
         ({"model_type": ...}, "model_type None"),
@@ -385,15 +437,18 @@ def test_every_field_of_the_configuration_is_written_and_read():
     changes = {
         "vocab_size": 98, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 4, "head_dim": 16, "mlp_dim": 64,
         "rope": RopeConfig(theta=9.0), "norm_eps": 1e-5, "qkv_bias": True, "qk_norm": False, "tied_head": True,
-        "layer_attention": sliding_windows(4, 4, None), "max_positions": 99, "eos_ids": (9,), "bos_id": 9, "pad_id": 9,
-        "mask_id": 9, "block_size": 8, "token_shift": True, "prompt_attention": "causal",
+        "moe": MoeConfig(4, 2, False), "layer_attention": sliding_windows(4, 4, None), "max_positions": 99,
+        "eos_ids": (9,), "bos_id": 9, "pad_id": 9, "mask_id": 9, "block_size": 8, "token_shift": True,
+        "prompt_attention": "causal",
     }  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(QwenConfig)}
     for name, value in changes.items():
         layers = {"layer_attention": ()} if name != "layer_attention" else {}
-        config = dataclasses.replace(base, **layers, **{name: value})
+        blocks = {"block_size": None} if name == "moe" else {}
+        config = dataclasses.replace(base, **layers, **blocks, **{name: value})
         written = config_to_hf(config, dtype="float32")
-        names = {row.name(0) for row in table(config, Layout.standard("edlm", config))}
+        rows = table(config, Layout.standard(written["model_type"], config))
+        names = {stored for row in rows for stored in row.names(1)}
         assert getattr(config_from_hf(written, names), name) == value, name
 
 

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels import lora
-from jaxmodels.qwen import QwenConfig, build
+from jaxmodels.qwen import MoeConfig, QwenConfig, build
 
 
 def weights(**changes):
@@ -77,3 +77,9 @@ def test_bad_rank():
     for rank in (0, -2):
         with pytest.raises(ValueError, match=f"rank must be at least 1; got {rank}"):
             lora.adapter_shapes(frozen, rank)
+
+
+def test_mixtures_of_experts_have_no_adapters():
+    _, params = weights(moe=MoeConfig(4, 2))
+    with pytest.raises(ValueError, match=r"parameter layers\.mlp\.router: low-rank adapters of a mixture of experts"):
+        lora.split(params)

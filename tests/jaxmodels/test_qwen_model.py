@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from jaxmodels.cache import KVCache
-from jaxmodels.layers import RopeConfig, linear, rope_tables
+from jaxmodels.layers import RopeConfig, gated_silu, linear, rope_tables
 from jaxmodels.quantization.whole import round_params
-from jaxmodels.qwen import CausalLM, LayerAttention, QwenConfig, build, sliding_windows
-from jaxmodels.qwen.model import Run, gated_silu, layer_runs
+from jaxmodels.qwen import CausalLM, LayerAttention, MoeConfig, QwenConfig, build, sliding_windows
+from jaxmodels.qwen.model import Run, layer_runs
 from pallas_kernels.masks import Causal, Full
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ YARN = RopeConfig(theta=1e4, kind="yarn", factor=4.0, original_max_positions=512
 MODEL_FIELDS = {
     "vocab_size": 62, "dim": 48, "layers": 3, "heads": 6, "kv_heads": 4, "head_dim": 16, "mlp_dim": 64,
     "rope": RopeConfig(theta=500.0), "norm_eps": 1e-2, "qkv_bias": True, "qk_norm": False, "tied_head": True,
-    "layer_attention": sliding_windows(None, 3),
+    "moe": MoeConfig(4, 2), "layer_attention": sliding_windows(None, 3),
 }  # fmt: skip
 # The others describe the tokenizer, the trained length and how a diffusion model decodes: loops read them.
 OTHER_FIELDS = {

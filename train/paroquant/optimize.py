@@ -64,6 +64,7 @@ def optimize_block(
     config: ParoquantConfig,
     *,
     layer: int = 0,
+    seeds: Mapping[str, int] | None = None,
     rest: Any = None,
     place: Callable[[Any], Any] = jax.device_put,
     report: Callable[[str, int, float], None] = lambda stage, epoch, loss: None,
@@ -80,6 +81,7 @@ def optimize_block(
       validation: the same, of other samples.
       config: see there.
       layer: index of the block, which changes the pairs.
+      seeds: by name what else is added to the seed of a weight's pairs; None: nothing.
       rest: third argument of `apply`.
       place: puts a batch on the devices that are to work on it.
       report: called with "rotation" or "rounding", the epoch (0: before the first) and the validation loss.
@@ -100,7 +102,7 @@ def optimize_block(
     devices = next(iter(weights.values())).sharding
     pairs = {
         name: select_pairs(
-            config.seed + layer,
+            config.seed + layer + (seeds or {}).get(name, 0),
             weight.shape[1] // config.group_size,
             group_size=config.group_size,
             num_rotations=config.num_rotations,

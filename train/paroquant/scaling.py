@@ -37,7 +37,10 @@ def scale_model(
     """The parameters rounded to INT4 under the best scales, and the power that was chosen, by linear and layer.
 
     `rows` has "tokens", "positions" and "segment_ids", int32 `[S, T]`: calibration text for an autoregressive model.
+    A mixture of experts is refused.
     """
+    if lm.config.moe is not None:
+        raise ValueError(f"activation-aware scaling of a mixture of experts is not implemented; got {lm.config.moe}")
     states = jnp.concatenate([embed(params["embed"], jnp.asarray(tokens[None])) for tokens in rows["tokens"]])
     about: dict[str, Any] = {name: jnp.asarray(rows[name]) for name in ("positions", "segment_ids")}
     layers = flatten(params["layers"])

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, dequantiz
 from pallas_kernels.quantized_matmul.rounding import round_weight
 from train.mesh import batch_sharding, replicated
 from train.paroquant.config import ParoquantConfig
+from train.paroquant.joined import ParamPath, joined_linears
 from train.paroquant.optimize import optimize_block
 
 Batch = dict[str, np.ndarray]
-ParamPath = tuple[str, ...]
 KINDS = ("codes", "scales", "zeros", "input_scales", "theta", "pairs")
 
 
@@ -66,13 +66,12 @@ def run_of_block(lm: CausalLM, layer: int, dtype: Any) -> Callable[[Params, Any,
 @functools.lru_cache(maxsize=64)
 def _run(lm: CausalLM, layer: int, dtype: Any) -> Callable[[Params, Any, Params], Array]:
     mask: Mask = Causal() if lm.config.block_size is None else BlockCausal(lm.config.block_size)
-    shapes = flatten(jax.eval_shape(lm.init, jax.random.key(0)))
+    linears = joined_linears(lm)
 
     def apply(weights: Params, inputs: Any, rest: Params) -> Array:
         leaves = dict(flatten(rest))
         for name, weight in weights.items():
-            path = tuple(name.split("."))
-            leaves[path] = weight.reshape(shapes[("layers", *path)].shape[1:]) if weight.ndim == 2 else weight
+            leaves |= linears[name].split(weight)
         params = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, leaves)
         return lm.block(
             unflatten(params),
@@ -101,9 +100,12 @@ def _forward(params: Params, inputs: Any, *, lm: CausalLM, layer: int, dtype: An
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("num_inputs", "group_size"))
-def _rounded(weight: Array, num_inputs: int, group_size: int) -> QuantizedTensor:
-    return round_weight(weight, "int4", num_inputs=num_inputs, group_size=group_size)
+@functools.partial(jax.jit, static_argnames=("num_inputs", "group_size", "is_experts"))
+def _rounded(weight: Array, num_inputs: int, group_size: int, is_experts: bool) -> QuantizedTensor:
+    def one(weight: Array) -> QuantizedTensor:
+        return round_weight(weight, "int4", num_inputs=num_inputs, group_size=group_size)
+
+    return jax.lax.map(one, weight) if is_experts else one(weight)
 
 
 def quantize_model(
@@ -119,6 +121,8 @@ def quantize_model(
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[Params, list[BlockReport]]:
     """The parameters with every linear of every block quantized, and how well each block turned out.
+
+    Experts of a mixture share scales and rotations (`joined_linears`); their router stays dense.
 
     Args:
       lm: the model.
@@ -137,7 +141,8 @@ def quantize_model(
     """
     directory.mkdir(parents=True, exist_ok=True)
     layers = flatten(params["layers"])
-    names = {".".join(path[1:]): path[1:] for path in lm.linears}
+    names = joined_linears(lm)
+    quantized_paths = [path for joined in names.values() for path in joined.paths]
     on_rows, everywhere = batch_sharding(mesh), replicated(mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -164,12 +169,12 @@ def quantize_model(
         own = {path: np.asarray(jax.device_get(leaf[layer])) for path, leaf in layers.items()}
         targets = {name: passed(layer, unflatten(own), rows, in_place=True) for name, rows in original.items()}
         file = directory / f"block_{layer:03}.safetensors"
-        matrices = {name: own[path].reshape(_matrix_shape(lm, path, own[path].shape)) for name, path in names.items()}
+        matrices = {name: joined.join(own) for name, joined in names.items()}
         if file.is_file():
             linears, block = _read_block(file, names, matrices, config)
             report(f"block {layer + 1}/{lm.config.layers}  from {file}")
         else:
-            rest = {path: leaf for path, leaf in own.items() if path not in names.values()}
+            rest = {path: leaf for path, leaf in own.items() if path not in quantized_paths}
             result = optimize_block(
                 run_of_block(lm, layer, dtype),
                 {name: jax.device_put(matrix, everywhere) for name, matrix in matrices.items()},
@@ -177,6 +182,7 @@ def quantize_model(
                 (quantized["validation"], targets["validation"]),
                 config,
                 layer=layer,
+                seeds={name: joined.seed for name, joined in names.items()},
                 rest=jax.device_put(unflatten(rest), everywhere),
                 place=place,
                 report=lambda stage, epoch, loss, layer=layer: report(
@@ -186,13 +192,13 @@ def quantize_model(
             linears, block = jax.device_get(result.linears), None
             losses = result.losses
         done: dict[ParamPath, Any] = dict(own)
-        for name, path in names.items():
-            num_inputs = lm.linears[("layers", *path)]
-            done[path] = dataclasses.replace(linears[name], shape=own[path].shape, num_inputs=num_inputs)
+        for name, joined in names.items():
+            done |= joined.split_quantized(linears[name])
         if block is None:
             nearest: dict[ParamPath, Any] = dict(own)
-            for _, path in names.items():
-                nearest[path] = _rounded(own[path], lm.linears[("layers", *path)], config.group_size)
+            for joined in names.values():
+                for path in joined.paths:
+                    nearest[path] = _rounded(own[path], joined.num_inputs, config.group_size, joined.is_experts)
             held, target = quantized["validation"], targets["validation"]
             block = BlockReport(
                 layer=layer,
@@ -211,12 +217,12 @@ def quantize_model(
             f"{before})"
         )
         reports.append(block)
-        finished.append({path: done[path] for path in names.values()})
+        finished.append({path: done[path] for path in quantized_paths})
         for rows in quantized.values():
             passed(layer, unflatten(done), rows, in_place=True)
     stacked = {
         path: jax.tree.map(lambda *leaves: np.stack(leaves), *(block[path] for block in finished))
-        for path in names.values()
+        for path in quantized_paths
     }
     return params | {"layers": unflatten(layers | stacked)}, reports
 
@@ -230,11 +236,6 @@ def _embedded(params: Params, rows: Batch) -> Batch:
         "positions": np.asarray(rows["positions"], np.int32),
         "segment_ids": np.asarray(rows["segment_ids"], np.int32),
     }
-
-
-def _matrix_shape(lm: CausalLM, path: ParamPath, shape: tuple[int, ...]) -> tuple[int, int]:
-    split = len(shape) - lm.linears[("layers", *path)]
-    return math.prod(shape[:split]), math.prod(shape[split:])
 
 
 def snr(signal: np.ndarray, found: np.ndarray) -> float:
@@ -254,7 +255,7 @@ def _write_block(file: Path, linears: dict[str, QuantizedTensor], block: BlockRe
 
 
 def _read_block(
-    file: Path, names: dict[str, ParamPath], matrices: dict[str, np.ndarray], config: ParoquantConfig
+    file: Path, names: Collection[str], matrices: dict[str, np.ndarray], config: ParoquantConfig
 ) -> tuple[dict[str, QuantizedTensor], BlockReport]:
     stored = SafetensorsFile(file)
     if set(stored) != {f"{name}.{kind}" for name in names for kind in KINDS} or "report" not in stored.metadata:

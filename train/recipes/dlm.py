@@ -94,6 +94,7 @@ def main(config: DLM) -> int:
     """Runs the recipe; 0 when the model is exported, 1 when the run was interrupted."""
     from jaxmodels import save_pretrained
     from jaxmodels.qwen import build
+    from jaxmodels.qwen.load import config_to_hf
     from train import distributed
     from train.loop import fit
     from train.mesh import check_batch, data_shard, make_mesh
@@ -117,6 +118,7 @@ def main(config: DLM) -> int:
         prompt_attention=_prompt_attention(objective),
     )
     model = dataclasses.replace(model, lm=build(settings))
+    config_to_hf(model.lm.config, dtype=model.dtype)  # refuses now what could not be exported in the end
     rows = open_rows(config.data, config.rows, model, config.run.directory, align=block or 1)
     weights, initial, merged = _weights(config, model, mesh)
     _, shards = data_shard(mesh)

@@ -91,6 +91,7 @@ class LM:
 def main(config: LM) -> int:
     """Runs the recipe; 0 when the model is exported, 1 when the run was interrupted."""
     from jaxmodels import save_pretrained
+    from jaxmodels.qwen.load import config_to_hf
     from jaxmodels.sparse_attention import SkipAttention
     from pallas_kernels.attention.skip import SkipTile
     from train import distributed
@@ -108,6 +109,7 @@ def main(config: LM) -> int:
         assert config.init is not None
         model = open_model(config.init, mesh, random_weights=config.random_weights)
     model = route(model, config.moba)
+    config_to_hf(model.lm.config, dtype=model.dtype)  # refuses now what could not be exported in the end
     rows = open_rows(config.data, config.rows, model, config.run.directory)
     skip = None
     if config.skip_threshold is not None:

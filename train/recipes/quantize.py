@@ -73,9 +73,19 @@ def main(config: Quantize) -> int:
 
     @jax.jit
     def noise(weight, rounded):
-        """Signal-to-noise ratio in decibels."""
-        dense = weight.astype(jnp.float32)
-        return 10 * jnp.log10((dense**2).sum() / ((dense - dequantize(rounded)) ** 2).sum())
+        """Signal-to-noise ratio in decibels, of one weight or of those of all experts together."""
+
+        def energies(weight, rounded):
+            dense = weight.astype(jnp.float32)
+            return (dense**2).sum(), ((dense - dequantize(rounded)) ** 2).sum()
+
+        if weight.ndim > rounded.ndim:
+            signal, lost = jax.lax.map(
+                lambda expert: energies(weight[expert], rounded.of_expert(expert)), jnp.arange(len(weight))
+            )
+        else:
+            signal, lost = energies(weight, rounded)
+        return 10 * jnp.log10(signal.sum() / lost.sum())
 
     dense, rounded = flatten(model.params), flatten(quantized)
     for path in model.lm.linears:

@@ -31,7 +31,15 @@ __all__ = [
 ]
 
 Preset = Literal[
-    "moba-tiny", "moba-340m", "moba-1b", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-0.6b", "qwen3-4b", "qwen3-8b"
+    "moba-tiny",
+    "moba-340m",
+    "moba-1b",
+    "qwen2.5-0.5b",
+    "qwen2.5-1.5b",
+    "qwen3-0.6b",
+    "qwen3-4b",
+    "qwen3-8b",
+    "qwen3-30b-a3b",
 ]
 """Architectures to start from with random weights: class methods of `jaxmodels.qwen.QwenConfig`."""
 VOCAB_MULTIPLE = 128

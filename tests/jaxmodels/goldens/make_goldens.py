@@ -21,7 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 HERE = Path(__file__).resolve().parent
 SIZES = dict(
@@ -101,6 +108,15 @@ GOLDENS = {
         ),
     ),
 }
+EXPERTS = dict(head_dim=16, num_hidden_layers=2, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+MOE = {
+    "qwen3_moe": dict(norm_topk_prob=True, rope_parameters=THETA | {"rope_type": "default"}),
+    # the weights of a token's experts are what the softmax over all of them says
+    "qwen3_moe_tied": dict(
+        norm_topk_prob=False, tie_word_embeddings=True, rope_parameters=THETA | {"rope_type": "default"}
+    ),
+}
+GOLDENS |= {name: (Qwen3MoeConfig, EXPERTS | options) for name, options in MOE.items()}
 LENGTHS = (23, 9)  # one row longer than every window and the dynamic model's trained length, one shorter
 NEW_TOKENS = 12
 DOUBLED_LENGTH, DOUBLED_BLOCK = 11, 4  # the last block is short
@@ -150,11 +166,24 @@ def forward(model: torch.nn.Module, tokens: torch.Tensor, **kwargs) -> tuple[tor
     return logits, normed[0], torch.stack(outputs)
 
 
+def stored(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What files call a parameter: experts, which the model holds in two arrays, one by one."""
+    base, _, kind = key.rpartition(".")
+    if kind == "gate_up_proj":
+        gate, up = value.chunk(2, dim=1)
+        return stored(f"{base}.gate_proj", gate) | stored(f"{base}.up_proj", up)
+    if base.endswith(".experts"):
+        return {f"{base}.{e}.{kind}.weight": own for e, own in enumerate(value)}
+    return {key: value}
+
+
 def make(name: str, seed: int) -> None:
     config_class, options = GOLDENS[name]
     generator = torch.Generator().manual_seed(seed)
     config = config_class(**(SIZES | options), attn_implementation="sdpa", dtype="float32")
-    model_class = {Qwen2Config: Qwen2ForCausalLM, Qwen3Config: Qwen3ForCausalLM}[config_class]
+    model_class = {
+        Qwen2Config: Qwen2ForCausalLM, Qwen3Config: Qwen3ForCausalLM, Qwen3MoeConfig: Qwen3MoeForCausalLM
+    }[config_class]  # fmt: skip
     model = model_class(config).eval()
     randomise(model, generator)
     folder = HERE / name
@@ -185,7 +214,8 @@ def make(name: str, seed: int) -> None:
         out |= dict(tokens=tokens, lengths=torch.tensor(LENGTHS), logits=logits, states=states, layers=layers)
         out |= dict(greedy=torch.stack(greedy))
 
-        if config.layer_types == ["full_attention"] * config.num_hidden_layers:  # one mask for all layers
+        # One mask for all layers; the class of mixtures of experts has no other kind of layer.
+        if getattr(config, "layer_types", None) in (None, ["full_attention"] * config.num_hidden_layers):
             packed = draw(1, sum(SEGMENTS))
             segments = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(SEGMENTS)])
             positions = torch.cat([torch.arange(n) for n in SEGMENTS])[None]
@@ -207,7 +237,8 @@ def make(name: str, seed: int) -> None:
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], row[0, 1:])
     loss.backward()
     out["loss"] = loss.detach()
-    out |= {f"grad/{key}": parameter.grad for key, parameter in model.named_parameters()}
+    for key, parameter in model.named_parameters():
+        out |= {f"grad/{name}": part for name, part in stored(key, parameter.grad).items()}
     arrays = {key: value.numpy() for key, value in out.items()}
     arrays = {key: value.astype(np.int32) if value.dtype.kind == "i" else value for key, value in arrays.items()}
     np.savez_compressed(folder / "outputs.npz", **arrays)

@@ -1,5 +1,6 @@
 """Quantized checkpoints of every layout, written here bit by bit, load exactly and run like their dense weights."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from jaxmodels.checkpoints.safetensors import SafetensorsFile
 from jaxmodels.pretrained import save_pretrained
 from jaxmodels.quantization import find_scheme
 from jaxmodels.quantization.source import Linear
-from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.qwen.config import MoeConfig, QwenConfig
 from jaxmodels.qwen.model import build
 from pallas_kernels.quantized_matmul import QuantizedTensor, dequantize
 
@@ -84,12 +85,13 @@ def gptq(rng, outputs: int, inputs: int, *, offset: int, shuffled: bool, symmetr
     return Stored(tensors, expand(codes, zeros, scales, group_of))
 
 
-def paroquant(rng, outputs: int, inputs: int) -> Stored:
-    groups, steps = inputs // GROUP, 3
+def paroquant(rng, outputs: int, inputs: int, turn: dict[str, np.ndarray] | None = None) -> Stored:
+    """With a scaling and rotation of its own, or one that is given."""
+    groups = inputs // GROUP
     codes, zeros, scales = int4_parts(rng, outputs, inputs, groups)
-    pairs = np.stack([np.concatenate([rng.permutation(GROUP) for _ in range(groups)]) for _ in range(steps)])
-    theta = rng.normal(0, 0.7, (steps, inputs // 2)).astype(np.float16)
-    factors = rng.uniform(0.3, 3, (1, inputs)).astype(np.float16)
+    turn = turn_of(rng, inputs) if turn is None else turn
+    pairs, theta, factors = turn["pairs"], turn["theta"], turn["channel_scales"]
+    steps = len(pairs)
     dense = expand(codes, zeros, scales, consecutive(inputs, groups)).astype(np.float64)
     for step in reversed(range(steps)):  # the activations' rotation, transposed
         for pair in range(inputs // 2):
@@ -97,8 +99,17 @@ def paroquant(rng, outputs: int, inputs: int) -> Stored:
             i, j = first + pairs[step, 2 * pair], first + pairs[step, 2 * pair + 1]
             cos, sin = np.cos(np.float64(theta[step, pair])), np.sin(np.float64(theta[step, pair]))
             dense[:, i], dense[:, j] = cos * dense[:, i] - sin * dense[:, j], cos * dense[:, j] + sin * dense[:, i]
-    tensors = gemm(codes, zeros, scales) | {"theta": theta, "pairs": pairs.astype(np.int16), "channel_scales": factors}
-    return Stored(tensors, (dense * factors.astype(np.float64)).astype(np.float32))
+    return Stored(gemm(codes, zeros, scales) | turn, (dense * factors.astype(np.float64)).astype(np.float32))
+
+
+def turn_of(rng, inputs: int) -> dict[str, np.ndarray]:
+    steps, groups = 3, inputs // GROUP
+    pairs = np.stack([np.concatenate([rng.permutation(GROUP) for _ in range(groups)]) for _ in range(steps)])
+    return {
+        "theta": rng.normal(0, 0.7, (steps, inputs // 2)).astype(np.float16),
+        "pairs": pairs.astype(np.int16),
+        "channel_scales": rng.uniform(0.3, 3, (1, inputs)).astype(np.float16),
+    }
 
 
 def packed(rng, outputs: int, inputs: int, *, symmetric: bool, group: int = GROUP) -> Stored:
@@ -301,6 +312,124 @@ def test_weights_are_those_of_an_independent_unpacker_and_logits_those_of_dense_
         np.testing.assert_allclose(logits, expected, atol=1e-4)
     else:  # activations are rounded too, which changes little and something
         assert 1e-4 < float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)) < 0.15
+
+
+EXPERTS = QwenConfig.tiny(dim=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp_dim=32, moe=MoeConfig(3, 2))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """A dense mixture of experts with a router that decides."""
+    directory = tmp_path_factory.mktemp("mixture") / "model"
+    lm = build(EXPERTS)
+    params = jax.jit(lm.init)(jax.random.key(0))
+    params["layers"]["mlp"]["router"] *= 20
+    save_pretrained(directory, lm, params)
+    return directory
+
+
+OTHERS = ("awq", "pack-quantized asymmetric", "nvfp4-pack-quantized")  # slow; last run: all pass, 2026-11-30
+
+
+@pytest.mark.parametrize("layout", ["gptq desc_act", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_experts_of_a_mixture_one_by_one(mixture, tmp_path, layout):
+    """Every layer's and expert's weight is where it belongs, and the model is that of the dense weights."""
+    block, store = LAYOUTS[layout]
+    expanded = write(mixture, tmp_path / "quantized", block, store)
+    model, plain = load_pretrained(tmp_path / "quantized"), expanded_model(mixture, tmp_path / "dense", expanded)
+    assert not isinstance(model.params["layers"]["mlp"]["router"], QuantizedTensor)
+    for name in ("gate", "up", "down"):
+        weight, expected = model.params["layers"]["mlp"][name], plain.params["layers"]["mlp"][name]
+        assert weight.codes.shape[:2] == (2, 3) and weight.shape == expected.shape[2:]
+        every = jax.jit(lambda w: jax.vmap(jax.vmap(dequantize))(w))(weight)
+        np.testing.assert_array_equal(every, expected)
+    logits, expected = (jax.jit(m.lm.apply)(m.params, jnp.asarray(TOKENS)) for m in (model, plain))
+    assert float(jnp.abs(expected).max()) > 0.3
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shared_rotations(mixture, tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
+    """A ParoQuant mixture of experts, written here bit by bit, and the dense tensors it stands for."""
+    directory = tmp_path_factory.mktemp("shared") / "model"
+    expanded = write(mixture, directory, PARO, paroquant)
+    file, rng = directory / "model.safetensors", np.random.default_rng(3)
+    tensors = {name: value for name, value in load_file(file).items() if ".experts." not in name}
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        turns = {"gate_up": turn_of(rng, 64), "down": turn_of(rng, 32)}
+        for shared, turn in turns.items():
+            tensors |= {f"{experts}.{shared}_weight_{suffix}": value for suffix, value in turn.items()}
+        for expert in range(3):
+            for name, shape, shared in (
+                ("gate", (32, 64), "gate_up"), ("up", (32, 64), "gate_up"), ("down", (64, 32), "down")
+            ):  # fmt: skip
+                one = paroquant(rng, *shape, turns[shared])
+                module = f"{experts}.{expert}.{name}_proj"
+                tensors |= {f"{module}.{suffix}": one.tensors[suffix] for suffix in ("qweight", "qzeros", "scales")}
+                expanded[f"{module}.weight"] = one.dense
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file)
+    return directory, expanded
+
+
+def test_experts_that_share_a_rotation(mixture, shared_rotations, tmp_path):
+    directory, expanded = shared_rotations
+    model, plain = load_pretrained(directory), expanded_model(mixture, tmp_path / "dense", expanded)
+    assert model.params["layers"]["mlp"]["gate"].rotation.theta.shape == (2, 3, 32)
+    logits, expected = (jax.jit(m.lm.apply)(m.params, jnp.asarray(TOKENS)) for m in (model, plain))
+    assert float(jnp.abs(expected).max()) > 0.3
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    unturned = jax.tree.map(lambda x: x, model.params)
+    down = unturned["layers"]["mlp"]["down"]
+    no_angles = down.rotation._replace(theta=jnp.zeros_like(down.rotation.theta))
+    unturned["layers"]["mlp"] |= {"down": dataclasses.replace(down, rotation=no_angles)}
+    assert float(jnp.abs(jax.jit(model.lm.apply)(unturned, jnp.asarray(TOKENS)) - expected).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "message"),
+    [
+        ("down_weight_theta", None, "lacks model.layers.1.mlp.experts.down_weight_theta"),
+        (
+            "gate_up_weight_pairs",
+            lambda x: x * 0,
+            "gate_up_weight_pairs' is no permutation of 0..31 in rotation 0, group 0",
+        ),
+        ("down_weight_channel_scales", lambda x: -x, "down_weight_channel_scales' must be positive"),
+    ],
+)
+def test_a_shared_rotation_that_is_damaged_is_named(shared_rotations, tmp_path, suffix, change, message):
+    directory, _ = shared_rotations
+    tensors = load_file(directory / "model.safetensors")
+    name = f"model.layers.1.mlp.experts.{suffix}"
+    value = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(value)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_pretrained(tmp_path)
+
+
+def test_what_is_refused_of_quantized_mixtures(mixture, tmp_path):
+    expanded = write(mixture, tmp_path / "quantized", AWQ, awq)
+    file = tmp_path / "quantized" / "model.safetensors"
+    tensors = load_file(file)
+    router = {
+        f"model.layers.{n}.mlp.gate.{s}": x
+        for n in range(2)
+        for s, x in awq(np.random.default_rng(0), 8, 64)[0].items()
+    }
+    save_file({k: v for k, v in tensors.items() if not k.endswith("mlp.gate.weight")} | router, file)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate is quantized, which routers of experts cannot be here"):
+        load_pretrained(tmp_path / "quantized")
+    one = "model.layers.1.mlp.experts.2.up_proj"
+    mixed = {k: v for k, v in tensors.items() if not k.startswith(one)} | {f"{one}.weight": expanded[f"{one}.weight"]}
+    save_file(mixed, file)
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.experts\.2\.up_proj is not quantized, but .*experts\.0\.up_proj"
+    ):
+        load_pretrained(tmp_path / "quantized")
 
 
 # ----------------------------------------------------------------------------------------------------

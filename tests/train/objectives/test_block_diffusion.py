@@ -60,8 +60,8 @@ def test_loss_and_gradients_equal_torch(monkeypatch):
     np.testing.assert_allclose(value, golden["loss"], rtol=1e-5)
     for row in table(lm.config, Layout(head=None if lm.config.tied_head else "lm_head.weight")):
         actual = functools.reduce(lambda tree, key: tree[key], row.path, grads)
-        names = [row.name(layer) for layer in range(lm.config.layers)] if row.stacked else [row.key]
-        for name, part in zip(names, actual if row.stacked else [actual], strict=True):
+        for index in row.indices(lm.config.layers):
+            name, part = row.name(*index), actual[index]
             want = golden[f"grad/{name}"]
             scale = np.abs(want).max()
             assert scale > 0

@@ -1,0 +1,46 @@
+"""The mixture of experts of Qwen3-MoE, in place of a block's MLP."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxmodels.functional import weight
+from jaxmodels.layers import gated_silu, linear
+from jaxmodels.layers.experts import Tiles, expert_linears, route
+from jaxmodels.qwen.config import QwenConfig
+from jaxmodels.sharding import constrain, row_parts
+from pallas_kernels.rotation import Rows, made
+
+
+class Moe(nnx.Module):
+    """SwiGLU experts, of which a router picks some for every token (transformers, `Qwen3MoeSparseMoeBlock`).
+
+    E experts. A token's result depends on that token alone: no expert has a limit of tokens.
+    """
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        assert config.moe is not None
+        E, D, F = config.moe.num_experts, config.dim, config.mlp_dim
+        self.router = weight(rngs, (E, D), ("experts", "embed"), dtype)
+        self.gate = weight(rngs, (E, F, D), ("experts", "mlp", "embed"), dtype)
+        self.up = weight(rngs, (E, F, D), ("experts", "mlp", "embed"), dtype)
+        self.down = weight(rngs, (E, D, F), ("experts", "embed", "mlp"), dtype)
+        self.config = config.moe
+
+    def __call__(self, x: Rows) -> Float[Array, "B T D"]:
+        tokens = made(x)
+        parts = row_parts(len(tokens))
+        if parts == 1:
+            return self._mixture(tokens.reshape(-1, tokens.shape[-1])).reshape(tokens.shape)
+        # Devices that hold different rows sort and multiply their own.
+        split = constrain(tokens.reshape(parts, -1, tokens.shape[-1]), ("batch", None, None))
+        return jax.vmap(self._mixture)(split).reshape(tokens.shape)
+
+    def _mixture(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        logits = linear(x, self.router[...], "RD,ED->RE")
+        weights, experts = route(logits, self.config.top_k, normalize=self.config.normalize)
+        tiles = Tiles.of(experts, self.config.num_experts)
+        gate, up = expert_linears(tiles.gather(x), (self.gate[...], self.up[...]), tiles.experts)
+        (y,) = expert_linears(gated_silu(gate, up), (self.down[...],), tiles.experts)
+        return tiles.combine(y, weights)
