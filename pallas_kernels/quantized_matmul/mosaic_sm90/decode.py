@@ -237,6 +237,7 @@ def multiply(
                         acc = lax.cond(holds(weight, tile), finish, lambda acc: acc, acc)
                 where = (nth - lax.div(tile * cut.steps, i32(cut.share)), pl.ds(token, tokens))
                 parts.store(acc, result, partial_ref.at[*where, pl.ds(output + warpgroup * ROWS, ROWS)])
+                parts.await_stores()
 
         @pl.when(warpgroup == config.warpgroups)
         def load():
