@@ -2,7 +2,9 @@
 
 The oracle is NumPy in float64. Codes minus zeros are exact in bfloat16 and everything after them is float32, so what
 separates a kernel from the oracle is float32 rounding; a bfloat16 result adds half a unit of its last place, 2^-9.
-By default few cases run; the others are slow. All slow ones, races included, last passed on 2026-11-27.
+Prefills round the weight of groups to bfloat16, and so does their oracle (`check`).
+By default few cases run; the others are slow. All slow ones, races included, last passed on 2026-11-27, those of
+prefills on 2026-11-30.
 """
 
 import dataclasses
@@ -100,6 +102,7 @@ def check(call, out, limit=1e-6):
     is_rounded = mosaic_sm90.rounds_weight(form, call.config)
     if is_rounded and call.scales != "bfloat16":
         limit = max(limit, 2**-8 * 512**-0.5)
+        assert call.dtype == "bfloat16" or error(out, oracle(*call.arguments())) < 2e-3  # as XLA's
     expected = oracle(*call.arguments(), is_rounded=is_rounded)
     assert error(out, expected) < (limit if call.dtype == "float32" else 2**-9)
 
@@ -309,7 +312,7 @@ def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, where, fu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [SMALL, PrefillConfig(block_m=64, stages=3, code_stages=2, num_sms=2)], ids=str)
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize(
     "where, function, chosen",
     [
@@ -320,16 +323,14 @@ def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, where, fu
         pytest.param(prefill, "barrier_wait", 4, id="a copy of activations does not wait for its slot"),
         pytest.param(prefill, "barrier_wait", 6, id="the kernel does not wait for the last codes to be free"),
         pytest.param(prefill, "barrier_wait", 7, id="the kernel does not wait for the last activations to be free"),
-        pytest.param(prefill, "barrier_arrive", 1, id="a slot of activations is never free"),
-        pytest.param(prefill, "barrier_arrive", 2, id="a slot of codes is never free"),
-        pytest.param(prefill, "barrier_arrive", 3, id="the last slot of a tile is never free"),
-        pytest.param(prefill, "commit_smem", 2, id="a copy of codes does not wait for ordinary reads"),
+        pytest.param(prefill, "commit_smem", 0, id="a copy of codes does not wait for ordinary reads"),
         pytest.param(parts, "commit_smem", 0, id="the store does not wait for the result"),
-        pytest.param(parts, "wait_smem_to_gmem", 0, id="a result does not wait for the store before"),
         pytest.param(parts, "wait_smem_to_gmem", 1, id="the kernel does not wait for the store"),
     ],
 )
-def test_a_missing_synchronisation_of_prefills_is_caught(interpreter, monkeypatch, config, where, function, chosen):
+def test_a_missing_synchronisation_of_prefills_is_caught(interpreter, monkeypatch, cluster, where, function, chosen):
+    """With so many slots of activations that waiting for one says nothing of codes."""
+    config = PrefillConfig(block_m=64, stages=8, code_stages=2, cluster=cluster, num_sms=2)
     assert_caught(interpreter, monkeypatch, where, function, chosen, config)
 
 

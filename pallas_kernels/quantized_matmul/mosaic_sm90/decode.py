@@ -229,7 +229,8 @@ def multiply(
 
                     def finish(acc, weight=weight, of_weight=of_weight):
                         output, _ = corner(tile, int(tiles[weight]))
-                        return parts.finished(acc, refs[weight], of_weight, output=output + warpgroup * ROWS)
+                        where = {"layer": parts.layer_of(refs[weight], of_weight), "output": output + warpgroup * ROWS}
+                        return parts.finished(acc, of_weight, parts.late_scales(refs[weight], of_weight, **where))
 
                     if len(forms) == 1:
                         acc = finish(acc)

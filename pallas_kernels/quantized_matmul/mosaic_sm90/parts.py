@@ -264,8 +264,8 @@ def layer_of(refs: dict, form: Form) -> Array:
 def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, interpreted: bool) -> Array:
     """`acc` and the products of one step that has arrived, for the 64 outputs of a warpgroup; sums meet scales."""
     for sub in range(smem["x"].shape[1]):
-        places = {"slot": slot, "warpgroup": warpgroup, "first": sub * form.width, "count": form.width}
-        operand = weights(smem, form, **places, is_scaled=False, interpreted=interpreted)
+        place = {"slot": slot, "warpgroup": warpgroup, "first": sub * form.width, "count": form.width}
+        operand = weights(smem, form, **place, is_scaled=False, interpreted=interpreted)
         product = _product(operand, smem["x"].at[slot, sub], interpreted=interpreted)
         if form.scales_groups:
             rows = pl.ds(warpgroup * ROWS, ROWS)
@@ -275,17 +275,24 @@ def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, i
     return acc
 
 
-def finished(acc: Array, refs: dict, form: Form, *, output: Any) -> Array:
-    """Sums `[64, tokens]` of the outputs from `output` on with the scales that waited for them."""
-    if not form.is_unfinished:
-        return acc
-    layer = layer_of(refs, form)
+def late_scales(refs: dict, form: Form, *, layer: Any, output: Any) -> tuple[Array | None, Array | None]:
+    """What waits for the sums of the 64 outputs from `output` on: their own scales, and the scale of all weights."""
+    of_outputs, of_all = None, None
     if form.scales_outputs:  # `inputs` lets the last 64 end within the array
         first = layer * form.outputs + jnp.minimum(output, whole(form.outputs, ROWS) - ROWS)
-        scales = plgpu.load(refs["scales"].at[pl.ds(first, ROWS)], layout=ROW, optimized=False)
-        acc = acc * lax.broadcast_in_dim(scales.astype(jnp.float32), acc.shape, [0])
+        of_outputs = plgpu.load(refs["scales"].at[pl.ds(first, ROWS)], layout=ROW, optimized=False)
     if form.has_global_scale:
-        acc = acc * (refs["global_scale"][layer] * form.codes.factor)
+        of_all = refs["global_scale"][layer]
+    return of_outputs, of_all
+
+
+def finished(acc: Array, form: Form, scales: tuple[Array | None, Array | None]) -> Array:
+    """Sums `[64, tokens]` with the scales that waited for them (`late_scales`)."""
+    of_outputs, of_all = scales
+    if of_outputs is not None:
+        acc = acc * lax.broadcast_in_dim(of_outputs.astype(jnp.float32), acc.shape, [0])
+    if of_all is not None:
+        acc = acc * (of_all * form.codes.factor)
     elif form.codes.factor != 1:
         acc = acc * form.codes.factor
     return acc
@@ -426,12 +433,10 @@ def weights(
             """A byte, or the bits of a scale in float32."""
             if name == "sides":
                 return arith.extsi(i32, llvm.load(i8, _at(pointers[name], offset, i8)))
-            element = {"float32": ir.F32Type, "bfloat16": ir.BF16Type, "float16": ir.F16Type}[
-                str(form.scale_dtype)
-            ].get()
-            loaded = llvm.load(element, _at(pointers[name], offset, element))
             f32 = ir.F32Type.get()
-            return arith.bitcast(i32, loaded if element == f32 else arith.extf(f32, loaded))
+            element = mgpu_utils.dtype_to_ir_type(form.scale_dtype)
+            scale = llvm.load(element, _at(pointers[name], offset, element))
+            return arith.bitcast(i32, scale if element == f32 else arith.extf(f32, scale))
 
         thread = arith.remui(mgpu.thread_idx(), mgpu.c(128, i32))
         bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())

@@ -142,14 +142,15 @@ def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> 
         @pl.when(warpgroup < WARPGROUPS)
         def compute():
             plgpu.set_max_registers(240, action="increase")
+            layer = parts.layer_of(refs, form)
 
             def over_steps(step, before, multiply):
                 """Step `step` of a tile, of all steps the one after `before` others."""
                 slot = lax.rem(before + step, i32(code_stages))
                 plgpu.barrier_wait(smem["codes_ready"].at[slot])
                 for half in range(HALVES):
-                    places = {"slot": slot, "warpgroup": warpgroup, "first": half * HALF, "count": HALF}
-                    operand = parts.weights(smem, form, **places, is_scaled=True, interpreted=interpreted)
+                    place = {"slot": slot, "warpgroup": warpgroup, "first": half * HALF, "count": HALF}
+                    operand = parts.weights(smem, form, **place, is_scaled=True, interpreted=interpreted)
                     x_step = (before + step) * HALVES + half
                     x_slot = lax.rem(x_step, i32(stages))
                     plgpu.barrier_wait(smem["x_ready"].at[x_slot])
@@ -162,6 +163,9 @@ def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> 
             @pl.loop(0, count)
             def over_tiles(i):
                 before = i * steps
+                output, token = corner(i)
+                output = output + warpgroup * ROWS
+                scales = parts.late_scales(refs, form, layer=layer, output=output)
                 acc = _summed(
                     steps,
                     lambda step, multiply: over_steps(step, before, multiply),
@@ -169,9 +173,7 @@ def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> 
                     interpreted=interpreted,
                 )
                 plgpu.barrier_arrive(smem["x_free"].at[lax.rem((before + steps) * HALVES - 1, i32(stages))])
-                output, token = corner(i)
-                output = output + warpgroup * ROWS
-                acc = parts.finished(acc, refs, form, output=output)
+                acc = parts.finished(acc, form, scales)
                 for piece in range(block_m // PIECE):
                     parts.await_stores(pieces - 1)
                     result = smem["result"].at[warpgroup * pieces + piece % pieces]
@@ -212,6 +214,8 @@ def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> 
                         @pl.when(x_step >= stages)
                         def _(x_slot=x_slot):
                             plgpu.barrier_wait(smem["x_free"].at[x_slot])
+                            if interpreted:  # which reads what the tensor core does, but in the ordinary way
+                                plgpu.commit_smem()
 
                         place = {"token": token, "first": step * BLOCK_K + half * HALF, "cluster": cluster}
                         parts.load_x(refs, smem["x"].at[x_slot], **place, barrier=smem["x_ready"].at[x_slot])
@@ -257,7 +261,6 @@ def _summed(
 
             def multiply(operand, x_ref):
                 sums[0] = sums[0] + parts.interpreted_product(operand, x_ref)
-                plgpu.commit_smem()  # an ordinary read, unlike that of wgmma, must be fenced against the next TMA
 
             over_step(step, multiply)
             return sums[0]
