@@ -100,7 +100,7 @@ def test_every_nvfp4_code_times_every_scale_is_exact():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_code_times_a_scale_is_rounded_as_their_product_is(dtype):
     """The nearest bfloat16 number, but for 1 in 512, which lies so near to the middle that the next one is taken."""
-    scales = np.random.default_rng(0).lognormal(-4, 2, (1, 20000)).astype(jnp.dtype(dtype)).astype(np.float32)
+    scales = np.random.default_rng(0).lognormal(-4, 2, (1, 4000)).astype(jnp.dtype(dtype)).astype(np.float32)
     differences = np.arange(-23, 24)[:, None]  # of int4 codes and zeros
     bits = (
         (differences * np.array([1, -1]).reshape(2, 1, 1)).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)

@@ -409,6 +409,18 @@ def test_the_cut_fills_the_machine(rows, outputs):
     assert cut.tiles * cut.steps * config.cluster / (cut.share * config.num_sms) > 0.9
 
 
+@pytest.mark.parametrize("outputs", [4096, 12288, 28672])
+@pytest.mark.parametrize("rows", [600, 1024, 2100, 4096])
+def test_the_tiles_of_prefills_fill_the_machine(rows, outputs):
+    """As far as rows and outputs allow, and better than with the largest tiles alone."""
+    call = form(rows, outputs, 4096)
+    config = mosaic_sm90.heuristic_config(call)
+    assert config.cluster == 2 and config.stages == 4
+    time = prefill.turns_of(call, config) * config.block_m
+    assert time <= prefill.turns_of(call, PrefillConfig()) * 256
+    assert rows * outputs / (time * config.num_sms * prefill.BLOCK_O) > 0.7
+
+
 def test_partial_results_that_nobody_wrote_do_not_count():
     call, config = form(130, 200, 384), Config(warpgroups=2, num_sms=3)
     counts = decode.cut_of((call,), config).counts

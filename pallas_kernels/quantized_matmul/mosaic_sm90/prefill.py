@@ -40,6 +40,7 @@ HALF = BLOCK_K // HALVES
 PIECE = 64  # tokens of a store
 RESULT_BYTES = 32 * 1024  # at most, of the buffers of a warpgroup's stores
 TILES_TOGETHER = 8  # of tokens: tiles that follow each other share outputs, too
+TILE_COST = 32  # tokens that take as long as what a tile costs beside its products; not measured
 
 # Products of 64 inputs that are under way while the next operand is made, in registers of its own. With 0 every product
 # is waited for: what to set if a GPU gives wrong results with 1.
@@ -67,8 +68,8 @@ class PrefillConfig:
     def __post_init__(self):
         if self.block_m not in (64, 128, 192, 256):
             raise ValueError(f"block_m must be 64, 128, 192 or 256; got {self.block_m}")
-        if self.stages <= IN_FLIGHT:  # the slot of a product under way is not free
-            raise ValueError(f"stages must be at least {IN_FLIGHT + 1}; got {self.stages}")
+        if self.stages < 2:  # a slot is free when the product after its own has begun
+            raise ValueError(f"stages must be at least 2; got {self.stages}")
         if self.code_stages < 1:
             raise ValueError(f"code_stages must be at least 1; got {self.code_stages}")
         if self.cluster not in (1, 2, 4):
@@ -105,11 +106,14 @@ def tiles_of(form: Form, config: PrefillConfig) -> tuple[int, int]:
 
 
 def heuristic_config(form: Form) -> PrefillConfig:
-    """The tiles that take the tensor core least time by count, the larger of two; a cluster's fill it in turns."""
-    configs = [
-        PrefillConfig(block_m=block_m, code_stages=3 if form.codes.bits == 4 else 2) for block_m in (256, 192, 128)
-    ]
-    return parts.fitted(min(configs, key=lambda config: config.block_m * turns_of(form, config)), form)
+    """The tiles that should take least time: a cluster's turns by their tokens, and what a tile costs beside them."""
+
+    def time(config):
+        return (config.block_m + TILE_COST) * turns_of(form, config)
+
+    code_stages = 3 if form.codes.bits == 4 else 2
+    configs = [PrefillConfig(block_m=block_m, code_stages=code_stages) for block_m in (256, 192, 128)]
+    return parts.fitted(min(configs, key=time), form)
 
 
 def turns_of(form: Form, config: PrefillConfig) -> int:
