@@ -239,13 +239,19 @@ def test_products_of_different_kinds_have_no_launch_in_common():
         mosaic_sm90.run_together(operands, group_size=128)
 
 
-@pytest.mark.parametrize("width", [32, 64, 128, 256])
-def test_ordered_activations_are_those_that_the_kernel_orders(interpreter, width):
-    call = Call(9, 512, 64, width, config=SPLIT)
+@pytest.mark.parametrize(
+    "width, config",
+    [
+        *((width, SPLIT) for width in (32, 64, 128, 256)),
+        *(pytest.param(width, SMALL, marks=pytest.mark.slow) for width in (32, 64, 256)),
+    ],
+)
+def test_ordered_activations_are_those_that_the_kernel_orders(interpreter, width, config):
+    call = Call(9, 512, 64, width, config=config)
     x, *weight = call.arguments()
     order = mosaic_sm90.order_of(width)
     ordered = x.reshape(9, -1, width)[..., order].reshape(x.shape)
-    options = {"group_size": width, "config": SPLIT, "interpret": compat.interpret_params()}
+    options = {"group_size": width, "config": config, "interpret": compat.interpret_params()}
     (result,) = mosaic_sm90.run_together([mosaic_sm90.Operands(ordered, *weight)], is_ordered=True, **options)
     check(call, result)
 

@@ -153,7 +153,7 @@ def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> 
                 slot = lax.rem(before + step, i32(code_stages))
                 plgpu.barrier_wait(smem["codes_ready"].at[slot])
                 for half in range(HALVES):
-                    place = {"slot": slot, "warpgroup": warpgroup, "first": half * HALF, "count": HALF}
+                    place: dict[str, Any] = {"slot": slot, "warpgroup": warpgroup, "first": half * HALF, "count": HALF}
                     operand = parts.weights(smem, form, **place, is_scaled=True, interpreted=interpreted)
                     x_step = (before + step) * HALVES + half
                     x_slot = lax.rem(x_step, i32(stages))
@@ -221,8 +221,8 @@ def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> 
                             if interpreted:  # which reads what the tensor core does, but in the ordinary way
                                 plgpu.commit_smem()
 
-                        place = {"token": token, "first": step * BLOCK_K + half * HALF, "cluster": cluster}
-                        parts.load_x(refs, smem["x"].at[x_slot], **place, barrier=smem["x_ready"].at[x_slot])
+                        of_x = {"token": token, "first": step * BLOCK_K + half * HALF, "cluster": cluster}
+                        parts.load_x(refs, smem["x"].at[x_slot], **of_x, barrier=smem["x_ready"].at[x_slot])
 
             # Every completion of a barrier must be observed before the kernel ends.
             for name, total, slots in (
