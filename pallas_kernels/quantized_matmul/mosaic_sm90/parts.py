@@ -371,16 +371,17 @@ def weights(
       is_scaled: whether they meet the scales of their groups, if they have such, and are rounded.
       interpreted: whether the interpreter runs this.
     """
-    rows, outputs = pl.ds(warpgroup * ROWS, ROWS), smem["codes"].shape[1]
-    refs = {"codes": smem["codes"].at[slot, rows]}
-    if form.sides is not None:
-        place = (slot,) if form.codes.block is None else (slot, first // form.width)
-        refs["sides"] = smem[form.sides].at[place].at[:, rows]
-    if is_scaled and form.scales_groups:
-        refs["scales"] = smem["scales"].at[slot, :, rows]
-    codes, stride, shape = form.codes, smem["codes"].shape[2], (ROWS, count)
-    parts = chunks(form, first, count)
-    apart = ROWS if interpreted else outputs  # from line to line; the interpreter makes an array of what a view shows
+    rows, (_, outputs, stride) = pl.ds(warpgroup * ROWS, ROWS), smem["codes"].shape
+    codes, shape, parts = form.codes, (ROWS, count), chunks(form, first, count)
+    refs: dict[Any, Any] = {"codes": smem["codes"].at[slot, rows]}
+    for chunk in parts:
+        if form.sides is not None:
+            sides = smem[form.sides].at[slot, chunk.sub]
+            refs["sides", chunk.sub] = sides.at[rows] if codes.block is None else sides.at[:, rows]
+        if is_scaled and form.scales_groups:
+            refs["scales", chunk.sub] = smem["scales"].at[slot, chunk.sub, rows]
+    # Bytes from the scales of a block to those of the next; the interpreter makes an array of what a view shows.
+    apart = ROWS if interpreted else outputs
 
     def registers(on: Any, thread: Any, load: Callable, load_words: Callable) -> list[list[Any]]:
         """For each of the two rows of a thread, which are eight apart."""
@@ -389,17 +390,17 @@ def weights(
 
         def side(chunk, block, half):
             """Zeros are of a row; scales in blocks are of a thread's own blocks."""
-            if codes.block is None:
-                return load("sides", on.add(row, chunk.sub * apart + half * 8))
-            of_quarter = form.width // (4 * codes.block) * apart
-            return load("sides", on.add(on.add(row, block * apart + half * 8), on.times(quarter, of_quarter)))
+            offset = on.add(row, block * apart + half * 8)
+            if codes.block is not None:
+                offset = on.add(offset, on.times(quarter, form.width // (4 * codes.block) * apart))
+            return load(("sides", chunk.sub), offset)
 
         made: list[list[Any]] = [[], []]
         of_quarter = codes.bytes(form.width) // 4
         begin = on.add(on.times(row, stride), on.times(quarter, of_quarter))
         for chunk in parts:
             by_block = [[codes.side] * 2] * len(chunk.blocks)
-            if "sides" in refs:
+            if form.sides is not None:
                 by_block = [codes.sides(on, [side(chunk, block, half) for half in range(2)]) for block in chunk.blocks]
             for half in range(2):
                 first_byte = chunk.sub * codes.bytes(form.width) + 4 * chunk.first_word
@@ -407,8 +408,9 @@ def weights(
                 pairs = []
                 for i, word in enumerate(loaded):
                     pairs += codes.pairs(on, word, by_block[i * len(chunk.blocks) // len(loaded)][half])
-                if "scales" in refs:
-                    scale = split_scale(on, load("scales", on.add(row, chunk.sub * apart + half * 8)), form.scale_dtype)
+                if ("scales", chunk.sub) in refs:
+                    scale = load(("scales", chunk.sub), on.add(row, half * 8))
+                    scale = split_scale(on, scale, form.scale_dtype)
                     pairs = [scaled(on, pair, *scale) for pair in pairs]
                 made[half] += pairs
         return made
@@ -431,7 +433,7 @@ def weights(
 
         def load(name, offset):
             """A byte, or the bits of a scale in float32."""
-            if name == "sides":
+            if name[0] == "sides":
                 return arith.extsi(i32, llvm.load(i8, _at(pointers[name], offset, i8)))
             f32 = ir.F32Type.get()
             element = mgpu_utils.dtype_to_ir_type(form.scale_dtype)
@@ -463,7 +465,7 @@ def _interpreted_weights(refs: dict, form: Form, parts: list[Chunk], registers: 
         return [of_codes[offset // 4 + block * of_block + word] for block in range(len(chunk.blocks))]
 
     def load(name, offset):
-        if name == "sides":
+        if name[0] == "sides":
             return _bits(refs[name], jnp.int8)[offset].astype(jnp.int32).astype(jnp.uint32)
         return lax.bitcast_convert_type(refs[name][...].reshape(-1)[offset].astype(jnp.float32), jnp.uint32)
 
