@@ -57,7 +57,7 @@ def distance(a, b):
 PACKED = np.r_[np.zeros(150, int), np.ones(130, int), -np.ones(20, int)][None]
 # B, T, S, N, K, H, dtype; block_size, top_k; segments
 CASES = {
-    "grouped heads, a partial block": ((1, 200, 200, 4, 2, 64), 64, 3, None),
+    "grouped heads, a partial block": ((1, 200, 200, 2, 1, 64), 64, 3, None),
     "packed, padding": ((1, 300, 300, 2, 2, 64), 64, 3, PACKED),
     "blocks in pieces": ((1, 520, 520, 1, 1, 64), 256, 2, None),
     "fewer queries than keys, wide heads": ((2, 70, 304, 4, 2, 128), 128, 2, None),
