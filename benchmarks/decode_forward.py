@@ -30,7 +30,8 @@ from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.masks import Full
 from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
 
-# The layers scanned, written out over slices of the stacked arrays, and written out over arrays of their own.
+# The layers scanned, written out over slices of the stacked arrays, and written out as decoders take them, over arrays of
+# their own (`for_decoding`: quantized weights stay in their stacks).
 PATHS = ("scanned", "unrolled", "unstacked")
 STEPS = ("ar", "chunk", "block")
 CHUNK = 8  # steps of one call
@@ -193,7 +194,7 @@ def main() -> None:
         params = in_format(lm, dense, form)
         print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights in {form}")
         for path in arguments.paths:
-            weights = lm.unstack(params) if path == "unstacked" else params
+            weights = lm.for_decoding(params) if path == "unstacked" else params
             choices = arguments.attention or ["automatic"]
             for batch, length, choice in itertools.product(arguments.batches, arguments.lengths, choices):
                 if arguments.attention:

@@ -380,23 +380,24 @@ class CausalLM:
         """The parameters in the form that decoding loops read fastest; call it once, outside of jit.
 
         Where a loop over steps would copy a slice of a stacked weight before it multiplies, which XLA does on CPUs and
-        GPUs, they are unstacked. Quantized weights stay stacked: their kernels read slices in place. On a GPU the
-        arrays of layers are copies; where memory has no room for both, parameters stay as they are, with a warning.
+        GPUs, they are unstacked. On a GPU quantized weights stay in their stacks, which kernels read in place, and the
+        arrays of layers are copies; where memory has no room for these, parameters stay as they are, with a warning.
         """
-        if not isinstance(params["layers"], dict):
+        layers = params["layers"]
+        if not isinstance(layers, dict):
             return params
-        leaves = jax.tree.leaves(params["layers"])
-        device = leaves[0].devices().pop()
-        if device.platform != "cpu":
-            is_quantized = lambda node: isinstance(node, QuantizedTensor)  # noqa: E731
-            if any(map(is_quantized, jax.tree.leaves(params["layers"], is_leaf=is_quantized))):
-                return params
-            memory = device.memory_stats() or {}
-            needed = sum(leaf.addressable_data(0).nbytes for leaf in leaves)
-            if needed > memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0):
-                log.warning("no room for %.1f GB of weights by layer: decoding copies them in each step", needed / 1e9)
-                return params
-        return self.unstack(params)
+        device = jax.tree.leaves(layers)[0].devices().pop()
+        if device.platform == "cpu":
+            return self.unstack(params)
+        memory = device.memory_stats() or {}
+        copied = [leaf for leaf in jax.tree.leaves(layers, is_leaf=_is_quantized) if not _is_quantized(leaf)]
+        needed = sum(leaf.addressable_data(0).nbytes for leaf in copied)
+        if needed > memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0):
+            log.warning("no room for %.1f GB of weights by layer: decoding copies them in each step", needed / 1e9)
+            return params
+        # Also vectors of norms are worth it beside quantized weights: a kernel whose argument is a slice becomes a
+        # "dynamic slice fusion", which XLA leaves out of CUDA graphs.
+        return params | {"layers": tuple(_layer(layers, layer) for layer in range(self.config.layers))}
 
     def apply(
         self,
@@ -576,7 +577,11 @@ def _layer(layers: Params, index: int | Array) -> Params:
             return leaf.of_layer(index)
         return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
 
-    return jax.tree.map(one, layers, is_leaf=lambda node: isinstance(node, QuantizedTensor))
+    return jax.tree.map(one, layers, is_leaf=_is_quantized)
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, QuantizedTensor)
 
 
 def _scan(

@@ -220,6 +220,7 @@ def test_infilling(capsys, tiny_diffusion_directory, tmp_path):
         assert code == 1 and message in err
 
 
+@pytest.mark.slow  # many programs to compile
 def test_a_model_without_a_mask_token_needs_its_id(capsys, tiny_diffusion_directory, tmp_path):
     directory = tmp_path / "relative"
     shutil.copytree(tiny_diffusion_directory, directory)

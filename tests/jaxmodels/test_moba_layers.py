@@ -215,6 +215,7 @@ def test_gradients_do_not_depend_on_the_loop(options):
     assert (taps[1::2] > 1e-6).all() and (taps[::2] == 0).all(), "taps of layers without a convolution are never read"
 
 
+@pytest.mark.slow  # many programs to compile
 def test_unstacked_and_block_by_block():
     tokens = random_tokens(2, TIME)
     expected = hidden(PARAMS, tokens, return_kv=True, layer_states=True)
@@ -232,6 +233,7 @@ def test_a_repeating_pattern_is_one_scan():
     assert [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"] == [2]
 
 
+@pytest.mark.slow  # many programs to compile
 def test_skip_softmax_is_for_full_attention():
     config = hybrid(ROUTED, FULL)
     params, tokens = random_params(config), random_tokens(2, TIME)

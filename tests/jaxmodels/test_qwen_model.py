@@ -253,9 +253,16 @@ def test_decoding_takes_one_array_per_layer_where_slices_would_be_copied(monkeyp
         monkeypatch.setattr(type(params["embed"]), "devices", lambda _: {Gpu(free)})
 
     gpu(free=layers)
-    assert is_by_layer(params) and not is_by_layer(quantized) and not caplog.records
+    assert is_by_layer(params) and is_by_layer(quantized) and not caplog.records
+    mixed = lm.for_decoding(quantized)["layers"]
+    assert all(layer["mlp"]["up"].codes is quantized["layers"]["mlp"]["up"].codes for layer in mixed), "not copied"
+    assert [int(layer["mlp"]["up"].layer) for layer in mixed] == [*range(lm.config.layers)]
+    for n, layer in enumerate(mixed):
+        np.testing.assert_array_equal(layer["mlp_norm"], quantized["layers"]["mlp_norm"][n])
     gpu(free=layers - 1)
     assert not is_by_layer(params) and "no room for 0.0 GB of weights by layer" in caplog.text
+    gpu(free=sum(leaf.nbytes for leaf in jax.tree.leaves(mixed[0]["mlp_norm"])))
+    assert not is_by_layer(quantized)
 
 
 def test_init_is_random_and_in_the_dtype():

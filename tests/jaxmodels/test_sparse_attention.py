@@ -270,6 +270,7 @@ def tokens():
 hidden = jax.jit(LM.hidden, static_argnames="skip_stats")
 
 
+@pytest.mark.slow  # many programs to compile
 def test_settings_reach_every_full_layer():
     # What many thresholds would skip is counted in one dense pass.
     measure = SkipMeasure.create((1e-3, 0.1, 0.5), prefill=TILE, decode=SkipTile(width=4, chains=2))

@@ -362,6 +362,7 @@ def test_each_row_and_each_slot_has_a_vote(interpreter, monkeypatch, num_queries
     assert keep.tolist() == [[[True, False, True, False]]]
 
 
+@pytest.mark.slow  # many programs to compile
 def test_a_score_that_is_not_a_number_reaches_the_output(interpreter, monkeypatch):
     call = SkipCall((640,), 1, 640, own=None)
     q, k, v, operands = call.arguments()

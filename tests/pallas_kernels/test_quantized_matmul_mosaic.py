@@ -375,7 +375,9 @@ def test_partial_results_that_nobody_wrote_do_not_count():
     expected[tokens:, :128] += partial[1, tokens:, :128]
     expected[:tokens, 128:] += partial[1, :tokens, 128:]
     partial[1, :tokens, :128] = partial[1, tokens:, 128:] = np.nan
-    np.testing.assert_array_equal(decode.merge(jnp.asarray(partial), (call,), config), expected)
+    for rows, columns in ((130, slice(0, 200)), (130, slice(100, 150)), (3, slice(128, 200))):
+        found = decode.merge(jnp.asarray(partial), (call,), config, rows=rows, columns=columns)
+        np.testing.assert_array_equal(found, expected[:rows, columns])
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32, 33, 64, 65, 128, 300, 1000])

@@ -163,22 +163,31 @@ def first_columns(forms: Forms, config: Config) -> list[int]:
 
 @functools.partial(jax.jit, static_argnames=("forms", "config", "interpret"))
 def run(operands: tuple[Operands, ...], *, forms: Forms, config: Config, interpret) -> tuple[Float[Array, "M O"], ...]:
-    total = merge(multiply(operands, forms=forms, config=config, interpret=interpret), forms, config)
+    partial = multiply(operands, forms=forms, config=config, interpret=interpret)
     columns = zip(forms, first_columns(forms, config), strict=False)
-    return tuple(total[: form.rows, first : first + form.outputs].astype(form.dtype) for form, first in columns)
+    return tuple(
+        merge(partial, forms, config, rows=form.rows, columns=slice(first, first + form.outputs)).astype(form.dtype)
+        for form, first in columns
+    )
 
 
-def merge(partial: Float[Array, "J rows columns"], forms: Forms, config: Config) -> Float[Array, "rows columns"]:
-    """The sum of the partial results of each tile, first to last. Those that nobody wrote are memory as it was."""
-    counts, (_, rows, columns) = cut_of(forms, config).counts, partial.shape
-    total = partial[0]
+def merge(
+    partial: Float[Array, "J rows columns"], forms: Forms, config: Config, *, rows: int, columns: slice
+) -> Float[Array, "M O"]:
+    """The sum of the partial results of each tile, first to last, of the first `rows` and some columns.
+
+    Those that nobody wrote are memory as it was.
+    """
+    counts = cut_of(forms, config).counts
+    total = partial[0, :rows, columns]
     for j in range(1, counts.max()):
-        if (there := counts > j).all():
-            total = total + partial[j]
+        part = partial[j, :rows, columns]
+        by_column = np.repeat((counts > j).T, config.block_o * config.cluster, axis=1)[:, columns]
+        if by_column.all():
+            total = total + part
             continue
-        by_column = np.repeat(there.T, config.block_o * config.cluster, axis=1)[:, :columns]
         by_row = jnp.repeat(jnp.asarray(by_column), tokens_of(forms[0], config.cluster), axis=0)[:rows]
-        total = total + jnp.where(by_row, partial[j], 0.0)
+        total = total + jnp.where(by_row, part, 0.0)
     return total
 
 

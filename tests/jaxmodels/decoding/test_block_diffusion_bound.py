@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from jaxmodels import load_pretrained
-from jaxmodels.decoding.block_diffusion import Pattern, ar_nll, exact_nelbo, gathered_nll, nelbo, predict
+from jaxmodels.decoding import block_diffusion
+from jaxmodels.decoding.block_diffusion import Pattern, ar_nll, exact_nelbo, gathered_nll, nelbo
 from jaxmodels.decoding.block_diffusion.bound import require_mask_id, suppressed_ids
 from jaxmodels.qwen import QwenConfig
 from jaxmodels.qwen.model import Hidden
 from pallas_kernels.masks import BlockCausal, BlockDiffusion, Causal, Full, PrefixBidirectional
 
 GOLDEN = Path(__file__).parents[1] / "goldens/qwen3"
+STATIC = ("lm", "pattern", "mask_id", "token_shift", "shift_context")
+predict = jax.jit(block_diffusion.predict, static_argnames=STATIC)
 
 
 @dataclasses.dataclass(frozen=True)

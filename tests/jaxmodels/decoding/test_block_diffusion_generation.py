@@ -463,6 +463,7 @@ def test_tail_of_the_prompt_stays_and_its_end_tokens_do_not_count():
     assert got[0].tokens[:-1].count(EOS) == 0
 
 
+@pytest.mark.slow  # many programs to compile
 def test_holes_are_filled_in_their_surroundings():
     lm, params = model(7)
     prompt = [3, 4, 5, MASK, MASK, 6, 7, 8, MASK, 9, 10]

@@ -146,7 +146,7 @@ def test_what_no_layout_can_hold(params, tmp_path):
         round_params(LM, params, "int4", group_size=48)
 
 
-@pytest.mark.parametrize("name, unrolled", [("int4", True), ("paroquant", False)])
+@pytest.mark.parametrize("name, unrolled", [pytest.param("int4", True, marks=pytest.mark.slow), ("paroquant", False)])
 def test_completions_are_those_of_the_dense_weights(params, name, unrolled):
     quantized = rotated(params) if name == "paroquant" else round_params(LM, params, **FORMATS[name])
     own = LM.unstack(quantized) if unrolled else quantized

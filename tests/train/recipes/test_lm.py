@@ -97,6 +97,7 @@ def test_bad_input_is_one_line(lm, flags, message, capsys):
     assert len(errors) == 1 and message in errors[0]
 
 
+@pytest.mark.slow  # many programs to compile
 def test_trains_with_skipped_tiles(lm, tmp_path, capsys):
     """Forward and backward leave out the same tiles, the share is logged, and another threshold is another run."""
     flags = ["--skip-rows", "4", "--skip-width", "4"]
