@@ -55,6 +55,8 @@ class Moe(nnx.Module):
         logits = linear(x, self.router[...], "RD,ED->RE")
         weights, experts = route(logits, self.config.top_k, normalize=self.config.normalize)
         tiles = Tiles.of(experts, self.config.num_experts)
-        gate, up = expert_linears(tiles.gather(x), (self.gate[...], self.up[...]), tiles.experts)
-        (y,) = expert_linears(gated_silu(gate, up), (self.down[...],), tiles.experts)
+        gate, up = expert_linears(
+            tiles.gather(x), (self.gate[...], self.up[...]), tiles.experts, axes=("experts", "mlp", None)
+        )
+        (y,) = expert_linears(gated_silu(gate, up), (self.down[...],), tiles.experts, axes=("experts", None, "mlp"))
         return tiles.combine(y, weights)
