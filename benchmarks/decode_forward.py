@@ -30,8 +30,8 @@ from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.masks import Full
 from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
 
-# The layers scanned, written out over slices of the stacked arrays, and written out as decoders take them, over arrays of
-# their own (`for_decoding`: quantized weights stay in their stacks).
+# The layers scanned, written out over slices of the stacked arrays, and written out over arrays of their own, as
+# decoders take them (`for_decoding`: quantized weights stay in stacks).
 PATHS = ("scanned", "unrolled", "unstacked")
 STEPS = ("ar", "chunk", "block")
 CHUNK = 8  # steps of one call

@@ -442,7 +442,9 @@ def save_pretrained(
     dense = [row for row in rows if row.path not in quantized]
     tensors = to_tensors(dense, unflatten(leaves), None if dtype is None else stored, _fetch)
     if quantized:
-        hf_config["quantization_config"] = config_block({".".join(path): w for path, w in quantized.items()})
+        hf_config["quantization_config"] = config_block(
+            {".".join(path): weight for path, weight in quantized.items()}, dense
+        )
         tensors |= quantized_tensors([row for row in rows if row.path in quantized], quantized, _fetch)
     if jax.process_index() != 0:
         write_weights(directory, tensors, max_shard_bytes=max_shard_bytes, write=False)

@@ -81,14 +81,15 @@ def make_train_step(
 
     def sums_and_gradients(params, batch, key, frozen):
         def objective(p):
-            # With the mesh in scope the model pins its activations to the rows of the batch; otherwise XLA may split
-            # them like the embedding and exchange activations where it should gather weights.
-            with _mesh_scope(batch_sharding):
-                loss_sum, denominator, metrics = loss_fn(p, batch, key, *frozen)
+            loss_sum, denominator, metrics = loss_fn(p, batch, key, *frozen)
             loss_sum, denominator = jnp.float32(loss_sum), jnp.float32(denominator)
             return loss_sum, (denominator, _pairs(metrics, denominator))
 
-        (loss_sum, (denominator, pairs)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        # With the mesh in scope the model pins its activations to the rows of the batch, and gradients of experts find
+        # their weights gathered; otherwise XLA may split activations like the embedding and exchange them where it
+        # should gather weights.
+        with _mesh_scope(batch_sharding):
+            (loss_sum, (denominator, pairs)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return (loss_sum, denominator, pairs), _cast(grads, jnp.float32)
 
     def place(grads):

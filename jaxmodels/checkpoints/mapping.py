@@ -72,6 +72,11 @@ class Row:
         """First axes of the parameter that the checkpoint stores tensor by tensor: 0, 1 (layers) or 2 (experts)."""
         return self.key.count("{}")
 
+    @property
+    def axes(self) -> list[list[str]]:
+        """The letters of each dimension in the checkpoint, without the stacked axes."""
+        return [group.strip("()").split() for group in re.findall(r"\([^()]*\)|\w+", self.dims)]
+
     def name(self, *index: int) -> str:
         """The tensor at an index of the stacked axes."""
         return self.key.format(*index)
@@ -90,12 +95,11 @@ class Row:
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape in the checkpoint of a parameter of `shape` (without the stacked axes)."""
-        groups = [group.strip("()").split() for group in re.findall(r"\([^()]*\)|\w+", self.dims)]
-        letters = [letter for group in groups for letter in group]
+        letters = [letter for group in self.axes for letter in group]
         if len(set(letters)) != len(letters) or len(letters) != len(shape):
             raise ValueError(f"dims {self.dims!r} of {self.key!r} do not fit a parameter of shape {tuple(shape)}")
         size = dict(zip(letters, shape, strict=True))
-        return tuple(math.prod(size[letter] for letter in group) for group in groups)
+        return tuple(math.prod(size[letter] for letter in group) for group in self.axes)
 
 
 def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

@@ -5,6 +5,7 @@ inputs, O outputs of an expert's weight.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmodels.functional import Axes
 from jaxmodels.layers.linear import linears
+from jaxmodels.sharding import constrain
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.tensor import turn_all
 
@@ -89,6 +92,8 @@ def expert_linears(
     x: Float[Array, "tiles size I"],
     weights: Sequence[Float[Array, "E O I"] | QuantizedTensor],
     experts: Int[Array, " tiles"],
+    *,
+    axes: Axes,
 ) -> tuple[Float[Array, "tiles size O"], ...]:
     """`linears` of each tile with the weights of its expert, one tile after the other.
 
@@ -100,13 +105,15 @@ def expert_linears(
       weights: of all experts, stacked; quantized ones with an axis of experts in every array, or in all but those of a
         rotation (and scales of inputs) that they share.
       experts: of each tile.
+      axes: logical ones of a weight as the loop over tiles finds it. Dense weights that lie in more parts are gathered
+        once before it, and not tile by tile; a backward pass keeps them as they came. Quantized ones stay as they are.
     """
     if any(isinstance(weight, QuantizedTensor) and weight.shares_turn for weight in weights):
         turned = [_turned(x, weight) for weight in weights]
         return tuple(_products(y, (w,), experts, x.dtype)[0] for y, w in zip(turned, weights, strict=True))
     if any(isinstance(weight, QuantizedTensor) for weight in weights):
         return _products(x, tuple(weights), experts, x.dtype)
-    return _dense_products(x, tuple(weights), experts)
+    return _dense_products(axes, x, tuple(weights), experts)
 
 
 def _products(x: Array, weights: tuple, experts: Array, dtype: jnp.dtype) -> tuple[Array, ...]:
@@ -133,18 +140,19 @@ def _own(weight: Array | QuantizedTensor, expert: Array) -> Array | QuantizedTen
     return jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)
 
 
-@jax.custom_vjp
-def _dense_products(x: Array, weights: tuple[Array, ...], experts: Array) -> tuple[Array, ...]:
-    return _products(x, weights, experts, x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense_products(axes: Axes, x: Array, weights: tuple[Array, ...], experts: Array) -> tuple[Array, ...]:
+    return _products(x, tuple(constrain(weight, axes) for weight in weights), experts, x.dtype)
 
 
-def _forward(x: Array, weights: tuple[Array, ...], experts: Array) -> tuple[tuple[Array, ...], tuple]:
-    return _products(x, weights, experts, x.dtype), (x, weights, experts)
+def _forward(axes: Axes, x: Array, weights: tuple[Array, ...], experts: Array) -> tuple[tuple[Array, ...], tuple]:
+    return _dense_products(axes, x, weights, experts), (x, weights, experts)
 
 
-def _backward(residuals: tuple, cotangents: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...], None]:
+def _backward(axes: Axes, residuals: tuple, cotangents: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...], None]:
     """Adds each tile's part of a gradient in its place, in float32; a scan's own transpose would add whole arrays."""
     x, weights, experts = residuals
+    weights = tuple(constrain(weight, axes) for weight in weights)
 
     def one(totals: tuple[Array, ...], inputs: tuple) -> tuple[tuple[Array, ...], Array]:
         rows, expert, d_outs = inputs

@@ -249,8 +249,7 @@ def _stacked(read: Callable[[Linear], Any], linears: Sequence[Linear], stack: tu
 
 def num_inputs(row: Row) -> int:
     """Contracted axes of a parameter: the letters of the last dimension in the checkpoint."""
-    last = row.dims.rsplit("(", 1)[-1] if row.dims.endswith(")") else row.dims.rsplit(" ", 1)[-1]
-    return len(last.strip(")").split())
+    return len(row.axes[-1])
 
 
 def _place(weight: QuantizedTensor, sharding: Sharding | None, name: str) -> QuantizedTensor:

@@ -109,19 +109,22 @@ def _half(array: np.ndarray, name: str) -> np.ndarray:
     return half
 
 
-def config_block(weights: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
-    """The `quantization_config` of a model with these linears; ValueError when they are not all of one kind."""
+def config_block(weights: Mapping[str, QuantizedTensor], dense: Sequence[Row]) -> dict[str, Any]:
+    """The `quantization_config` of a model with these linears; ValueError when they are not all of one kind.
+
+    `dense` are the rows of what stays dense, whose linears it names: readers take all others for quantized.
+    """
     (first, weight), *others = weights.items()
     kind = _kind(weight, first)
     for name, other in others:
         if _kind(other, name) != kind:
             raise ValueError(f"{name} is quantized differently from {first}: {_kind(other, name)} and {kind}")
-    has_experts = any(weight.codes.ndim == 4 for weight in weights.values())
-    routers = ["re:.*mlp.gate$"] if has_experts else []
+    matrices = (row.key.rpartition("{}.")[2] for row in dense if row.stacked and len(row.axes) == 2)
+    modules = [name.removesuffix(".weight") for name in matrices]
     if kind["layout"] == "awq":
         return {
             "quant_method": "awq", "bits": 4, "group_size": kind["group_size"], "zero_point": True, "version": "gemm",
-            "modules_to_not_convert": ["mlp.gate"] if has_experts else None,  # the router; readers look for the string
+            "modules_to_not_convert": modules or None,  # readers look for the string
         }  # fmt: skip
     if kind["layout"] == "paroquant":
         return {"quant_method": "paroquant", "bits": 4, "group_size": kind["group_size"], "krot": kind["steps"]}
@@ -132,10 +135,12 @@ def config_block(weights: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
     options = {"num_bits": bits, "type": number, "symmetric": True}
     own = {"strategy": "tensor_group", "group_size": 16} if bits == 4 else {"strategy": "channel"}
     inputs = None if weight.activations is None else options | {"strategy": "token", "dynamic": True}
+    heads = [] if "head" in weights else ["lm_head"]  # also of a tied head, which has no tensor
     group = {"targets": ["Linear"], "weights": options | own | {"dynamic": False}, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors", "format": name, "quantization_status": "compressed",
-        "config_groups": {"group_0": group | {"output_activations": None}}, "ignore": ["lm_head", *routers],
+        "config_groups": {"group_0": group | {"output_activations": None}},
+        "ignore": [*heads, *(f"re:.*{module}$" for module in modules)],
         "kv_cache_scheme": None,
     }  # fmt: skip
 

@@ -12,6 +12,11 @@ from jaxmodels.qwen.config import QwenConfig
 from jaxmodels.sharding import constrain, row_parts
 from pallas_kernels.rotation import Rows, made
 
+MAX_ROWS = 65_536
+"""Rows that are routed and multiplied at a time: in their tiles they take several times the memory of activations.
+
+An expert then gets so many of them that the next ones have to read its weight again anyway."""
+
 
 class Moe(nnx.Module):
     """SwiGLU experts, of which a router picks some for every token (transformers, `Qwen3MoeSparseMoeBlock`).
@@ -38,9 +43,20 @@ class Moe(nnx.Module):
         return jax.vmap(self._mixture)(split).reshape(tokens.shape)
 
     def _mixture(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        """Rows in equal pieces of at most MAX_ROWS, rows of 0 at the end of the last one."""
+        rows, pieces = len(x), -(-len(x) // MAX_ROWS)
+        if pieces <= 1:
+            return self._piece(x)
+        size = -(-rows // pieces)
+        x = jnp.pad(x, ((0, pieces * size - rows), (0, 0))).reshape(pieces, size, -1)
+        return jax.lax.map(self._piece, x).reshape(pieces * size, -1)[:rows]
+
+    def _piece(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
         logits = linear(x, self.router[...], "RD,ED->RE")
         weights, experts = route(logits, self.config.top_k, normalize=self.config.normalize)
         tiles = Tiles.of(experts, self.config.num_experts)
-        gate, up = expert_linears(tiles.gather(x), (self.gate[...], self.up[...]), tiles.experts)
-        (y,) = expert_linears(gated_silu(gate, up), (self.down[...],), tiles.experts)
+        gate, up = expert_linears(
+            tiles.gather(x), (self.gate[...], self.up[...]), tiles.experts, axes=("experts", "mlp", None)
+        )
+        (y,) = expert_linears(gated_silu(gate, up), (self.down[...],), tiles.experts, axes=("experts", None, "mlp"))
         return tiles.combine(y, weights)

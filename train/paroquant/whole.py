@@ -156,9 +156,10 @@ def quantize_model(
         same = layer if len(set(lm.config.layer_attention)) > 1 else 0
         out = inputs["states"] if in_place else np.empty_like(inputs["states"])
         own = jax.device_put(own, everywhere)
-        for i in range(0, len(out), config.batch_size):
-            batch = place({name: x[i : i + config.batch_size] for name, x in inputs.items()})
-            out[i : i + config.batch_size] = _forward(own, batch, lm=lm, layer=same, dtype=dtype)
+        with jax.set_mesh(mesh):  # in whose scope each device sorts the rows that it has by expert, and no others
+            for i in range(0, len(out), config.batch_size):
+                batch = place({name: x[i : i + config.batch_size] for name, x in inputs.items()})
+                out[i : i + config.batch_size] = _forward(own, batch, lm=lm, layer=same, dtype=dtype)
         return out
 
     original = {name: _embedded(params, rows) for name, rows in (("samples", samples), ("validation", validation))}
@@ -175,20 +176,21 @@ def quantize_model(
             report(f"block {layer + 1}/{lm.config.layers}  from {file}")
         else:
             rest = {path: leaf for path, leaf in own.items() if path not in quantized_paths}
-            result = optimize_block(
-                run_of_block(lm, layer, dtype),
-                {name: jax.device_put(matrix, everywhere) for name, matrix in matrices.items()},
-                (quantized["samples"], targets["samples"]),
-                (quantized["validation"], targets["validation"]),
-                config,
-                layer=layer,
-                seeds={name: joined.seed for name, joined in names.items()},
-                rest=jax.device_put(unflatten(rest), everywhere),
-                place=place,
-                report=lambda stage, epoch, loss, layer=layer: report(
-                    f"block {layer + 1}/{lm.config.layers}  {stage} {epoch}  validation loss {loss:.3e}"
-                ),
-            )
+            with jax.set_mesh(mesh):
+                result = optimize_block(
+                    run_of_block(lm, layer, dtype),
+                    {name: jax.device_put(matrix, everywhere) for name, matrix in matrices.items()},
+                    (quantized["samples"], targets["samples"]),
+                    (quantized["validation"], targets["validation"]),
+                    config,
+                    layer=layer,
+                    seeds={name: joined.seed for name, joined in names.items()},
+                    rest=jax.device_put(unflatten(rest), everywhere),
+                    place=place,
+                    report=lambda stage, epoch, loss, layer=layer: report(
+                        f"block {layer + 1}/{lm.config.layers}  {stage} {epoch}  validation loss {loss:.3e}"
+                    ),
+                )
             linears, block = jax.device_get(result.linears), None
             losses = result.losses
         done: dict[ParamPath, Any] = dict(own)

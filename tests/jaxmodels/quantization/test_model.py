@@ -21,7 +21,9 @@ from jaxmodels.decoding.autoregressive import Prompt, init_state, make_prefill, 
 from jaxmodels.decoding.complete import complete_autoregressive, complete_blocks
 from jaxmodels.decoding.sampling import Sampling, SamplingOptions
 from jaxmodels.quantization import round_head, round_params
+from jaxmodels.quantization.save import config_block
 from jaxmodels.qwen import QwenConfig, build
+from jaxmodels.qwen.load import Layout, table
 from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, dequantize
 
 CONFIG = QwenConfig.tiny(layers=2, dim=64, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)
@@ -144,6 +146,26 @@ def test_what_no_layout_can_hold(params, tmp_path):
         round_params(LM, unflatten(quantized), "int8")
     with pytest.raises(ValueError, match=r"layers.attention.q.*divide the 64 inputs; got 48"):
         round_params(LM, params, "int4", group_size=48)
+
+
+def test_what_stays_dense_is_named_for_other_readers(params):
+    """compressed-tensors and AWQ take every linear for quantized that the configuration does not name."""
+    shapes = lambda *args, **options: flatten(jax.eval_shape(lambda p: round_params(LM, p, *args, **options), params))  # noqa: E731
+    quantized = shapes("int8") | {("head",): jax.eval_shape(lambda p: round_head(LM, p, "int8")[1]["head"], params)}
+    rows = table(LM.config, Layout())
+    for dense, ignored in (
+        ((), []),
+        (("head",), ["lm_head"]),
+        (("down", "head"), ["lm_head", "re:.*mlp.down_proj$"]),
+        (("q", "o"), ["re:.*self_attn.q_proj$", "re:.*self_attn.o_proj$"]),
+    ):
+        is_quantized = lambda row: isinstance(quantized[row.path], QuantizedTensor) and row.path[-1] not in dense  # noqa: B023, E731
+        own = {".".join(row.path): quantized[row.path] for row in rows if is_quantized(row)}
+        assert config_block(own, [row for row in rows if not is_quantized(row)])["ignore"] == ignored
+    awq = {"layers.mlp.up": shapes("int4", group_size=32)["layers", "mlp", "up"]}
+    attention = [row for row in rows if row.path[:2] == ("layers", "attention")]
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    assert config_block(awq, attention)["modules_to_not_convert"] == names
 
 
 @pytest.mark.parametrize("name, unrolled", [pytest.param("int4", True, marks=pytest.mark.slow), ("paroquant", False)])

@@ -13,6 +13,7 @@ import pytest
 import train.__main__ as cli
 from jaxmodels import load_pretrained
 from jaxmodels.checkpoints.safetensors import SafetensorsFile
+from jaxmodels.qwen.model import CausalLM
 from pallas_kernels.quantized_matmul import QuantizedTensor
 
 
@@ -34,8 +35,16 @@ def flags(start):
 
 def test_quantizes_reports_and_continues(start, flags, tmp_path, monkeypatch, capsys, compiled_programs):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    scopes, block = [], CausalLM.block
+
+    def traced(self, *args, **options):
+        scopes.append(jax.sharding.get_abstract_mesh().axis_names)
+        return block(self, *args, **options)
+
+    monkeypatch.setattr(CausalLM, "block", traced)
     out = tmp_path / "out"
     assert cli.main(["paroquant", *flags, "--out", str(out)]) == 0
+    assert scopes and set(scopes) == {("data", "fsdp", "tensor")}  # each device sorts its own rows by expert
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1] == str(out)
     assert "block 2/2  rounding 1" in captured.err and "MB ->" in captured.err
