@@ -6,7 +6,8 @@ One forward reads every weight and the live cache once, so its floor is those by
 autoregressive step is forward + append + argmax; a denoising step is a forward over `block` tokens that only reads the
 cache, plus the argmax and the log-sum-exp of every position; one jitted call each, cache donated. A "chunk" is several
 autoregressive steps in one call, as the text engine decodes, and its times are those of one of its steps: the host's
-part of a call is then shared by all. The profile lists every device operation above 2 %. `--attention`
+part of a call is then shared by all. "queued" is the time per forward of 20 calls that nothing waits for but the last,
+as that engine runs ahead of what it reads: the host's part is then hidden behind the device's. The profile lists every device operation above 2 %. `--attention`
 forces an implementation of the attention to the cache; without it the automatic choice runs. `--weights` takes the
 linears of all blocks in several formats in turn: int4 in groups of 128 with zeros, and the same behind ParoQuant's
 scales and rotations ("paroquant"); embedding and head stay bfloat16.
@@ -15,7 +16,9 @@ scales and rotations ("paroquant"); embedding and head stay bfloat16.
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,18 +143,29 @@ def measure(
     for name, call, forwards in (calls[step] for step in steps):
         row = {"step": name, "layers": path, "batch": batch, "length": length, "floor_ms": floor_ms}
         row |= {key: value / forwards if key.endswith("_ms") else value for key, value in report.timed(call).items()}
+        row["queued_ms"] = queued_ms(call) / forwards
         row["percent_of_floor_bandwidth"] = 100 * floor_ms / row["median_ms"]
         if profile:
             row["profile"] = _of_one(report.device_profile(call), forwards)
         device = f"  device {row['profile']['device_ms']:.3f} ms" if profile else ""
         print(
             f"batch {batch} length {length:6d} {name:10s} {path:8s} {row['median_ms']:8.3f} ms "
-            f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  floor {floor_ms:.3f} ms{device}",
+            f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  queued {row['queued_ms']:.3f} ms  floor {floor_ms:.3f} ms{device}",
             flush=True,
         )
         for operation in row.get("profile", {}).get("operations", []):
             print(f"    {100 * operation['share']:5.1f} %  {operation['ms']:8.4f} ms  {operation['name'][:100]}")
         yield row
+
+
+def queued_ms(call: Callable[[], Any], *, calls: int = 20) -> float:
+    """Milliseconds per call of several that follow each other without waiting for results, as engines run ahead."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    for _ in range(calls - 1):
+        call()
+    jax.block_until_ready(call())
+    return 1e3 * (time.perf_counter() - start) / calls
 
 
 def _of_one(profile: dict, forwards: int) -> dict:

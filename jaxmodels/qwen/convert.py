@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxmodels.functional import Params
 from jaxmodels.qwen.config import MobaConfig, QwenConfig
+from jaxmodels.qwen.model import is_stacked
 
 
 def route_layers(
@@ -36,7 +37,7 @@ def route_layers(
     routed = dataclasses.replace(config, layer_attention=tuple(attention))
     if key_conv is None or config.key_conv_taps is not None:
         return routed, params
-    if not isinstance(params["layers"], dict):
+    if not is_stacked(params["layers"]):
         raise ValueError("params must be stacked; got those of unstack()")
     shape = (config.layers, key_conv, config.kv_heads, config.head_dim)
     taps = {"k_conv": jnp.zeros(shape, params["final_norm"].dtype)}

@@ -356,25 +356,13 @@ class CausalLM:
         return axes
 
     def unstack(self, params: Params) -> Params:
-        """The same parameters with one dict per layer instead of stacked arrays, for unrolled decoding.
+        """The same parameters with a tuple of arrays, one per layer, in the place of each stack, for unrolled decoding.
 
         On a CPU the per-layer arrays are views: nothing is copied, and a compiled step reads weights in
         place, where slices inside the step would be copied (XLA's CPU backend materialises them). Elsewhere
         they are slices. Call it once, outside of jit; training and checkpoints keep the stacked form.
         """
-
-        def views(stacked: Array) -> list[Array]:
-            if isinstance(stacked, jax.core.Tracer):
-                raise ValueError("unstack() makes views of concrete arrays; call it outside of jit")
-            devices = stacked.devices()
-            if len(devices) == 1 and next(iter(devices)).platform == "cpu":
-                host = np.asarray(stacked)
-                return [jax.device_put(host[i], next(iter(devices))) for i in range(len(host))]
-            return [stacked[i] for i in range(stacked.shape[0])]
-
-        leaves, treedef = jax.tree.flatten(params["layers"])
-        per_layer = zip(*(views(leaf) for leaf in leaves), strict=True)
-        return params | {"layers": tuple(jax.tree.unflatten(treedef, layer) for layer in per_layer)}
+        return params | {"layers": jax.tree.map(_by_layer, params["layers"], is_leaf=_is_quantized)}
 
     def for_decoding(self, params: Params) -> Params:
         """The parameters in the form that decoding loops read fastest; call it once, outside of jit.
@@ -384,7 +372,7 @@ class CausalLM:
         arrays of layers are copies; where memory has no room for these, parameters stay as they are, with a warning.
         """
         layers = params["layers"]
-        if not isinstance(layers, dict):
+        if not is_stacked(layers):
             return params
         device = jax.tree.leaves(layers)[0].devices().pop()
         if device.platform == "cpu":
@@ -395,9 +383,13 @@ class CausalLM:
         if needed > memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0):
             log.warning("no room for %.1f GB of weights by layer: decoding copies them in each step", needed / 1e9)
             return params
+
         # Also vectors of norms are worth it beside quantized weights: a kernel whose argument is a slice becomes a
         # "dynamic slice fusion", which XLA leaves out of CUDA graphs.
-        return params | {"layers": tuple(_layer(layers, layer) for layer in range(self.config.layers))}
+        def one(leaf: Array | QuantizedTensor) -> Any:
+            return leaf if _is_quantized(leaf) else _by_layer(leaf)
+
+        return params | {"layers": jax.tree.map(one, layers, is_leaf=_is_quantized)}
 
     def apply(
         self,
@@ -509,7 +501,7 @@ class CausalLM:
             mask = Causal() if own_mask is None else own_mask
             if positions is None:
                 positions = cache.next_positions(time)
-            if unroll is None and isinstance(params["layers"], dict):
+            if unroll is None and is_stacked(params["layers"]):
                 unroll = jax.default_backend() == "gpu"
         if positions.shape != tokens.shape:
             raise ValueError(f"positions must have the shape of tokens {tokens.shape}; got {positions.shape}")
@@ -533,7 +525,7 @@ class CausalLM:
 
     def _layers(
         self,
-        layers: Params | tuple[Params, ...],
+        layers: Params,
         x: Float[Array, "B T D"],
         attend: Attend,
         *,
@@ -548,14 +540,14 @@ class CausalLM:
             x, kv, about = block.module(params)(x, attend, layer=layer, attention=attention)
             return x, (kv if keep_kv else None, x if keep_states else None, about)
 
-        scanned = isinstance(layers, dict) and not unroll
+        scanned = is_stacked(layers) and not unroll
         policy = REMAT_POLICIES[remat or "none"]
         if policy is not None:
             # Inside a scan common subexpressions cannot defeat the recomputation; unrolled they could.
             run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not scanned, static_argnums=(3,))
 
         outputs = []
-        if isinstance(layers, dict) and not unroll:
+        if scanned:
             for run in layer_runs(self.config.layer_attention):
                 x, output = _scan(run, run_block, layers, x, slice_first=attend.cache is None)
                 outputs.append(output)
@@ -563,25 +555,52 @@ class CausalLM:
         if unroll is False:
             raise ValueError("unroll=False scans stacked layers; got parameters from unstack()")
         for layer, attention in enumerate(self.config.layer_attention):
-            params = _layer(layers, layer) if isinstance(layers, dict) else layers[layer]
-            x, output = run_block(params, x, layer, attention)
+            x, output = run_block(_layer(layers, layer), x, layer, attention)
             outputs.append(output)
         return x, *jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
 def _layer(layers: Params, index: int | Array) -> Params:
-    """One layer of stacked parameters. Quantized weights stay in their stack, which their kernels read in place."""
+    """One layer of all. Quantized weights stay in their stack, which their kernels read in place."""
 
-    def one(leaf: Array | QuantizedTensor) -> Array | QuantizedTensor:
+    def one(leaf: Array | QuantizedTensor | tuple) -> Array | QuantizedTensor:
+        if isinstance(leaf, tuple):
+            return leaf[index]
         if isinstance(leaf, QuantizedTensor):
             return leaf.of_layer(index)
         return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
 
-    return jax.tree.map(one, layers, is_leaf=_is_quantized)
+    return jax.tree.map(one, layers, is_leaf=_is_weight)
+
+
+def _by_layer(stack: Array | QuantizedTensor) -> tuple:
+    """The layers of a stack, each with arrays of its own: views on a CPU, copies elsewhere."""
+
+    def views(stacked: Array) -> list[Array]:
+        if isinstance(stacked, jax.core.Tracer):
+            raise ValueError("unstack() makes views of concrete arrays; call it outside of jit")
+        devices = stacked.devices()
+        if len(devices) == 1 and next(iter(devices)).platform == "cpu":
+            host = np.asarray(stacked)
+            return [jax.device_put(host[i], next(iter(devices))) for i in range(len(host))]
+        return [stacked[i] for i in range(stacked.shape[0])]
+
+    leaves, treedef = jax.tree.flatten(stack)
+    return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*map(views, leaves), strict=True))
 
 
 def _is_quantized(node: Any) -> bool:
     return isinstance(node, QuantizedTensor)
+
+
+def _is_weight(node: Any) -> bool:
+    """Whether a node of the blocks' parameters is all layers of one weight, in a stack or by layer."""
+    return isinstance(node, tuple | QuantizedTensor)
+
+
+def is_stacked(layers: Params) -> bool:
+    """Whether the blocks' parameters are all stacks, as training and checkpoints keep them."""
+    return not any(isinstance(leaf, tuple) for leaf in jax.tree.leaves(layers, is_leaf=_is_weight))
 
 
 def _scan(
