@@ -42,6 +42,8 @@ from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 COLD_BYTES = 300 * 10**6  # of codes
 LIMIT = 1e-5  # relative error in the L2 norm of float32 results
 BFLOAT16_LIMIT = 2e-3
+# Of float32 results with a rounded weight: up to 1 rounding in 512 goes the other way, by an RMS of 0.7 * 2^-7.
+ROUNDED_LIMIT = 2.5e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,7 +203,7 @@ def decoded(codes: jax.Array, format: str) -> np.ndarray:
 
 
 def expected(shape: Shape, arguments: dict[str, Any], layer: int) -> np.ndarray:
-    """By the definition, in NumPy and float64."""
+    """By the definition, in NumPy and float64; of the weight rounded to bfloat16 where the kernel rounds it."""
     codes = decoded(arguments["codes"][layer], shape.codes).reshape(shape.outputs, shape.groups, -1)
     if shape.zeros:
         codes -= np.asarray(arguments["zeros"][layer]).T[:, :, None]
@@ -210,6 +212,8 @@ def expected(shape: Shape, arguments: dict[str, Any], layer: int) -> np.ndarray:
     if arguments["global_scale"] is not None:
         scales = scales * float(arguments["global_scale"][layer])
     codes *= scales.T[:, :, None]
+    if mosaic_sm90.rounds_weight(shape.form()):
+        codes = codes.astype(ml_dtypes.bfloat16).astype(np.float64)
     return np.asarray(arguments["x"].astype(jnp.float32), np.float64) @ codes.reshape(shape.outputs, -1).T
 
 
@@ -222,7 +226,8 @@ def check_shape(shape: Shape, arguments: dict[str, Any]) -> dict[str, Any]:
     row["bitwise_repeatable"] = all(bool((again == out).all()) for again in repeats)
     right = expected(shape, arguments, layer)
     row["error"] = float(np.linalg.norm(np.asarray(out.astype(jnp.float32)) - right) / np.linalg.norm(right))
-    row["limit"] = LIMIT if shape.dtype == "float32" else BFLOAT16_LIMIT
+    limit = ROUNDED_LIMIT if mosaic_sm90.rounds_weight(shape.form()) else LIMIT
+    row["limit"] = limit if shape.dtype == "float32" else BFLOAT16_LIMIT
     # A NaN is not below the limit.
     row["passes"] = row["bitwise_repeatable"] and row["error"] < row["limit"]
     return row
@@ -329,6 +334,19 @@ def check_shapes() -> Iterator[Shape]:
         for rows in (8, 64, 300):
             yield Shape(rows=rows, outputs=1024, group_size=group_size, zeros=zeros, scales=scales, dtype=dtype)
     yield from check_formats()
+    yield from check_prefills()
+
+
+def check_prefills() -> Iterator[Shape]:
+    """Rows from where the prefill kernel begins, most of them odd, with every format and group size."""
+    for rows, outputs in ((65, 16384), (129, 8192), (130, 8192), (300, 8192), (513, 1024), (1030, 1024), (2100, 1024)):
+        for group_size, zeros in itertools.product((32, 64, 128, 256, -1), (True, False)):
+            yield Shape(rows=rows, outputs=outputs, inputs=512, group_size=group_size, zeros=zeros)
+        for name, (*_, activations) in FORMATS.items():
+            if activations is None:
+                yield of_format(name, rows=rows, outputs=outputs, inputs=512)
+        for group_size in (32, 64):
+            yield of_format("int8", rows=rows, outputs=outputs, inputs=512, group_size=group_size, dtype="bfloat16")
 
 
 def checks() -> Iterator[tuple[dict[str, str], Callable[[], dict[str, Any]]]]:
@@ -458,7 +476,7 @@ def measure(shape: Shape, bandwidth: float, *, peers: bool, sweep: bool) -> dict
         try:
             given = {"x": arguments["x"], "dense": dense_layers(shape)} if name == "dense" else arguments
             call = functools.partial(over_layers(shape, implementation), given)
-            row: dict[str, Any] = dict(report.timed(call, repeats=10, warm_up=2))
+            row: dict[str, Any] = dict(report.timed(call, repeats=20, warm_up=2))
             profile = report.device_profile(call, calls=3)
         except Exception as error:  # a peer that cannot run a shape is a row of the table, not the end of it
             failures[name] = f"{type(error).__name__}: {str(error)[:300]}"

@@ -21,8 +21,16 @@ import pytest
 from benchmarks import quantized_matmul as benchmark
 from pallas_kernels import compat, dispatch
 from pallas_kernels.quantized_matmul import api, mosaic_sm90, quantized_matmul, quantized_matmuls
-from pallas_kernels.quantized_matmul.mosaic_sm90 import Config, PrefillConfig
-from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES, Integers, int4_bias, nvfp4_scales
+from pallas_kernels.quantized_matmul.mosaic_sm90 import Config, Operands, PrefillConfig
+from pallas_kernels.quantized_matmul.mosaic_sm90.codes import (
+    CODES,
+    Integers,
+    int4_bias,
+    nvfp4_scales,
+    scaled,
+    split_scale,
+)
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import form_of
 from pallas_kernels.quantized_matmul.rounding import round_weight
 
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
@@ -87,6 +95,24 @@ def test_every_nvfp4_code_times_every_scale_is_exact():
     for side, expected in zip(both, (values, values[::-1]), strict=True):
         found = unpacked("nvfp4", codes, jnp.tile(side, 16)) * CODES["nvfp4"].factor
         np.testing.assert_array_equal(found, E2M1[codes] * np.tile(expected, 16)[:, None])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_code_times_a_scale_is_rounded_as_their_product_is(dtype):
+    """The nearest bfloat16 number, but for 1 in 512, which lies so near to the middle that the next one is taken."""
+    scales = np.random.default_rng(0).lognormal(-4, 2, (1, 4000)).astype(jnp.dtype(dtype)).astype(np.float32)
+    differences = np.arange(-23, 24)[:, None]  # of int4 codes and zeros
+    bits = (
+        (differences * np.array([1, -1]).reshape(2, 1, 1)).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
+    )
+    split = split_scale(Integers(), jnp.asarray(scales.view(np.uint32)), jnp.dtype(dtype))
+    found = numbers(scaled(Integers(), jnp.asarray(bits[0] | bits[1] << 16), *split))
+    exact = differences * np.stack([scales, -scales]).astype(np.float64)
+    nearest = exact.astype(ml_dtypes.bfloat16).astype(np.float64)
+    wrong = found != nearest
+    assert wrong.mean() <= (0 if split[1] is None else 1 / 512)
+    half_unit = 2.0 ** (np.frexp(exact)[1] - 9)  # of the last of 8 bits
+    assert (np.abs(found - exact)[wrong] < (1 + 2**-7) * half_unit[wrong]).all()
 
 
 @pytest.mark.parametrize("selector", [0xA280, 0xB391, 0xC480, 0x1010, 0x3232])
@@ -162,17 +188,26 @@ class Call:
         if self.zeros:
             values = values - parts["zeros"].T[:, group]
         overall = 1.0 if parts["global_scale"] is None else float(parts["global_scale"])
-        return values * parts["scales"].astype(np.float64).T[:, group] * overall
+        values = values * parts["scales"].astype(np.float64).T[:, group]
+        if self.is_rounded:
+            values = values.astype(ml_dtypes.bfloat16).astype(np.float64)
+        return values * overall
+
+    @property
+    def is_rounded(self):
+        form = form_of(Operands(self.x(), **self.parts(), layer=1), self.format)
+        return mosaic_sm90.rounds_weight(form, self.config)
 
     def check(self, out):
         expected = np.asarray(self.x(), np.float64) @ self.weight().T
         assert out.shape == expected.shape and out.dtype == self.dtype
         error = np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected)
-        assert error < (1e-6 if self.dtype == "float32" else 2**-9)
+        turned = self.is_rounded and self.scales != "bfloat16"  # 1 rounding in 512
+        assert error < (2**-9 if self.dtype == "bfloat16" else 2**-8 * 512**-0.5 if turned else 1e-6)
 
 
 SPLIT = Config(warpgroups=2, stages=2, num_sms=3)
-SMALL = PrefillConfig(block_m=64, stages=2, cluster=1)
+SMALL = PrefillConfig(block_m=64, stages=2, code_stages=2, cluster=1, num_sms=2)
 
 # The first ones run by default: outputs and inputs that are no whole tiles, rings that wrap, tiles split unevenly.
 CALLS = {
@@ -195,6 +230,8 @@ CALLS = {
         "int8", 70, 384, 208, dtype="bfloat16", config=PrefillConfig(block_m=64, stages=2)
     ),
     "fp8 in groups of 128, prefill": Call("fp8", 130, 256, 80, 128, scales="bfloat16", config=PrefillConfig(stages=3)),
+    "int8 in groups of 32, prefill": Call("int8", 65, 160, 80, 32, config=SMALL),
+    "int8 in groups of 64, prefill": Call("int8", 65, 192, 80, 64, scales="float16", overall=True, config=SMALL),
     "int4 and a scale of all": Call("int4", 3, 384, 80, 128, "float16", zeros=True, overall=True, config=SPLIT),
     "int4 per output": Call("int4", 3, 416, 80, scales="bfloat16", zeros=True, overall=True, config=SPLIT),
 }

@@ -1,9 +1,10 @@
 """Hopper kernels of products with weights of four or eight bits: `decode.py` for few tokens, `prefill.py` for many.
 
 Both put codes, int4 less their zeros and nvfp4 times the scales of their blocks, into bfloat16 without rounding,
-multiply on the tensor core, and scale float32 sums: those of each group, or all with the one scale of an output. So
-nothing is rounded but the result, when it is asked for in fewer bits. `parts.py` is what they share, `codes.py` what
-differs between formats.
+multiply on the tensor core, and scale float32 sums with the one scale of an output. Scales of groups meet the sums of
+each group in `decode.py`, so that nothing is rounded but the result, when it is asked for in fewer bits; in
+`prefill.py` they meet the codes, and the weight is rounded to bfloat16 as XLA's is. `parts.py` is what the kernels
+share, `codes.py` what differs between formats.
 
 The stack of layers is read where it lies: the layer index is a number in global memory.
 """
@@ -22,7 +23,7 @@ from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, fitted, form_of, input_order
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, form_of, input_order
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "compile_cases",
     "heuristic_config",
     "order_of",
+    "rounds_weight",
     "run",
     "run_together",
     "unit_of_inputs",
@@ -51,11 +53,18 @@ MAX_ROWS_TOGETHER = 64  # of products in one launch; with more, each fills the m
 
 def heuristic_config(form: Form) -> Config | PrefillConfig:
     """The prefill kernel where its tiles fill the machine, or partial results of so many tokens would cost more."""
-    config = PrefillConfig(stages=4)
-    tiles = -(-form.rows // config.block_m) * -(-form.outputs // prefill.BLOCK_O)
+    tiles = -(-form.rows // 128) * -(-form.outputs // prefill.BLOCK_O)
     if form.rows > 512 or (form.rows > 64 and tiles >= 128):
-        return fitted(config, form)
+        return prefill.heuristic_config(form)
     return decode.heuristic_config((form,))
+
+
+def rounds_weight(form: Form, config: Config | PrefillConfig | None = None) -> bool:
+    """Whether the weight is rounded to bfloat16 before it is multiplied with: where its groups' scales meet codes.
+
+    `config` as in `run`.
+    """
+    return form.scales_groups and isinstance(config or heuristic_config(form), PrefillConfig)
 
 
 def unsupported(
@@ -224,8 +233,8 @@ def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
             if warpgroups == 2 or tokens <= 64:
                 made.append(Config(warpgroups=warpgroups, block_k=block_k, cluster=cluster, stages=stages))
     if form.rows > 64:
-        for block_m, cluster, stages in itertools.product((128, 64), (1, 2, 4), (4, 3)):
-            made.append(PrefillConfig(block_m=block_m, cluster=cluster, stages=stages))
+        for block_m, cluster, stages in itertools.product((256, 192, 128), (1, 2, 4), (4, 3)):
+            made.append(PrefillConfig(block_m=block_m, cluster=cluster, stages=stages, code_stages=2))
     return (config for config in made if config.smem_bytes(form) <= compat.SHARED_MEMORY_BYTES)
 
 

@@ -32,7 +32,7 @@ WORD = 32  # bits
 
 @runtime_checkable
 class Machine(Protocol):
-    """32-bit registers, and two bfloat16 numbers in one; a constant is an `int`."""
+    """32-bit registers with integers, a float32 number or two bfloat16 numbers; a constant is an `int`."""
 
     def masked(self, a: Any, mask: int) -> Any: ...
     def masked_or(self, a: Any, mask: int, c: int) -> Any: ...
@@ -45,6 +45,9 @@ class Machine(Protocol):
     def bytes_of(self, a: Any, b: Any, selector: int) -> Any: ...
     def subtract_pairs(self, a: Any, b: Any) -> Any: ...
     def multiply_pairs(self, a: Any, b: Any) -> Any: ...
+    def multiply_add_pairs(self, a: Any, b: Any, c: Any) -> Any: ...
+    def subtract(self, a: Any, b: Any) -> Any: ...
+    def rounded_pair(self, a: Any) -> Any: ...
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -98,6 +101,21 @@ def nvfp4_scales(on: Machine, scales: Sequence[Any]) -> list[Any]:
     both = _e4m3(on, on.bytes_of(scales[0], scales[1], 0xC480))
     both = on.multiply_pairs(both, _power(117))
     return [on.bytes_of(both, both, selector) for selector in (0x1010, 0x3232)]
+
+
+def split_scale(on: Machine, scale: Any, dtype: Any) -> tuple[Any, Any]:
+    """A float32 scale as a sum of bfloat16 numbers, each in both halves; one of bfloat16 has no second, None."""
+    high = on.rounded_pair(scale)
+    if dtype == jnp.bfloat16:
+        return high, None
+    return high, on.rounded_pair(on.subtract(scale, on.left(high, 16)))
+
+
+def scaled(on: Machine, pair: Any, high: Any, low: Any) -> Any:
+    """`pair * (high + low)`, rounded; the small product is rounded first, which the result hardly ever shows."""
+    if low is None:
+        return on.multiply_pairs(pair, high)
+    return on.multiply_add_pairs(pair, high, on.multiply_pairs(pair, low))
 
 
 def _power(exponent: int) -> int:
@@ -197,6 +215,20 @@ class Instructions:
     def multiply_pairs(self, a: Any, b: Any) -> ir.Value:
         return self._asm("mul.rn.bf16x2 $0, $1, $2;", a, b)
 
+    def multiply_add_pairs(self, a: Any, b: Any, c: Any) -> ir.Value:
+        return self._asm("fma.rn.bf16x2 $0, $1, $2, $3;", a, b, c)
+
+    def subtract(self, a: Any, b: Any) -> ir.Value:
+        f32 = ir.F32Type.get()
+        difference = arith.subf(arith.bitcast(f32, _value(a)), arith.bitcast(f32, _value(b)))
+        return arith.bitcast(ir.IntegerType.get_signless(32), difference)
+
+    def rounded_pair(self, a: Any) -> ir.Value:
+        number = arith.bitcast(ir.F32Type.get(), _value(a))
+        return llvm.inline_asm(
+            ir.IntegerType.get_signless(32), [number, number], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"
+        )
+
     def _logic(self, table: int, a: Any, b: Any, c: Any) -> ir.Value:
         return self._asm(f"lop3.b32 $0, $1, $2, $3, {table};", a, b, c)
 
@@ -216,7 +248,8 @@ def _value(x: Any) -> ir.Value:
 class Integers:
     """The same on arrays of uint32; as the instructions are defined, but for results that are subnormal or no number.
 
-    Numbers are taken apart by hand, since a CPU may take subnormal operands for 0.
+    Numbers are taken apart by hand, since a CPU may take subnormal operands for 0; but not those of
+    `multiply_add_pairs`, which must be normal. Its sum is rounded to float32 first.
     """
 
     def masked(self, a: Any, mask: int) -> Any:
@@ -263,14 +296,26 @@ class Integers:
 
         return self._by_halves(product, a, b)
 
-    def _by_halves(self, operation: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
-        a, b = jnp.asarray(a, jnp.uint32), jnp.asarray(b, jnp.uint32)
+    def multiply_add_pairs(self, a: Any, b: Any, c: Any) -> Any:
+        def sum_(x, y, z):
+            x, y, z = (jax.lax.bitcast_convert_type(bits << 16, jnp.float32) for bits in (x, y, z))
+            return x * y + z
 
-        def half(shift):
-            result = operation(a >> shift & 0xFFFF, b >> shift & 0xFFFF).astype(jnp.bfloat16)
-            return jax.lax.bitcast_convert_type(result, jnp.uint16).astype(jnp.uint32) << shift
+        return self._by_halves(sum_, a, b, c)
 
-        return half(0) | half(16)
+    def subtract(self, a: Any, b: Any) -> Any:
+        a, b = (jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.uint32), jnp.float32) for x in (a, b))
+        return jax.lax.bitcast_convert_type(a - b, jnp.uint32)
+
+    def rounded_pair(self, a: Any) -> Any:
+        """By hand, to the nearest, of two the even: XLA would leave a rounding out whose result it widens again."""
+        return (a + 0x7FFF + (a >> 16 & 1) >> 16) * jnp.uint32(0x00010001)
+
+    def _by_halves(self, operation: Callable[..., Any], *pairs: Any) -> Any:
+        pairs = jnp.broadcast_arrays(*(jnp.asarray(pair, jnp.uint32) for pair in pairs))
+        result = operation(*(jnp.stack([pair & 0xFFFF, pair >> 16]) for pair in pairs)).astype(jnp.bfloat16)
+        low, high = jax.lax.bitcast_convert_type(result, jnp.uint16).astype(jnp.uint32)
+        return low | high << 16
 
 
 def _parts(bits: Any) -> tuple[Any, Any, Any]:

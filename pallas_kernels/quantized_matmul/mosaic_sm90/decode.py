@@ -238,7 +238,8 @@ def multiply(
 
                     def finish(acc, weight=weight, of_weight=of_weight):
                         output, _ = corner(tile, int(tiles[weight]))
-                        return parts.finished(acc, refs[weight], of_weight, output=output + warpgroup * ROWS)
+                        where = {"layer": parts.layer_of(refs[weight], of_weight), "output": output + warpgroup * ROWS}
+                        return parts.finished(acc, of_weight, parts.late_scales(refs[weight], of_weight, **where))
 
                     if len(forms) == 1:
                         acc = finish(acc)
@@ -246,6 +247,7 @@ def multiply(
                         acc = lax.cond(holds(weight, tile), finish, lambda acc: acc, acc)
                 where = (nth - lax.div(tile * cut.steps, i32(cut.share)), pl.ds(token, tokens))
                 parts.store(acc, result, partial_ref.at[*where, pl.ds(output + warpgroup * ROWS, ROWS)])
+                parts.await_stores()
 
         @pl.when(warpgroup == config.warpgroups)
         def load():

@@ -4,8 +4,9 @@ Letters as in `tensor.py`, and M rows of activations.
 
 A tile of codes is 64 outputs of `width` inputs, in shared memory in the order of global memory. A thread reads
 `width / 4` codes in a row for each of its two rows, in words of 32 bits; `codes.py` makes bfloat16 numbers of a word.
-All inputs of a product share a scale, which its float32 sums meet; or they have scales in blocks of 16, which the codes
-meet in registers; or there is one scale per output, which waits for the end, as a scale of all weights does.
+All `width` inputs share a scale, which the float32 sums of their product meet, or the bfloat16 numbers themselves; or
+they have scales in blocks of 16, which the codes meet in registers; or there is one scale per output, which waits for
+the end, as a scale of all weights does.
 
 The layout of wgmma wants neighbouring columns in a register and the columns of a thread spread over the row. Instead
 of moving weights between threads the columns of the activations are put into the order in which the threads hold the
@@ -29,10 +30,17 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array
 
 from pallas_kernels import compat
-from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES, Codes, Instructions, Integers
+from pallas_kernels.quantized_matmul.mosaic_sm90.codes import (
+    CODES,
+    Codes,
+    Instructions,
+    Integers,
+    scaled,
+    split_scale,
+)
 
 ROWS = 64  # outputs of one compute warpgroup
-MAX_WIDTH = 128  # inputs of one product
+MAX_WIDTH = 128  # inputs in whose order a thread reads codes
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
@@ -69,8 +77,8 @@ class Form(NamedTuple):
         return "zeros" if self.has_zeros else None
 
     @property
-    def scales_products(self) -> bool:
-        """Whether a product's sums meet its scales."""
+    def scales_groups(self) -> bool:
+        """Whether groups have scales of their own, which their sums meet or their codes."""
         return self.groups > 1 and self.codes.block is None
 
     @property
@@ -85,8 +93,8 @@ class Form(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Inputs of one product: of one group, if sums meet scales."""
-        return min(self.group_size, MAX_WIDTH) if self.scales_products else MAX_WIDTH
+        """Inputs in whose order a thread reads codes: of one group, if these have scales."""
+        return min(self.group_size, MAX_WIDTH) if self.scales_groups else MAX_WIDTH
 
     def steps(self, block_k: int) -> int:
         """Of `block_k` inputs."""
@@ -121,9 +129,9 @@ def form_of(operands: Operands, format: str, dtype: Any = jnp.float32, is_ordere
     )
 
 
-def permuted(x: Array, form: Form) -> Array:
-    """Activations in the order in which threads hold the weights; inputs in whole products, rows in whole atoms."""
-    rows, inputs = compat.whole_atoms(form.rows), whole(form.inputs, form.width)
+def permuted(x: Array, form: Form, unit: int = 1) -> Array:
+    """Activations in the order in which threads hold the weights; inputs in whole widths and units, rows in atoms."""
+    rows, inputs = compat.whole_atoms(form.rows), whole(form.inputs, math.lcm(form.width, unit))
     if x.shape != (rows, inputs):
         x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
     if form.is_ordered:
@@ -142,26 +150,32 @@ def input_order(width: int, codes: Codes) -> tuple[int, ...]:
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
     """The ring of steps: codes, and for each product activations, scales and zeros, as far as it needs them."""
+    subs, (codes, lines) = block_k // form.width, code_buffers(form, stages=stages, block_k=block_k, outputs=outputs)
+    return {
+        "codes": codes,
+        "x": plgpu.SMEM(
+            (stages, subs, tokens, form.width), jnp.bfloat16, transforms=compat.swizzled(jnp.bfloat16, form.width)
+        ),
+        **lines,
+        "ready": plgpu.Barrier(num_arrivals=1 + subs * (1 + len(lines)), num_barriers=stages),
+        "free": free(outputs // ROWS, stages, cluster),
+    }
+
+
+def code_buffers(form: Form, *, stages: int, block_k: int, outputs: int) -> tuple[Any, dict[str, Any]]:
+    """A ring of codes, and by name those of the scales and zeros that each `form.width` inputs of them need."""
     ring, codes = (stages, block_k // form.width), form.codes
     lines: dict[str, Any] = {}
-    if form.scales_products:
+    if form.scales_groups:
         lines["scales"] = plgpu.SMEM((*ring, outputs), form.scale_dtype)
     elif codes.block is not None:
         lines["scales"] = plgpu.SMEM((*ring, form.width // codes.block, outputs), form.scale_dtype)
     if form.has_zeros:
         lines["zeros"] = plgpu.SMEM((*ring, outputs), jnp.int8)
-    return {
-        "codes": plgpu.SMEM((stages, outputs, codes.bytes(block_k)), codes.dtype),
-        "x": plgpu.SMEM(
-            (*ring, tokens, form.width), jnp.bfloat16, transforms=compat.swizzled(jnp.bfloat16, form.width)
-        ),
-        **lines,
-        "ready": plgpu.Barrier(num_arrivals=1 + ring[1] * (1 + len(lines)), num_barriers=stages),
-        "free": _free(outputs // ROWS, stages, cluster),
-    }
+    return plgpu.SMEM((stages, outputs, codes.bytes(block_k)), codes.dtype), lines
 
 
-def _free(warpgroups: int, stages: int, cluster: int) -> Any:
+def free(warpgroups: int, stages: int, cluster: int) -> Any:
     """Told by the warpgroups of all CTAs that a load goes to."""
     if cluster == 1:
         return plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
@@ -190,12 +204,16 @@ def result_shape(form: Form) -> tuple[int, int]:
 
 
 def store(acc: Array, result_ref: Any, out_ref: Any) -> None:
-    """Writes `acc [64, tokens]`, transposed, to `[tokens, 64]` in global memory through its buffer."""
+    """Begins to write `acc [64, tokens]`, transposed, to `[tokens, 64]` in global memory through its buffer."""
     acc = acc.astype(result_ref.dtype)
     result_ref.transpose((1, 0))[...] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(result_ref, out_ref)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the buffer is free; what is written is there when the kernel ends
+
+
+def await_stores(left: int = 0) -> None:
+    """Until the buffers of all stores but the last `left` are free. What they write is there when the kernel ends."""
+    plgpu.wait_smem_to_gmem(left, wait_read_only=True)
 
 
 def load_step(
@@ -203,84 +221,111 @@ def load_step(
 ) -> None:
     """Starts the copies of one step, for the outputs from `output` on and the tokens from `token` on.
 
-    Scales and zeros of products are read from arrays of one dimension, in which a group begins at whole 16 bytes. What
-    is read beyond the last output is of no row that is kept; scales in blocks beyond the last input are 0. The CTAs of
-    a cluster load the activations together.
+    The CTAs of a cluster load the activations together.
     """
-    together: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
-    _, subs, tokens, _ = smem["x"].shape
-    _, outputs, width = smem["codes"].shape
-    layer, barrier = _layer(refs, form), smem["ready"].at[slot]
-    codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(step * width, width)]
-    plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot], barrier)
+    subs = smem["x"].shape[1]
+    where: dict[str, Any] = {"layer": layer_of(refs, form), "output": output, "barrier": smem["ready"].at[slot]}
+    load_codes(refs, smem, step=step, slot=slot, **where)
     for sub in range(subs):
         first = step * (subs * form.width) + sub * form.width
-        group = jnp.minimum(lax.div(first, jnp.int32(form.group_size)), form.groups - 1)  # beyond the last input: any
-        line = pl.ds((layer * form.groups + group) * form.outputs + output, outputs)
-        x = refs["x"].at[pl.ds(token, tokens), pl.ds(first, form.width)]
-        plgpu.copy_gmem_to_smem(x, smem["x"].at[slot, sub], barrier, **together)
-        if form.codes.block is not None:
-            blocks = form.width // form.codes.block
-            box = refs["scales"].at[layer, pl.ds(lax.div(first, jnp.int32(form.codes.block)), blocks)]
-            plgpu.copy_gmem_to_smem(box.at[:, pl.ds(output, outputs)], smem["scales"].at[slot, sub], barrier)
-        for name, wanted in (("scales", form.scales_products), ("zeros", form.has_zeros)):
-            if wanted:
-                plgpu.copy_gmem_to_smem(refs[name].at[line], smem[name].at[slot, sub], barrier)
+        load_x(refs, smem["x"].at[slot, sub], token=token, first=first, barrier=where["barrier"], cluster=cluster)
+        load_lines(refs, smem, form, first=first, slot=slot, sub=sub, **where)
 
 
-def _layer(refs: dict, form: Form) -> Array:
+def load_codes(refs: dict, smem: dict, *, layer: Any, step: Any, slot: Any, output: Any, barrier: Any) -> None:
+    _, outputs, width = smem["codes"].shape
+    codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(step * width, width)]
+    plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot], barrier)
+
+
+def load_x(refs: dict, x_ref: Any, *, token: Any, first: Any, barrier: Any, cluster: int) -> None:
+    together: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
+    tokens, inputs = x_ref.shape
+    plgpu.copy_gmem_to_smem(refs["x"].at[pl.ds(token, tokens), pl.ds(first, inputs)], x_ref, barrier, **together)
+
+
+def load_lines(
+    refs: dict, smem: dict, form: Form, *, layer: Any, first: Any, slot: Any, sub: int, output: Any, barrier: Any
+) -> None:
+    """Scales and zeros of the `form.width` inputs from `first` on.
+
+    Those of groups are read from arrays of one dimension, in which a group begins at whole 16 bytes. What is read
+    beyond the last output is of no row that is kept; scales in blocks beyond the last input are 0.
+    """
+    outputs = smem["codes"].shape[1]
+    group = jnp.minimum(lax.div(first, jnp.int32(form.group_size)), form.groups - 1)  # beyond the last input: any
+    line = pl.ds((layer * form.groups + group) * form.outputs + output, outputs)
+    if form.codes.block is not None:
+        blocks = form.width // form.codes.block
+        box = refs["scales"].at[layer, pl.ds(lax.div(first, jnp.int32(form.codes.block)), blocks)]
+        plgpu.copy_gmem_to_smem(box.at[:, pl.ds(output, outputs)], smem["scales"].at[slot, sub], barrier)
+    for name, wanted in (("scales", form.scales_groups), ("zeros", form.has_zeros)):
+        if wanted:
+            plgpu.copy_gmem_to_smem(refs[name].at[line], smem[name].at[slot, sub], barrier)
+
+
+def layer_of(refs: dict, form: Form) -> Array:
     return jnp.clip(refs["layer"][0], 0, form.layers - 1)
 
 
 def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, interpreted: bool) -> Array:
-    """`acc` and the products of one step that has arrived, for the 64 outputs of a warpgroup."""
-    rows = pl.ds(warpgroup * ROWS, ROWS)
+    """`acc` and the products of one step that has arrived, for the 64 outputs of a warpgroup; sums meet scales."""
     for sub in range(smem["x"].shape[1]):
-        sides = None if form.sides is None else smem[form.sides].at[slot, sub]
-        if sides is not None:
-            sides = sides.at[rows] if form.codes.block is None else sides.at[:, rows]
-        apart = ROWS if interpreted else smem["codes"].shape[1]  # the interpreter makes an array of what a view shows
-        weights = _weights(smem["codes"].at[slot, rows], sides, form, sub=sub, apart=apart, interpreted=interpreted)
-        product = _product(weights, smem["x"].at[slot, sub], interpreted=interpreted)
-        if form.scales_products:
+        place = {"slot": slot, "warpgroup": warpgroup, "first": sub * form.width, "count": form.width}
+        operand = weights(smem, form, **place, is_scaled=False, interpreted=interpreted)
+        product = _product(operand, smem["x"].at[slot, sub], interpreted=interpreted)
+        if form.scales_groups:
+            rows = pl.ds(warpgroup * ROWS, ROWS)
             scales = plgpu.load(smem["scales"].at[slot, sub, rows], layout=ROW, optimized=False)
             product = product * lax.broadcast_in_dim(scales.astype(jnp.float32), acc.shape, [0])
         acc = acc + product
     return acc
 
 
-def finished(acc: Array, refs: dict, form: Form, *, output: Any) -> Array:
-    """Sums `[64, tokens]` of the outputs from `output` on with the scales that waited for them."""
-    if not form.is_unfinished:
-        return acc
-    layer = _layer(refs, form)
+def late_scales(refs: dict, form: Form, *, layer: Any, output: Any) -> tuple[Array | None, Array | None]:
+    """What waits for the sums of the 64 outputs from `output` on: their own scales, and the scale of all weights."""
+    of_outputs, of_all = None, None
     if form.scales_outputs:  # `inputs` lets the last 64 end within the array
         first = layer * form.outputs + jnp.minimum(output, whole(form.outputs, ROWS) - ROWS)
-        scales = plgpu.load(refs["scales"].at[pl.ds(first, ROWS)], layout=ROW, optimized=False)
-        acc = acc * lax.broadcast_in_dim(scales.astype(jnp.float32), acc.shape, [0])
+        of_outputs = plgpu.load(refs["scales"].at[pl.ds(first, ROWS)], layout=ROW, optimized=False)
     if form.has_global_scale:
-        acc = acc * (refs["global_scale"][layer] * form.codes.factor)
+        of_all = refs["global_scale"][layer]
+    return of_outputs, of_all
+
+
+def finished(acc: Array, form: Form, scales: tuple[Array | None, Array | None]) -> Array:
+    """Sums `[64, tokens]` with the scales that waited for them (`late_scales`)."""
+    of_outputs, of_all = scales
+    if of_outputs is not None:
+        acc = acc * lax.broadcast_in_dim(of_outputs.astype(jnp.float32), acc.shape, [0])
+    if of_all is not None:
+        acc = acc * (of_all * form.codes.factor)
     elif form.codes.factor != 1:
         acc = acc * form.codes.factor
     return acc
 
 
-def _product(weights: Array, x_ref: Any, *, interpreted: bool) -> Array:
+def interpreted_product(operand: Array, x_ref: Any) -> Array:
+    """What stands for a product in the interpreter, which knows no left operand in registers."""
+    return jnp.dot(operand.astype(jnp.float32), x_ref[...].astype(jnp.float32).T)
+
+
+def _product(operand: Array, x_ref: Any, *, interpreted: bool) -> Array:
     """float32 `[64, tokens]`, of bfloat16 weights `[64, width]` and activations `[tokens, width]`, `permuted`."""
-    if interpreted:  # by an interpreter that knows no left operand in registers
-        return jnp.dot(weights.astype(jnp.float32), x_ref[...].astype(jnp.float32).T)
+    if interpreted:
+        return interpreted_product(operand, x_ref)
 
     def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, weights, x_ref.transpose((1, 0)))
+        plgpu.wgmma(acc_ref, operand, x_ref.transpose((1, 0)))
         return acc_ref[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((ROWS, x_ref.shape[0]), jnp.float32))
 
 
-def inputs(operands: Operands, form: Form) -> dict[str, Array]:
-    """The kernel's arrays in global memory."""
+def inputs(operands: Operands, form: Form, unit: int = 1) -> dict[str, Array]:
+    """The kernel's arrays in global memory, activations in whole units of inputs."""
     x, codes, scales, zeros, layer, global_scale = operands
-    arrays = {"x": permuted(x, form), "codes": codes, "layer": layer.reshape(1)}
+    arrays = {"x": permuted(x, form, unit), "codes": codes, "layer": layer.reshape(1)}
     if form.codes.block is not None:
         arrays["scales"] = scales
     elif form.scales_outputs and (beyond := -form.outputs % ROWS):
@@ -294,90 +339,150 @@ def inputs(operands: Operands, form: Form) -> dict[str, Array]:
     return arrays
 
 
-def _weights(codes_ref: Any, sides_ref: Any, form: Form, *, sub: int, apart: int, interpreted: bool) -> Array:
-    """The codes of a product as bfloat16 `[64, width]`, the columns in the order of `permuted`.
+class Chunk(NamedTuple):
+    """Words that a thread reads in a row for each of its rows: of `form.width` inputs, or of a part of them."""
+
+    sub: int  # the number of these inputs in the step
+    first_word: int
+    words: int
+    blocks: range  # of the thread; without scales in blocks the one block that there is
+
+
+def chunks(form: Form, first: int, count: int) -> list[Chunk]:
+    """Of `count` inputs of a step from `first` on, in the order of `permuted`."""
+    codes, width = form.codes, form.width
+    made = []
+    for begin in range(first, first + count, min(count, width)):
+        whole_blocks = 1 if codes.block is None else width // (4 * codes.block)
+        of_word = 4 * codes.per_word  # inputs
+        first_word, words = begin % width // of_word, min(count, width) // of_word
+        blocks = range(
+            begin % width * whole_blocks // width, -(-(begin % width + of_word * words) * whole_blocks // width)
+        )
+        made.append(Chunk(begin // width, first_word, words, blocks))
+    return made
+
+
+def weights(
+    smem: dict, form: Form, *, slot: Any, warpgroup: Any, first: int, count: int, is_scaled: bool, interpreted: bool
+) -> Array:
+    """Codes of a step as bfloat16 `[64, count]`, the columns in the order of `permuted`.
 
     Args:
-      codes_ref: `[64, bytes]` in shared memory, of a step.
-      sides_ref: zeros `[64]` or scales `[blocks, 64]` of the product; None: none.
+      smem: the ring that holds the step.
       form: of the call.
-      sub: the product's number in the step.
-      apart: bytes from the scales of a block to those of the next.
+      slot: of the ring.
+      warpgroup: whose 64 outputs.
+      first: input of the step that is the first column.
+      count: of inputs; a part of `form.width` in whole words of all threads, or a multiple of it.
+      is_scaled: whether they meet the scales of their groups, if they have such, and are rounded.
       interpreted: whether the interpreter runs this.
     """
-    rows, stride = codes_ref.shape
-    codes, width = form.codes, form.width
-    words = width // (4 * codes.per_word)  # of a thread, for one row
-    blocks = 1 if codes.block is None else width // (4 * codes.block)  # of a thread
+    rows, (_, outputs, stride) = pl.ds(warpgroup * ROWS, ROWS), smem["codes"].shape
+    codes, shape, parts = form.codes, (ROWS, count), chunks(form, first, count)
+    refs: dict[Any, Any] = {"codes": smem["codes"].at[slot, rows]}
+    for chunk in parts:
+        if form.sides is not None:
+            sides = smem[form.sides].at[slot, chunk.sub]
+            refs["sides", chunk.sub] = sides.at[rows] if codes.block is None else sides.at[:, rows]
+        if is_scaled and form.scales_groups:
+            refs["scales", chunk.sub] = smem["scales"].at[slot, chunk.sub, rows]
+    # Bytes from the scales of a block to those of the next; the interpreter makes an array of what a view shows.
+    apart = ROWS if interpreted else outputs
 
-    def registers(on: Any, thread: Any, load_words: Callable, load_side: Callable) -> list[list[Any]]:
-        """For each of the two rows of a thread, which are eight apart; the loads take bytes into their arrays."""
+    def registers(on: Any, thread: Any, load: Callable, load_words: Callable) -> list[list[Any]]:
+        """For each of the two rows of a thread, which are eight apart."""
         row = on.add(on.times(on.right(thread, 5), 16), on.right(on.modulo(thread, 32), 2))
         quarter = on.modulo(thread, 4)
 
-        def side(block, half):
-            """Zeros are of a row; scales are of a thread's own blocks."""
+        def side(chunk, block, half):
+            """Zeros are of a row; scales in blocks are of a thread's own blocks."""
             offset = on.add(row, block * apart + half * 8)
-            return load_side(offset if codes.block is None else on.add(offset, on.times(quarter, blocks * apart)))
+            if codes.block is not None:
+                offset = on.add(offset, on.times(quarter, form.width // (4 * codes.block) * apart))
+            return load(("sides", chunk.sub), offset)
 
-        by_block = [[codes.side] * 2] * blocks
-        if sides_ref is not None:
-            by_block = [codes.sides(on, [side(block, half) for half in range(2)]) for block in range(blocks)]
         made: list[list[Any]] = [[], []]
-        first = on.add(on.times(row, stride), on.times(quarter, 4 * words))
-        for half in range(2):
-            loaded = load_words(on.add(first, half * 8 * stride + codes.bytes(sub * width)))
-            for i, word in enumerate(loaded):
-                made[half] += codes.pairs(on, word, by_block[i * blocks // len(loaded)][half])
+        of_quarter = codes.bytes(form.width) // 4
+        begin = on.add(on.times(row, stride), on.times(quarter, of_quarter))
+        for chunk in parts:
+            by_block = [[codes.side] * 2] * len(chunk.blocks)
+            if form.sides is not None:
+                by_block = [codes.sides(on, [side(chunk, block, half) for half in range(2)]) for block in chunk.blocks]
+            for half in range(2):
+                first_byte = chunk.sub * codes.bytes(form.width) + 4 * chunk.first_word
+                loaded = load_words(on.add(begin, half * 8 * stride + first_byte), chunk)
+                pairs = []
+                for i, word in enumerate(loaded):
+                    pairs += codes.pairs(on, word, by_block[i * len(chunk.blocks) // len(loaded)][half])
+                if ("scales", chunk.sub) in refs:
+                    scale = load(("scales", chunk.sub), on.add(row, half * 8))
+                    scale = split_scale(on, scale, form.scale_dtype)
+                    pairs = [scaled(on, pair, *scale) for pair in pairs]
+                made[half] += pairs
         return made
 
     if interpreted:  # all threads and all words of a block at once
-        of_block = words // blocks
+        return _interpreted_weights(refs, form, parts, registers)
 
-        def load_words(offset):
-            of_codes = lax.bitcast_convert_type(_bits(codes_ref, jnp.uint8).reshape(-1, 4), jnp.uint32)
-            word = lax.broadcasted_iota(jnp.uint32, (of_block, 128), 0)
-            return [of_codes[offset // 4 + block * of_block + word] for block in range(blocks)]
+    result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=WGMMA)
 
-        def load_side(offset):
-            return _bits(sides_ref, jnp.int8)[offset].astype(jnp.int32).astype(jnp.uint32)
-
-        thread = lax.broadcasted_iota(jnp.uint32, (128,), 0)
-        made = jnp.stack([jnp.stack(pairs) for pairs in registers(Integers(), thread, load_words, load_side)])
-        two = jnp.stack([made & 0xFFFF, made >> 16], axis=-1).astype(jnp.uint16)
-        # Half, block, pair, word, warp, row, quarter, low and high: in the order of wgmma's left operand.
-        two = two.reshape(2, blocks, codes.per_word // 2, of_block, 4, 8, 4, 2).transpose(4, 0, 5, 1, 3, 2, 6, 7)
-        return lax.bitcast_convert_type(two, jnp.bfloat16).reshape(rows, width)
-
-    result = plgpu.ShapeDtypeStruct((rows, width), jnp.bfloat16, layout=WGMMA)
-    arguments = (codes_ref,) if sides_ref is None else (codes_ref, sides_ref)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(arguments), return_type=result)
-    def convert(ctx, codes_ref, sides_ref=None):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs), return_type=result)
+    def convert(ctx, *given):
         del ctx
         i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
-        of_codes, *of_sides = (mgpu_utils.memref_ptr(ref) for ref in (codes_ref, sides_ref) if ref is not None)
+        pointers = {name: mgpu_utils.memref_ptr(ref) for name, ref in zip(refs, given, strict=True)}
 
-        def load_words(offset):
-            vector_type = ir.VectorType.get((words,), i32)
-            several = llvm.load(vector_type, _at(of_codes, offset, i8), alignment=4 * words)
-            return [vector.extract(several, dynamic_position=[], static_position=[i]) for i in range(words)]
+        def load_words(offset, chunk):
+            vector_type = ir.VectorType.get((chunk.words,), i32)
+            several = llvm.load(vector_type, _at(pointers["codes"], offset, i8), alignment=4 * chunk.words)
+            return [vector.extract(several, dynamic_position=[], static_position=[i]) for i in range(chunk.words)]
 
-        def load_side(offset):
-            return arith.extsi(i32, llvm.load(i8, _at(of_sides[0], offset, i8)))
+        def load(name, offset):
+            """A byte, or the bits of a scale in float32."""
+            if name[0] == "sides":
+                return arith.extsi(i32, llvm.load(i8, _at(pointers[name], offset, i8)))
+            f32 = ir.F32Type.get()
+            element = mgpu_utils.dtype_to_ir_type(form.scale_dtype)
+            scale = llvm.load(element, _at(pointers[name], offset, element))
+            return arith.bitcast(i32, scale if element == f32 else arith.extf(f32, scale))
 
         thread = arith.remui(mgpu.thread_idx(), mgpu.c(128, i32))
         bf16_pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        made = registers(Instructions(), thread, load_words, load_side)
+        made = registers(Instructions(), thread, load, load_words)
         by_row = [[llvm.bitcast(bf16_pair, pair) for pair in pairs] for pairs in made]
         layout = mgpu.WGMMA_LAYOUT
         return mgpu.FragmentedArray(
-            _registers=np.array(by_row, object).T.reshape(layout.registers_shape((rows, width))),
+            _registers=np.array(by_row, object).T.reshape(layout.registers_shape(shape)),
             _layout=layout,
             _is_signed=None,
         )
 
-    return convert(*arguments)
+    return convert(*refs.values())
+
+
+def _interpreted_weights(refs: dict, form: Form, parts: list[Chunk], registers: Callable) -> Array:
+    """`weights` of all threads, and of all words of a block, at once."""
+    codes = form.codes
+
+    def load_words(offset, chunk):
+        of_codes = lax.bitcast_convert_type(_bits(refs["codes"], jnp.uint8).reshape(-1, 4), jnp.uint32)
+        of_block = chunk.words // len(chunk.blocks)
+        word = lax.broadcasted_iota(jnp.uint32, (of_block, 128), 0)
+        return [of_codes[offset // 4 + block * of_block + word] for block in range(len(chunk.blocks))]
+
+    def load(name, offset):
+        if name[0] == "sides":
+            return _bits(refs[name], jnp.int8)[offset].astype(jnp.int32).astype(jnp.uint32)
+        return lax.bitcast_convert_type(refs[name][...].reshape(-1)[offset].astype(jnp.float32), jnp.uint32)
+
+    thread = lax.broadcasted_iota(jnp.uint32, (128,), 0)
+    made = jnp.stack([jnp.stack(pairs) for pairs in registers(Integers(), thread, load, load_words)])
+    two = jnp.stack([made & 0xFFFF, made >> 16], axis=-1).astype(jnp.uint16)
+    runs = sum(len(chunk.blocks) for chunk in parts)  # of words made together
+    # Half, run, pair, word, warp, row, quarter, low and high: in the order of wgmma's left operand.
+    two = two.reshape(2, runs, codes.per_word // 2, -1, 4, 8, 4, 2).transpose(4, 0, 5, 1, 3, 2, 6, 7)
+    return lax.bitcast_convert_type(two, jnp.bfloat16).reshape(ROWS, -1)
 
 
 def _bits(ref: Any, dtype: Any) -> Array:
