@@ -367,7 +367,7 @@ TOGETHER = ((4096, 1024, 1024), (12288, 12288), (1008, 64))  # outputs of weight
 
 
 def check_together(rows: int, outputs: tuple[int, ...]) -> dict[str, Any]:
-    """Several products in one launch, which also fetches weights of a next one, against NumPy."""
+    """Several products in one launch, each of activations and a layer of its own, against NumPy."""
     shapes = [Shape(rows=rows, outputs=count) for count in outputs]
     arguments = [shape.arguments(seed) for seed, shape in enumerate(shapes)]
 
@@ -377,8 +377,7 @@ def check_together(rows: int, outputs: tuple[int, ...]) -> dict[str, Any]:
             mosaic_sm90.Operands(**{name: given[name] for name in ("x", "codes", "scales", "zeros")}, layer=layer)
             for given in arguments
         ]
-        following = [of_weight._replace(layer=layer + 1) for of_weight in reversed(operands)]
-        return mosaic_sm90.run_together(operands, group_size=shapes[0].group_size, ahead=following)
+        return mosaic_sm90.run_together(operands, group_size=shapes[0].group_size)
 
     results = call(jnp.int32(1), arguments)
     again = call(jnp.int32(1), arguments)

@@ -107,7 +107,6 @@ INSTRUCTIONS = {
     "MUFU.EX2": r"\bMUFU\.EX2",
     "HMMA": r"\b[HI]MMA\.",
     "I2F": r"\bI2F",
-    "PREFETCH.L2": r"\bCCTL\.E\.PF2",
     "LDL": r"\bLDL",
     "STL": r"\bSTL",
 }

@@ -2,13 +2,12 @@
 
 from jaxmodels.layers.embedding import embed
 from jaxmodels.layers.gated import gated_silu
-from jaxmodels.layers.linear import Weight, linear, linears
+from jaxmodels.layers.linear import linear, linears
 from jaxmodels.layers.rope import RopeConfig, rope_tables
 from pallas_kernels.norm_rope import apply_rope, norm_rope, rms_norm
 
 __all__ = [
     "RopeConfig",
-    "Weight",
     "apply_rope",
     "embed",
     "gated_silu",

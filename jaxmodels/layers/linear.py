@@ -12,8 +12,6 @@ from jaxtyping import Array, Float
 from pallas_kernels.quantized_matmul import QuantizedTensor, quantized_matmuls
 from pallas_kernels.rotation import Rows, made
 
-Weight = Array | QuantizedTensor
-
 FEW_ROWS = 64
 """On a CPU, products with at most this many rows run with the weight as the left operand (see `linear`)."""
 
@@ -24,7 +22,6 @@ def linear(
     equation: str,
     *,
     dtype: jnp.dtype | None = None,
-    ahead: Sequence[Weight] = (),
 ) -> Float[Array, "..."]:
     """`einsum(equation, x, weight)`, for example `linear(x, w, "BTD,NHD->BTNH")`.
 
@@ -40,9 +37,8 @@ def linear(
       weight: weight of the layer, output axes and then the contracted ones; in any format (`quantized_matmul`).
       equation: the two operands in the letters of the legend; `...` stands for the leading axes.
       dtype: type of the result, also of the accumulation; None means that of `x`.
-      ahead: weights that are multiplied next, which a kernel may begin to read; no result depends on them.
     """
-    (result,) = linears(x, (weight,), (equation,), dtype=dtype, ahead=ahead)
+    (result,) = linears(x, (weight,), (equation,), dtype=dtype)
     return result
 
 
@@ -52,7 +48,6 @@ def linears(
     equations: Sequence[str],
     *,
     dtype: jnp.dtype | None = None,
-    ahead: Sequence[Weight] = (),
 ) -> tuple[Float[Array, "..."], ...]:
     """`linear` of the same activations with several weights, such as those of queries, keys and values.
 
@@ -65,9 +60,7 @@ def linears(
     quantized = {i: weight for i, weight in enumerate(weights) if isinstance(weight, QuantizedTensor)}
     if quantized:
         rows = x.reshape(shapes[min(quantized)].rows)
-        following = [weight for weight in ahead if isinstance(weight, QuantizedTensor)]
-        results = quantized_matmuls(rows, [*quantized.values()], dtype=dtype, ahead=following)
-        products |= zip(quantized, results, strict=True)
+        products |= zip(quantized, quantized_matmuls(rows, [*quantized.values()], dtype=dtype), strict=True)
     if len(quantized) < len(weights):
         x = made(x)
     for i, weight in enumerate(weights):

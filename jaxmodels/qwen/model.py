@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.cache import KV, Cache, SinkRingCache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
-from jaxmodels.layers import Weight, apply_rope, embed, gated_silu, linear, linears, norm_rope, rms_norm, rope_tables
+from jaxmodels.layers import apply_rope, embed, gated_silu, linear, linears, norm_rope, rms_norm, rope_tables
 from jaxmodels.qwen.config import LayerAttention, MobaConfig, QwenConfig
 from jaxmodels.qwen.moe import Moe
 from jaxmodels.sharding import constrain
@@ -220,16 +220,11 @@ class Attention(nnx.Module):
             self.k_conv = constant(0.0, (config.key_conv_taps, K, H), (None, "kv_heads", None), dtype)
         self.config = config
 
-    @property
-    def first(self) -> tuple[Weight, ...]:
-        """The weights that are multiplied first."""
-        return self.q[...], self.k[...], self.v[...]
-
     def __call__(
-        self, x: Rows, attend: Attend, *, layer: int | Array, attention: LayerAttention, ahead: tuple[Weight, ...]
+        self, x: Rows, attend: Attend, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[Float[Array, "B T D"], KV, tuple]:
-        equations = ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH")
-        q, k, v = linears(x, self.first, equations, ahead=(self.o[...],))
+        weights = (self.q[...], self.k[...], self.v[...])
+        q, k, v = linears(x, weights, ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"))
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         raw_k = None
@@ -247,7 +242,7 @@ class Attention(nnx.Module):
             if attention.rotary:
                 q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
         y, *about = attend(q, k, v, layer=layer, attention=attention)
-        return linear(y, self.o[...], "BTNH,DNH->BTD", ahead=ahead), KV(k, v, raw_k), tuple(about)
+        return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v, raw_k), tuple(about)
 
 
 class Mlp(nnx.Module):
@@ -259,14 +254,9 @@ class Mlp(nnx.Module):
         self.up = weight(rngs, (F, D), ("mlp", "embed"), dtype)
         self.down = weight(rngs, (D, F), ("embed", "mlp"), dtype)
 
-    @property
-    def first(self) -> tuple[Weight, ...]:
-        """The weights that are multiplied first."""
-        return self.gate[...], self.up[...]
-
-    def __call__(self, x: Rows, *, ahead: tuple[Weight, ...] = ()) -> Float[Array, "B T D"]:
-        gate, up = linears(x, self.first, ("BTD,FD->BTF", "BTD,FD->BTF"), ahead=(self.down[...],))
-        return linear(gated_silu(gate, up), self.down[...], "BTF,DF->BTD", ahead=ahead)
+    def __call__(self, x: Rows) -> Float[Array, "B T D"]:
+        gate, up = linears(x, (self.gate[...], self.up[...]), ("BTD,FD->BTF", "BTD,FD->BTF"))
+        return linear(gated_silu(gate, up), self.down[...], "BTF,DF->BTD")
 
 
 class Block(nnx.Module):
@@ -284,18 +274,11 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KV, tuple]:
         with jax.named_scope("attention"):
             normed = Normed(x, self.attention_norm[...], self.norm_eps)
-            y, kv, about = self.attention(normed, attend, layer=layer, attention=attention, ahead=self.mlp.first)
+            y, kv, about = self.attention(normed, attend, layer=layer, attention=attention)
             x = x + y
         with jax.named_scope("mlp"):
-            following = _of_next_layer(self.attention.first)
-            x = x + self.mlp(Normed(x, self.mlp_norm[...], self.norm_eps), ahead=following)
+            x = x + self.mlp(Normed(x, self.mlp_norm[...], self.norm_eps))
         return constrain(x, ("batch", None, None)), kv, about
-
-
-def _of_next_layer(weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
-    """The weights of the layer after, as far as they are known: of those that are layers of a stack."""
-    stacked = (weight for weight in weights if isinstance(weight, QuantizedTensor) and weight.layer is not None)
-    return tuple(weight.of_layer(weight.layer + 1) for weight in stacked)
 
 
 class Ends(nnx.Module):

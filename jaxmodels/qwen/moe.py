@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxmodels.functional import weight
-from jaxmodels.layers import Weight, gated_silu, linear
+from jaxmodels.layers import gated_silu, linear
 from jaxmodels.layers.experts import Tiles, expert_linears, route
 from jaxmodels.qwen.config import QwenConfig
 from jaxmodels.sharding import constrain, row_parts
@@ -33,13 +33,7 @@ class Moe(nnx.Module):
         self.down = weight(rngs, (E, D, F), ("experts", "embed", "mlp"), dtype)
         self.config = config.moe
 
-    @property
-    def first(self) -> tuple[Weight, ...]:
-        """The weights that are multiplied first: which experts' these are depends on the tokens."""
-        return ()
-
-    def __call__(self, x: Rows, *, ahead: tuple[Weight, ...] = ()) -> Float[Array, "B T D"]:
-        del ahead  # products of experts begin to read nothing
+    def __call__(self, x: Rows) -> Float[Array, "B T D"]:
         tokens = made(x)
         parts = row_parts(len(tokens))
         if parts == 1:

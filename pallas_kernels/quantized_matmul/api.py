@@ -56,20 +56,11 @@ def quantized_matmuls(
     *,
     dtype: Any = None,
     implementation: str | None = None,
-    ahead: Sequence[QuantizedTensor] = (),
 ) -> tuple[Array, ...]:
     """`quantized_matmul` of the same activations with each of the weights.
 
     They are rotated for all in one launch, and the Hopper kernel multiplies up to 64 rows with all weights of a kind in
     one: the automatic choice is then made for all of these, by the sum of their outputs.
-
-    Args:
-      x: as there.
-      weights: of any shapes and formats, with as many inputs.
-      dtype: as there.
-      implementation: as there, for all of them.
-      ahead: the weights that are multiplied next, with as many rows. It changes no result: the Hopper kernel's last
-        launch begins to read them into the L2 cache, if they are of its format. Others and meshes ignore it.
     """
     if implementation not in (None, *NAMES):
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
@@ -89,8 +80,7 @@ def quantized_matmuls(
     turned = turn_all(rows, weights, [orders[i] for i in range(len(weights))])
     for launch in launches:
         chosen = tuple(turned[i] for i in launch.members), tuple(weights[i] for i in launch.members)
-        follows = tuple(ahead) if launch is launches[-1] else ()
-        products |= zip(launch.members, launch.products(*chosen, dtype, follows), strict=True)
+        products |= zip(launch.members, launch.products(*chosen, dtype), strict=True)
     return tuple(products[i].reshape(*x.shape[:-1], weight.outputs) for i, weight in enumerate(weights))
 
 
@@ -139,17 +129,11 @@ class _Launch(NamedTuple):
         return cls(members, implementation, _kernel_order(x, first) if implementation == "mosaic" else None)
 
     def products(
-        self,
-        turned: tuple[Array, ...],
-        weights: tuple[QuantizedTensor, ...],
-        dtype: Any,
-        ahead: tuple[QuantizedTensor, ...],
+        self, turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any
     ) -> tuple[Array, ...]:
         """`[M, O]` each."""
         if self.implementation == "mosaic":
-            is_of_kernel = not partitioning.is_automatic() and all(w.format == weights[0].format for w in ahead)
-            ahead = ahead if is_of_kernel else ()
-            results = _on_hopper(turned, weights, ahead, self.order, _kernel_result(weights[0], dtype))
+            results = _on_hopper(turned, weights, self.order, _kernel_result(weights[0], dtype))
         else:
             run = reference.run if self.implementation == "reference" else xla.run
             results = tuple(run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
@@ -201,13 +185,9 @@ def _kernel_result(weight: QuantizedTensor, dtype: Any) -> Any:
     return jnp.dtype(jnp.bfloat16 if is_last else jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _on_hopper(
-    turned: tuple[Array, ...],
-    weights: tuple[QuantizedTensor, ...],
-    ahead: tuple[QuantizedTensor, ...],
-    order: tuple[int, ...] | None,
-    dtype: Any,
+    turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], order: tuple[int, ...] | None, dtype: Any
 ) -> tuple[Array, ...]:
     """The kernel's products `[M, O]` of activations in this order; their derivatives are XLA's.
 
@@ -222,15 +202,13 @@ def _on_hopper(
         ]
         turned, scales = tuple(codes.astype(jnp.bfloat16) for codes, _ in rounded), [scale for _, scale in rounded]
     products = functools.partial(_products, **_options(weights[0]), dtype=dtype, is_ordered=order is not None)
-    stacks = {"stacks": tuple(map(_stack, weights)), "ahead": tuple(map(_stack, ahead))}
-    results = partitioning.over_rows(lambda turned, rest: products(turned, **rest), turned, stacks)
+    results = partitioning.over_rows(products, turned, tuple(_stack(weight) for weight in weights))
     return tuple(x if scale is None else x * scale for x, scale in zip(results, scales, strict=True))
 
 
 def _products(
     turned: tuple[Array, ...],
     stacks: tuple[dict[str, Any], ...],
-    ahead: tuple[dict[str, Any], ...],
     *,
     group_size: int,
     format: str,
@@ -273,8 +251,7 @@ def _products(
             mosaic_sm90.Operands(*(arrays.get(f"{field}{n}") for field in fields)) for n in range(len(stacks))
         ]
         options: dict[str, Any] = {"group_size": group_size, "format": format, "is_ordered": is_ordered}
-        following = [mosaic_sm90.Operands(x=None, **stack) for stack in ahead]
-        return mosaic_sm90.run_together(of_weights, **options, dtype=dtype, ahead=following)
+        return mosaic_sm90.run_together(of_weights, **options, dtype=dtype)
 
     return partitioning.cut(
         functools.partial(run, dtype),
@@ -287,8 +264,8 @@ def _products(
     )
 
 
-def _on_hopper_fwd(turned: Any, weights: Any, ahead: Any, order: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:
-    return _on_hopper(turned, weights, ahead, order, dtype), (turned, weights)
+def _on_hopper_fwd(turned: Any, weights: Any, order: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:
+    return _on_hopper(turned, weights, order, dtype), (turned, weights)
 
 
 def _on_hopper_bwd(order: Any, dtype: Any, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
@@ -303,8 +280,7 @@ def _on_hopper_bwd(order: Any, dtype: Any, residuals: Any, cotangents: tuple[Arr
     def products(turned, weights):
         return tuple(product(x, weight) for x, weight in zip(turned, weights, strict=True))
 
-    backwards = jax.vjp(products, *residuals)[1]
-    return *backwards(tuple(cotangent.astype(jnp.float32) for cotangent in cotangents)), None
+    return jax.vjp(products, *residuals)[1](tuple(cotangent.astype(jnp.float32) for cotangent in cotangents))
 
 
 _on_hopper.defvjp(_on_hopper_fwd, _on_hopper_bwd)

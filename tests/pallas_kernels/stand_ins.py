@@ -27,8 +27,7 @@ norms: list[tuple] = []
 """Shapes of the heads."""
 
 
-def run_together(operands, *, group_size, format, dtype, is_ordered, ahead):
-    assert not ahead, "a hint is for one device"
+def run_together(operands, *, group_size, format, dtype, is_ordered):
     products.append((jnp.dtype(dtype).name, *((of_weight.x.shape, of_weight.codes.shape) for of_weight in operands)))
     results = []
     for of_weight in operands:

@@ -239,19 +239,6 @@ def test_products_of_different_kinds_have_no_launch_in_common():
         mosaic_sm90.run_together(operands, group_size=128)
 
 
-@pytest.mark.parametrize("rows", [3, 40])
-def test_a_launch_that_knows_the_next_one_agrees_with_the_oracle(interpreter, monkeypatch, rows):
-    """What it fetches lies inside of the next weights, also where these are no whole tiles and steps."""
-    monkeypatch.setattr(decode, "FETCHED", 10**6)
-    call = Call(rows, 256, 64, 64)
-    ahead = [mosaic_sm90.Operands(*Call(rows, 160, outputs, 32).arguments()) for outputs in (304, 64)]
-    options = {"group_size": 64, "interpret": compat.interpret_params(detect_races=True)}
-    operands = [mosaic_sm90.Operands(*call.arguments())]
-    (result,) = jax.block_until_ready(mosaic_sm90.run_together(operands, **options, ahead=ahead))
-    assert not interpreter.interpret.get_races().races_found, "race detected"
-    check(call, result)
-
-
 @pytest.mark.parametrize(
     "width, config",
     [
@@ -731,10 +718,9 @@ def hopper(monkeypatch):
         weight = QuantizedTensor(codes, scales, zeros, global_scale, layer=layer, format=format, shape=shape)
         return xla.run(x, weight.sliced())
 
-    def run_together(operands, *, group_size, format, dtype, is_ordered, ahead):
+    def run_together(operands, *, group_size, format, dtype, is_ordered):
         rows, inputs = operands[0].x.shape
         traced.append((rows, len(operands)) if len(operands) > 1 else rows)
-        traced.extend(("ahead", *of_weight.codes.shape) for of_weight in ahead)
         if is_ordered:
             back = np.argsort(mosaic_sm90.order_of(group_size, format))
             operands = [
@@ -821,25 +807,6 @@ def test_weights_of_a_kind_are_multiplied_in_one_launch(hopper, implementation):
     assert hopper[2:] == [66, 66, 66, 66]
     for result, right in zip(many, quantized_matmuls(x, weights, implementation="xla"), strict=True):
         np.testing.assert_allclose(result[:2].astype(np.float32), right.astype(np.float32), rtol=0.02, atol=0.02)
-
-
-def test_what_is_multiplied_next_is_told_the_last_launch_and_changes_nothing(hopper):
-    x = jax.random.normal(jax.random.key(1), (2, 3, 64), jnp.bfloat16)
-    weights = [stack(0).of_layer(1), rotated(stack(1), 1).of_layer(0)]
-
-    def value(ahead):
-        def loss(x):
-            return sum(y.sum() for y in quantized_matmuls(x, weights, dtype=jnp.float32, ahead=ahead))
-
-        return jax.jit(jax.value_and_grad(loss))(x)
-
-    expected = value([])
-    assert hopper == [6, 6]
-    found = value([stack(2, layers=5).of_layer(4), stack(3).of_layer(0)])
-    assert hopper[2:] == [6, 6, ("ahead", 5, 16, 32), ("ahead", 2, 16, 32)]
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    value([jax.tree.map(lambda *leaves: jnp.stack(leaves), *[round_weight(jnp.ones((16, 64)), "int8")] * 2)])
-    assert hopper[6:] == [6, 6], "of another format"
 
 
 def test_the_choice_for_several_weights_is_by_the_sum_of_their_outputs(hopper, monkeypatch):

@@ -170,13 +170,10 @@ def run_together(
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
     is_ordered: bool = False,
-    ahead: Sequence[Operands] = (),
 ) -> tuple[Float[Array, "M O"], ...]:
     """`run` of several products with as many rows and inputs and weights of one kind; of up to 64 rows in one launch.
 
-    `is_ordered` says that inputs are in the order of `order_of` already. `ahead` are the weights of the next launch,
-    of the same format and for as many rows: the decode kernel ends by fetching some of their codes into the L2 cache.
-    Their `x` is ignored, and so are all of them where no launch of this kernel could follow.
+    `is_ordered` says that inputs are in the order of `order_of` already.
 
     Raises:
       NotImplementedError, ValueError: as `run`; and if the products differ in more than outputs and layers.
@@ -204,27 +201,7 @@ def run_together(
     operands = tuple(of_weight._replace(layer=jnp.asarray(of_weight.layer, jnp.int32)) for of_weight in operands)
     if isinstance(config, PrefillConfig):
         return (prefill.run(operands[0], form=first, config=config, interpret=interpret),)
-    ahead, ahead_forms = _next_launch(ahead, first)
-    codes = tuple((of_weight.codes, jnp.asarray(of_weight.layer, jnp.int32)) for of_weight in ahead)
-    return decode.run(operands, forms=forms, config=config, interpret=interpret, ahead=codes, ahead_forms=ahead_forms)
-
-
-def _next_launch(ahead: Sequence[Operands], first: Form) -> tuple[tuple[Operands, ...], tuple[Form, ...]]:
-    """The weights of the next launch and what they are like; none where they are not multiplied in one."""
-    known, forms = CODES[first.format], []
-    for of_weight in ahead:
-        inputs = of_weight.codes.shape[-1] * 8 // known.bits
-        of_weight = of_weight._replace(x=jax.ShapeDtypeStruct((first.rows, inputs), jnp.bfloat16))
-        size = inputs // of_weight.scales.shape[-2] if of_weight.scales.shape[-2] > 1 else -1
-        if _unsupported_arrays(of_weight, size, first.format, jnp.float32) is not None:
-            return (), ()
-        forms.append(form_of(of_weight, first.format))
-    if any(form._replace(outputs=forms[0].outputs, layers=forms[0].layers) != forms[0] for form in forms):
-        return (), ()
-    is_alone = len(forms) == 1 and isinstance(heuristic_config(forms[0]), PrefillConfig)
-    if is_alone or (len(forms) > 1 and first.rows > MAX_ROWS_TOGETHER):
-        return (), ()
-    return tuple(ahead), tuple(forms)
+    return decode.run(operands, forms=forms, config=config, interpret=interpret)
 
 
 def unit_of_inputs(inputs: int, groups: int, format: str, *, is_ordered: bool) -> int:
@@ -292,8 +269,6 @@ def compile_cases() -> Iterator[Any]:
         yield _compile_case("int4", rows, 4096, counts, 128, True, "float16", "bfloat16")
     for format, group_size, scale_dtype in kinds:
         yield _compile_case(format, 16, 4096, (4096, 1024, 1024), group_size, False, scale_dtype, "bfloat16")
-    for rows, ahead in ((1, (4096, 1024, 1024)), (16, (12288, 12288)), (64, (4096,))):
-        yield _compile_case("int4", rows, 4096, 4096, 128, True, "float16", "bfloat16", ahead=ahead)
 
 
 def _compile_case(
@@ -306,7 +281,6 @@ def _compile_case(
     scale_dtype: str,
     dtype: str,
     config: Config | PrefillConfig | None = None,
-    ahead: tuple[int, ...] = (),
 ) -> Any:
     from pallas_kernels.compile_gate import CompileCase
 
@@ -314,7 +288,7 @@ def _compile_case(
     counts = (outputs,) if isinstance(outputs, int) else outputs
     x, layer = array((rows, inputs), jnp.bfloat16), array((), jnp.int32)
     of_weights: list[Any] = []
-    for count in (*counts, *ahead):
+    for count in counts:
         grid = (layers, 1 if group_size == -1 else inputs // group_size, count)
         zeros = array(grid, jnp.int8) if has_zeros else None
         arrays = (array((layers, count, codes.bytes(inputs)), codes.dtype), array(grid, scale_dtype), zeros)
@@ -323,16 +297,14 @@ def _compile_case(
     def call(x, layer, *of_weights):
         operands = [Operands(x, codes, scales, zeros, layer, overall) for codes, scales, zeros, overall in of_weights]
         options: dict[str, Any] = {"group_size": group_size, "format": format, "dtype": dtype, "config": config}
-        return run_together(operands[: len(counts)], **options, ahead=operands[len(counts) :])
+        return run_together(operands, **options)
 
     kind = {"int4": "w4a16", "nvfp4": "nvfp4"}.get(format, f"w8a16 {format}")
     name = f"{kind} M={rows} {'+'.join(map(str, counts))}x{inputs} groups of {group_size} {scale_dtype}"
     name = f"{name}{' zeros' if has_zeros else ''} to {dtype}"
-    name += f" before {'+'.join(map(str, ahead))}x{inputs}" * bool(ahead)
     return CompileCase(
         name=name if config is None else f"{name} {config}",
         function=call,
         avals=(x, layer, *of_weights),
         shipped=config is None,
-        required=("HGMMA", "UTMALDG", *("PREFETCH.L2",) * bool(ahead)),
     )

@@ -12,9 +12,6 @@ added in the order of the inputs, by XLA; nothing depends on timing.
 Several weights with as many inputs, such as those of queries, keys and values, are multiplied in one launch: the tiles
 of one follow those of the other, each with activations of its own.
 
-While a few small kernels run between two products the memory has nothing to do. A launch that knows what is multiplied
-next therefore ends by fetching codes of it into the L2 cache: those that each CTA of the next launch reads first.
-
 The activations come from the L2 cache once for every tile of outputs, and more tokens are more bytes than the weights.
 The CTAs of a cluster then work side by side on tiles of different outputs, and each loads a part of the activations
 for all.
@@ -37,7 +34,6 @@ from pallas_kernels.quantized_matmul.mosaic_sm90 import parts
 from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, Operands, whole
 
 MAX_TOKENS = 128  # of a tile
-FETCHED = 16 * 2**20  # bytes of the next launch's codes, at most
 
 Forms = tuple[Form, ...]  # of the weights of a launch; they differ in their outputs and layers alone
 
@@ -165,18 +161,9 @@ def first_columns(forms: Forms, config: Config) -> list[int]:
     return [*first, first[-1] + parts.result_shape(forms[-1])[1]]
 
 
-@functools.partial(jax.jit, static_argnames=("forms", "config", "interpret", "ahead_forms"))
-def run(
-    operands: tuple[Operands, ...],
-    *,
-    forms: Forms,
-    config: Config,
-    interpret,
-    ahead: tuple[tuple[Array, Array], ...] = (),
-    ahead_forms: Forms = (),
-) -> tuple[Float[Array, "M O"], ...]:
-    """The products; `ahead` are codes and layer of each weight of the next launch, `ahead_forms` what they are like."""
-    partial = multiply(operands, forms=forms, config=config, interpret=interpret, ahead=ahead, ahead_forms=ahead_forms)
+@functools.partial(jax.jit, static_argnames=("forms", "config", "interpret"))
+def run(operands: tuple[Operands, ...], *, forms: Forms, config: Config, interpret) -> tuple[Float[Array, "M O"], ...]:
+    partial = multiply(operands, forms=forms, config=config, interpret=interpret)
     columns = zip(forms, first_columns(forms, config), strict=False)
     return tuple(
         merge(partial, forms, config, rows=form.rows, columns=slice(first, first + form.outputs)).astype(form.dtype)
@@ -204,84 +191,29 @@ def merge(
     return total
 
 
-@dataclasses.dataclass(frozen=True)
-class Dealt:
-    """The tiles of a launch and which of them a CTA has."""
-
-    forms: Forms
-    config: Config
-
-    @functools.cached_property
-    def cut(self) -> Cut:
-        return cut_of(self.forms, self.config)
-
-    @functools.cached_property
-    def tiles(self) -> np.ndarray:
-        return first_tiles(self.forms, self.config)
-
-    def units(self, nth: Any) -> tuple[Any, Any]:
-        """First unit of a cluster and the one after its last."""
-        first = nth * self.cut.share
-        return first, jnp.minimum(first + self.cut.share, self.cut.tiles * self.cut.steps)
-
-    def corner(self, tile: Any, rank: Any, before: int = 0) -> tuple[Any, Any]:
-        """First output and first token of a CTA, of a weight before which there are so many tiles of outputs."""
-        output, token = (f(tile, jnp.int32(self.cut.token_tiles)) for f in (lax.div, lax.rem))
-        outputs = ((output - before) * self.config.cluster + rank) * self.config.block_o
-        return outputs, token * tokens_of(self.forms[0], self.config.cluster)
-
-    def holds(self, weight: int, tile: Any) -> Any:
-        """Whether a tile is one of this weight."""
-        begin, end = (int(x) * self.cut.token_tiles for x in self.tiles[weight : weight + 2])
-        return (begin <= tile) & (tile < end)
-
-
-def fetch(ahead: Any, dealt: Dealt, nth: Any, rank: Any, *, interpreted: bool) -> None:
-    """Begins to read into the L2 cache what the CTA of this number will read first in the launch of `dealt`."""
-    cut, config = dealt.cut, dealt.config
-    row_bytes = dealt.forms[0].codes.bytes(config.block_k)
-    fetched = FETCHED // (cut.clusters * config.cluster * config.block_o * row_bytes)
-    first, last = dealt.units(nth)
-
-    def fetch_unit(unit, weight):
-        (codes_ref, layer_ref), tile = ahead[weight], lax.div(unit, jnp.int32(cut.steps))
-        layers, outputs, inputs = codes_ref.shape
-        rows, size = min(config.block_o, outputs), min(row_bytes, inputs)
-
-        @pl.when(dealt.holds(weight, tile))
-        def _():
-            # The last tile of outputs and the last step may be parts, of which more is fetched.
-            output = jnp.minimum(dealt.corner(tile, rank, int(dealt.tiles[weight]))[0], outputs - rows)
-            byte = jnp.minimum(lax.rem(unit, jnp.int32(cut.steps)) * row_bytes, inputs - size)
-            layer = jnp.clip(layer_ref[0], 0, layers - 1)
-            parts.fetch_rows(codes_ref.at[layer, pl.ds(output, rows), pl.ds(byte, size)], interpreted=interpreted)
-
-    @pl.loop(first, jnp.minimum(first + fetched, last))
-    def over_units(unit):
-        for weight in range(len(dealt.forms)):
-            fetch_unit(unit, weight)
-
-
 def multiply(
-    operands: tuple[Operands, ...],
-    *,
-    forms: Forms,
-    config: Config,
-    interpret,
-    ahead: tuple[tuple[Array, Array], ...] = (),
-    ahead_forms: Forms = (),
+    operands: tuple[Operands, ...], *, forms: Forms, config: Config, interpret
 ) -> Float[Array, "J rows columns"]:
     """Partial results, as many as the most that a tile has."""
-    dealt = Dealt(forms, config)
-    form, cut, stages, cluster = forms[0], dealt.cut, config.stages, config.cluster
-    tiles, tokens, interpreted = dealt.tiles, tokens_of(form, cluster), interpret is not None
-    following = Dealt(ahead_forms, heuristic_config(ahead_forms)) if ahead_forms else None
+    form, cut, stages, cluster = forms[0], cut_of(forms, config), config.stages, config.cluster
+    tiles, tokens, interpreted = first_tiles(forms, config), tokens_of(form, cluster), interpret is not None
     i32 = jnp.int32
 
-    def kernel(refs, ahead_refs, partial_ref, smem):
+    def kernel(refs, partial_ref, smem):
         warpgroup, nth = lax.axis_index("warpgroup"), lax.axis_index("nth")
         rank = lax.axis_index("cluster") if cluster > 1 else 0
-        first, last = dealt.units(nth)
+        first = nth * cut.share
+        last = jnp.minimum(first + cut.share, cut.tiles * cut.steps)
+
+        def corner(tile, before=0):
+            """First output and first token of this CTA, of a weight before which there are so many tiles of outputs."""
+            output, token = lax.div(tile, i32(cut.token_tiles)), lax.rem(tile, i32(cut.token_tiles))
+            return ((output - before) * cluster + rank) * config.block_o, token * tokens
+
+        def holds(weight, tile):
+            """Whether a tile is one of this weight."""
+            begin, end = (int(x) * cut.token_tiles for x in tiles[weight : weight + 2])
+            return (begin <= tile) & (tile < end)
 
         @pl.when(warpgroup < config.warpgroups)
         def compute():
@@ -301,18 +233,18 @@ def multiply(
                 end = jnp.minimum(last, (tile + 1) * cut.steps)
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.float32), WGMMA)
                 acc = lax.fori_loop(begin, end, over_units, acc)
-                output, token = dealt.corner(tile, rank)
+                output, token = corner(tile)
                 for weight, of_weight in enumerate(forms):
 
                     def finish(acc, weight=weight, of_weight=of_weight):
-                        output, _ = dealt.corner(tile, rank, int(tiles[weight]))
+                        output, _ = corner(tile, int(tiles[weight]))
                         where = {"layer": parts.layer_of(refs[weight], of_weight), "output": output + warpgroup * ROWS}
                         return parts.finished(acc, of_weight, parts.late_scales(refs[weight], of_weight, **where))
 
                     if len(forms) == 1:
                         acc = finish(acc)
                     elif of_weight.is_unfinished:
-                        acc = lax.cond(dealt.holds(weight, tile), finish, lambda acc: acc, acc)
+                        acc = lax.cond(holds(weight, tile), finish, lambda acc: acc, acc)
                 where = (nth - lax.div(tile * cut.steps, i32(cut.share)), pl.ds(token, tokens))
                 parts.store(acc, result, partial_ref.at[*where, pl.ds(output + warpgroup * ROWS, ROWS)])
                 parts.await_stores()
@@ -334,20 +266,14 @@ def multiply(
                 for weight, of_weight in enumerate(forms):
 
                     def load_here(weight=weight, of_weight=of_weight):
-                        output, token = dealt.corner(tile, rank, int(tiles[weight]))
+                        output, token = corner(tile, int(tiles[weight]))
                         where = {"step": step, "slot": slot, "output": output, "token": token}
                         parts.load_step(refs[weight], smem, of_weight, **where, cluster=cluster)
 
                     if len(forms) == 1:
                         load_here()
                     else:
-                        pl.when(dealt.holds(weight, tile))(load_here)
-
-            if following is not None:
-                # A launch of fewer CTAs leaves what the others would have read to the memory.
-                pl.when(nth < following.cut.clusters)(
-                    lambda: fetch(ahead_refs, following, nth, rank, interpreted=interpreted)
-                )
+                        pl.when(holds(weight, tile))(load_here)
 
             # Every completion of a barrier must be observed before the kernel ends.
             @pl.loop(jnp.maximum(last - stages, first), last)
@@ -356,8 +282,8 @@ def multiply(
 
     buffers = config.buffers(form)
 
-    def quantized_decode(refs, ahead_refs, result, *scratch):
-        kernel(refs, ahead_refs, result, dict(zip(buffers, scratch, strict=True)))
+    def quantized_decode(refs, result, *scratch):
+        kernel(refs, result, dict(zip(buffers, scratch, strict=True)))
 
     return compat.kernel(
         quantized_decode,
@@ -371,7 +297,4 @@ def multiply(
         scratch_types=list(buffers.values()),
         interpret=interpret,
         **parts.cluster_options(cluster),
-    )(
-        tuple(parts.inputs(of_weight, form) for of_weight, form in zip(operands, forms, strict=True)),
-        () if following is None else tuple((codes, layer.reshape(1)) for codes, layer in ahead),
-    )
+    )(tuple(parts.inputs(of_weight, form) for of_weight, form in zip(operands, forms, strict=True)))

@@ -14,7 +14,6 @@ weights (`permuted`): a sum over inputs does not depend on their order.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,7 +41,6 @@ from pallas_kernels.quantized_matmul.mosaic_sm90.codes import (
 
 ROWS = 64  # outputs of one compute warpgroup
 MAX_WIDTH = 128  # inputs in whose order a thread reads codes
-L2_LINE = 128  # bytes
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
@@ -216,30 +214,6 @@ def store(acc: Array, result_ref: Any, out_ref: Any) -> None:
 def await_stores(left: int = 0) -> None:
     """Until the buffers of all stores but the last `left` are free. What they write is there when the kernel ends."""
     plgpu.wait_smem_to_gmem(left, wait_read_only=True)
-
-
-def fetch_rows(ref: Any, *, interpreted: bool) -> None:
-    """Begins to read the rows of a part of global memory `[rows, bytes]` into the L2 cache; a warpgroup does it."""
-    rows, row_bytes = ref.shape
-    if interpreted:  # which knows no cache
-        ref[...]
-        return
-    stride = ref.ref.shape[-1]  # of one byte elements
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def fetch(ctx, given):
-        del ctx
-        i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
-        pointer = mgpu_utils.memref_ptr(given)
-        thread = arith.remui(mgpu.thread_idx(), mgpu.c(128, i32))
-        for first, byte in itertools.product(range(0, rows, 128), range(0, row_bytes, L2_LINE)):
-            row = arith.minui(arith.addi(thread, mgpu.c(first, i32)), mgpu.c(rows - 1, i32))
-            offset = arith.addi(arith.muli(row, mgpu.c(stride, i32)), mgpu.c(byte, i32))
-            ptx = "prefetch.global.L2 [$0];"
-            llvm.inline_asm(None, [_at(pointer, offset, i8)], ptx, "l", has_side_effects=True)
-        return ()
-
-    fetch(ref)
 
 
 def load_step(

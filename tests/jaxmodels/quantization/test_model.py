@@ -1,9 +1,7 @@
 """Whole quantized models: saved and loaded, decoded, spread over devices, and how much memory they take."""
 
 import dataclasses
-import importlib
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -26,7 +24,7 @@ from jaxmodels.quantization import round_head, round_params
 from jaxmodels.quantization.save import config_block
 from jaxmodels.qwen import QwenConfig, build
 from jaxmodels.qwen.load import Layout, table
-from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, dequantize, quantized_matmuls
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, dequantize
 
 CONFIG = QwenConfig.tiny(layers=2, dim=64, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)
 LM = build(CONFIG)
@@ -178,22 +176,6 @@ def test_completions_are_those_of_the_dense_weights(params, name, unrolled):
     found = complete_autoregressive(LM, own, prompts, max_new_tokens=8, batch=3)
     assert found == complete_autoregressive(LM, expand(quantized), prompts, max_new_tokens=8, batch=3)
     assert found != complete_autoregressive(LM, params, prompts, max_new_tokens=8, batch=3)
-
-
-def test_products_are_told_what_is_multiplied_next(params, monkeypatch):
-    """The weights of the next products, and after a layer's last those of the next layer."""
-    quantized, told = round_params(LM, params, **FORMATS["int4"]), []
-
-    def recorded(x, weights, *, dtype, ahead):
-        told.append([[(id(weight.codes), int(weight.layer)) for weight in group] for group in (weights, ahead)])
-        return quantized_matmuls(x, weights, dtype=dtype)
-
-    monkeypatch.setattr(importlib.import_module("jaxmodels.layers.linear"), "quantized_matmuls", recorded)
-    LM.hidden(quantized, jnp.asarray([[1, 2, 3]]), unroll=True)
-    assert len(told) == 4 * CONFIG.layers
-    for (_, ahead), (weights, _) in itertools.pairwise(told):
-        assert ahead == weights
-    assert [layer for _, layer in told[-1][1]] == [CONFIG.layers] * 3, "clipped by who fetches"
 
 
 def test_block_diffusion_with_quantized_weights(params):
