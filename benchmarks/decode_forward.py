@@ -7,10 +7,10 @@ autoregressive step is forward + append + argmax; a denoising step is a forward 
 cache, plus the argmax and the log-sum-exp of every position; one jitted call each, cache donated. A "chunk" is several
 autoregressive steps in one call, as the text engine decodes, and its times are those of one of its steps: the host's
 part of a call is then shared by all. "queued" is the time per forward of 20 calls that nothing waits for but the last,
-as that engine runs ahead of what it reads: the host's part is then hidden behind the device's. The profile lists every device operation above 2 %. `--attention`
-forces an implementation of the attention to the cache; without it the automatic choice runs. `--weights` takes the
-linears of all blocks in several formats in turn: int4 in groups of 128 with zeros, and the same behind ParoQuant's
-scales and rotations ("paroquant"); embedding and head stay bfloat16.
+as that engine runs ahead of what it reads: the host's part is then hidden behind the device's. The profile lists every
+device operation above 2 %. `--attention` forces an implementation of the attention to the cache; without it the
+automatic choice runs. `--weights` takes the linears of all blocks in several formats in turn: int4 in groups of 128
+with zeros, and the same behind ParoQuant's scales and rotations ("paroquant"); embedding and head stay bfloat16.
 """
 
 import argparse
@@ -150,7 +150,8 @@ def measure(
         device = f"  device {row['profile']['device_ms']:.3f} ms" if profile else ""
         print(
             f"batch {batch} length {length:6d} {name:10s} {path:8s} {row['median_ms']:8.3f} ms "
-            f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  queued {row['queued_ms']:.3f} ms  floor {floor_ms:.3f} ms{device}",
+            f"[{row['min_ms']:.3f}, {row['max_ms']:.3f}]  queued {row['queued_ms']:.3f} ms  "
+            f"floor {floor_ms:.3f} ms{device}",
             flush=True,
         )
         for operation in row.get("profile", {}).get("operations", []):

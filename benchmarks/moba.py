@@ -24,6 +24,7 @@ operation. The kernels have since come to read queries in place.
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -275,6 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["cudnn", "torch"])
     parser.add_argument("--gradients", action="store_true", help="also the gradients of q, k and v")
     arguments = parser.parse_args(argv)
+    if "torch" in arguments.peers:  # whose arrays lie beside those of JAX
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if (reason := compat.missing_hopper()) is not None:
         print(reason, file=sys.stderr)
         return 2

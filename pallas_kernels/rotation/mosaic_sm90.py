@@ -1,6 +1,6 @@
 """Hopper kernel of the rotation: several rotations of the same few rows in one launch.
 
-A CTA rotates one group of channels of at most 16 rows, for one of the rotations, in shared memory. A thread owns a pair
+A CTA rotates one group of channels of 4 or 16 rows, for one of the rotations, in shared memory. A thread owns a pair
 of channels in each step, so steps are in place and have one barrier between them. Its angles and pairs of all steps are
 read before the first, for one latency in all. Stacks of layers are read where they lie.
 
@@ -34,8 +34,8 @@ from pallas_kernels.rotation import xla
 from pallas_kernels.rotation.source import Normed, Rows
 from pallas_kernels.rotation.turn import Turn
 
-TILE = 16  # rows of a CTA
-NORM_TILE = 4  # of one that reads all of its rows
+TILES = (4, 16)  # rows of a CTA: where there are few CTAs, and where there are many
+MANY_CTAS = 512
 THREADS = 128
 ACTIVATIONS = ("bfloat16", "float32")
 PARAMETERS = ("float32", "bfloat16", "float16")
@@ -91,7 +91,7 @@ def run(
     rows, channels = x.shape
     if rows == 0 or not turns:
         return tuple(jnp.zeros(x.shape, x.dtype) for _ in turns)
-    tile = min(rows, NORM_TILE if isinstance(x, Normed) else TILE)
+    tile = min(rows, _rows_of_tile(x, group_size, len(turns)))
     padded = -(-rows // tile) * tile
     if padded != rows:
         pad = lambda x: jnp.pad(x, ((0, padded - rows), (0, 0)))  # noqa: E731
@@ -135,6 +135,13 @@ def run(
         [] if order is None else [jnp.asarray(order, jnp.int32)],
     )
     return tuple(result[:rows] for result in results)
+
+
+def _rows_of_tile(x: Rows, group_size: int, turns: int) -> int:
+    """Few where all CTAs find room at once, or each reads its whole rows for their norms."""
+    few, many = TILES
+    ctas = -(-x.shape[0] // many) * x.shape[1] // group_size * turns
+    return many if ctas >= MANY_CTAS and not isinstance(x, Normed) else few
 
 
 def _whole(rows: int, group_size: int) -> int:
