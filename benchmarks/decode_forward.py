@@ -33,9 +33,9 @@ from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.masks import Full
 from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
 
-# The layers scanned, written out over slices of the stacked arrays, and written out over arrays of their own, as
-# decoders take them (`for_decoding`: quantized weights stay in stacks).
-PATHS = ("scanned", "unrolled", "unstacked")
+# The layers scanned, written out over slices of the stacked arrays, over arrays of their own, as decoders take them
+# (`for_decoding`: quantized weights stay in stacks), and over arrays of their own throughout.
+PATHS = ("scanned", "unrolled", "unstacked", "apart")
 STEPS = ("ar", "chunk", "block")
 CHUNK = 8  # steps of one call
 WEIGHTS = ("bfloat16", "int4", "paroquant")
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS)
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS[:3])
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["bfloat16"])
     parser.add_argument(
         "--attention", nargs="+", choices=[*decode_api.IMPLEMENTATIONS], help="implementations to compare, in turn"
@@ -209,7 +209,8 @@ def main() -> None:
         params = in_format(lm, dense, form)
         print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights in {form}")
         for path in arguments.paths:
-            weights = lm.for_decoding(params) if path == "unstacked" else params
+            forms = {"unstacked": lm.for_decoding, "apart": lm.unstack}
+            weights = forms[path](params) if path in forms else params
             choices = arguments.attention or ["automatic"]
             for batch, length, choice in itertools.product(arguments.batches, arguments.lengths, choices):
                 if arguments.attention:

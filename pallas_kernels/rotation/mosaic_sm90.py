@@ -112,7 +112,7 @@ def run(
                     if part is not None:
                         own_part = pl.ds(group * (group_size // 2), group_size // 2) if name == "theta" else columns
                         middle = () if name == "channel_scales" else (slice(None),)
-                        layer = jnp.clip(turn.layer[0], 0, part.shape[0] - 1)
+                        layer = jnp.clip(turn.layer[0], 0, part.shape[0] - 1) if part.shape[0] > 1 else jnp.int32(0)
                         own = own._replace(**{name: part.at[layer, *middle, own_part]})
                 body = _interpreted if interpret is not None else _rotate
                 body(source, own, order_refs, out_ref.at[here], buffer)

@@ -252,6 +252,7 @@ def multiply(
         @pl.when(warpgroup == config.warpgroups)
         def load():
             plgpu.set_max_registers(config.registers[1], action="decrease")
+            layers = [parts.layer_of(of_refs, of_weight) for of_refs, of_weight in zip(refs, forms, strict=True)]
 
             @pl.loop(first, last)
             def over_units(unit):
@@ -267,7 +268,7 @@ def multiply(
 
                     def load_here(weight=weight, of_weight=of_weight):
                         output, token = corner(tile, int(tiles[weight]))
-                        where = {"step": step, "slot": slot, "output": output, "token": token}
+                        where = {"layer": layers[weight], "step": step, "slot": slot, "output": output, "token": token}
                         parts.load_step(refs[weight], smem, of_weight, **where, cluster=cluster)
 
                     if len(forms) == 1:

@@ -217,14 +217,14 @@ def await_stores(left: int = 0) -> None:
 
 
 def load_step(
-    refs: dict, smem: dict, form: Form, *, step: Any, slot: Any, output: Any, token: Any, cluster: int
+    refs: dict, smem: dict, form: Form, *, layer: Any, step: Any, slot: Any, output: Any, token: Any, cluster: int
 ) -> None:
     """Starts the copies of one step, for the outputs from `output` on and the tokens from `token` on.
 
     The CTAs of a cluster load the activations together.
     """
     subs = smem["x"].shape[1]
-    where: dict[str, Any] = {"layer": layer_of(refs, form), "output": output, "barrier": smem["ready"].at[slot]}
+    where: dict[str, Any] = {"layer": layer, "output": output, "barrier": smem["ready"].at[slot]}
     load_codes(refs, smem, step=step, slot=slot, **where)
     for sub in range(subs):
         first = step * (subs * form.width) + sub * form.width
@@ -265,6 +265,8 @@ def load_lines(
 
 
 def layer_of(refs: dict, form: Form) -> Array:
+    if form.layers == 1:  # nothing can begin before the number has come from the memory
+        return jnp.int32(0)
     return jnp.clip(refs["layer"][0], 0, form.layers - 1)
 
 
