@@ -8,9 +8,10 @@ cache, plus the argmax and the log-sum-exp of every position; one jitted call ea
 autoregressive steps in one call, as the text engine decodes, and its times are those of one of its steps: the host's
 part of a call is then shared by all. "queued" is the time per forward of 20 calls that nothing waits for but the last,
 as that engine runs ahead of what it reads: the host's part is then hidden behind the device's. The profile lists every
-device operation above 2 %. `--attention` forces an implementation of the attention to the cache; without it the
-automatic choice runs. `--weights` takes the linears of all blocks in several formats in turn: int4 in groups of 128
-with zeros, and the same behind ParoQuant's scales and rotations ("paroquant"); embedding and head stay bfloat16.
+device operation above 2 % and how long the device was idle before it. `--attention` forces an implementation of the
+attention to the cache; without it the automatic choice runs. `--weights` takes the linears of all blocks in several
+formats in turn: int4 in groups of 128 with zeros, and the same behind ParoQuant's scales and rotations ("paroquant");
+embedding and head stay bfloat16.
 """
 
 import argparse
@@ -155,7 +156,10 @@ def measure(
             flush=True,
         )
         for operation in row.get("profile", {}).get("operations", []):
-            print(f"    {100 * operation['share']:5.1f} %  {operation['ms']:8.4f} ms  {operation['name'][:100]}")
+            print(
+                f"    {100 * operation['share']:5.1f} %  {operation['ms']:8.4f} ms  {operation['launches']:5.1f} x  "
+                f"idle before {operation['idle_ms']:.4f} ms  {operation['name'][:80]}"
+            )
         yield row
 
 
@@ -171,7 +175,7 @@ def queued_ms(call: Callable[[], Any], *, calls: int = 20) -> float:
 
 def _of_one(profile: dict, forwards: int) -> dict:
     """The profile of one of the forwards of a call."""
-    per_call = ("device_ms", "span_ms", "ms", "launches")
+    per_call = ("device_ms", "span_ms", "ms", "launches", "idle_ms")
     one = {key: value / forwards if key in per_call else value for key, value in profile.items()}
     one["operations"] = [
         {key: value / forwards if key in per_call else value for key, value in operation.items()}

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -87,11 +87,19 @@ def timed(call: Callable[[], Any], *, repeats: int = 20, warm_up: int = 3) -> di
     return spread(seconds)
 
 
-def device_profile(call: Callable[[], Any], *, calls: int = 5) -> dict[str, Any]:
-    """Device time of one `call` by operation, read from a profiler trace of `calls` of them.
+class Event(NamedTuple):
+    """One operation on the device, in nanoseconds."""
 
-    Returns `device_ms` (sum over the streams of the first GPU, per call), `span_ms` (first start to last end, per
-    call) and `operations`, every one above 2 % of the device time. Raises RuntimeError without a GPU trace.
+    name: str
+    start: float
+    duration: float
+
+
+def device_profile(call: Callable[[], Any], *, calls: int = 5) -> dict[str, Any]:
+    """Device time of one `call` by operation, read from a profiler trace of `calls` of them; see `profile_of`.
+
+    XLA launches its operations one by one while it is traced, and not by CUDA graphs, unless `XLA_FLAGS` has
+    `--xla_enable_command_buffers_during_profiling=true`. Raises RuntimeError without a GPU trace.
     """
     jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as directory:
@@ -100,34 +108,49 @@ def device_profile(call: Callable[[], Any], *, calls: int = 5) -> dict[str, Any]
                 jax.block_until_ready(call())
         (trace,) = Path(directory).glob("**/*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-        durations: dict[str, float] = collections.Counter()
-        counts: dict[str, int] = collections.Counter()
-        starts, ends = [], []
-        for plane in planes:
-            if not plane.name.startswith("/device:GPU:0"):
-                continue
-            for line in plane.lines:
-                if not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    name = re.sub(r"_\d+$", "", event.name)  # XLA numbers its fusions
-                    durations[name] += event.duration_ns
-                    counts[name] += 1
-                    starts.append(event.start_ns)
-                    ends.append(event.start_ns + event.duration_ns)
-    if not starts:
+        events = [
+            # XLA numbers its fusions.
+            Event(re.sub(r"_\d+$", "", event.name), event.start_ns, event.duration_ns)
+            for plane in planes
+            if plane.name.startswith("/device:GPU:0")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    if not events:
         raise RuntimeError("the profiler trace has no GPU stream; device_profile needs a GPU")
+    return profile_of(events, calls)
+
+
+def profile_of(events: Iterable[Event], calls: int) -> dict[str, Any]:
+    """What the operations of `calls` calls took, per call.
+
+    Returns `device_ms` (sum over all streams), `span_ms` (first start to last end) and `operations`, every one above
+    2 % of the device time, with `idle_ms`: how long nothing ran before it.
+    """
+    durations: dict[str, float] = collections.Counter()
+    idle: dict[str, float] = collections.Counter()
+    counts: dict[str, int] = collections.Counter()
+    events = sorted(events, key=lambda event: event.start)
+    begin = end = events[0].start
+    for event in events:
+        durations[event.name] += event.duration
+        counts[event.name] += 1
+        idle[event.name] += max(event.start - end, 0)
+        end = max(end, event.start + event.duration)
     total = sum(durations.values())
     operations = [
-        {"name": name, "ms": ns / calls / 1e6, "share": ns / total, "launches": counts[name] / calls}
+        {
+            "name": name,
+            "ms": ns / calls / 1e6,
+            "share": ns / total,
+            "launches": counts[name] / calls,
+            "idle_ms": idle[name] / calls / 1e6,
+        }
         for name, ns in sorted(durations.items(), key=lambda item: -item[1])
         if ns > 0.02 * total
     ]
-    return {
-        "device_ms": total / calls / 1e6,
-        "span_ms": (max(ends) - min(starts)) / calls / 1e6,
-        "operations": operations,
-    }
+    return {"device_ms": total / calls / 1e6, "span_ms": (end - begin) / calls / 1e6, "operations": operations}
 
 
 def time_layers(calls: dict[str, Callable[[], Any]], layers: int) -> dict[str, dict[str, Any]]:
