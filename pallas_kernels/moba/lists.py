@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 
@@ -27,10 +28,14 @@ def invert_selection(indices: Int[Array, "*lead M ranks"], num_blocks: int) -> B
     if num_rows * ranks >= 2**31:
         raise ValueError(f"indices must have fewer than 2^31 pairs (rows * ranks); got {num_rows} * {ranks}")
 
+    # A radix sort, as XLA has for GPUs, goes over the pairs once for every eight bits of a key.
+    key_dtype = np.min_scalar_type(num_blocks)
+
     def one(indices: Array) -> BlockLists:
-        blocks = jnp.where(indices < 0, num_blocks, indices).reshape(-1)
-        entries = jnp.argsort(blocks, stable=True).astype(jnp.int32)
-        starts = _search(blocks[entries], jnp.arange(num_blocks + 1), side="left")
+        keys = jnp.where(indices < 0, num_blocks, indices).reshape(-1).astype(key_dtype)
+        pairs = jnp.arange(num_rows * ranks, dtype=jnp.int32)
+        blocks, entries = jax.lax.sort((keys, pairs), is_stable=True, num_keys=1)
+        starts = _search(blocks.astype(jnp.int32), jnp.arange(num_blocks + 1, dtype=jnp.int32), side="left")
         return BlockLists(starts.astype(jnp.int32), entries)
 
     lists = jax.vmap(one)(indices.reshape(-1, num_rows, ranks))

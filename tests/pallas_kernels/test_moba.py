@@ -437,6 +437,16 @@ def test_inversion(kind):
     assert sorted(seen) == np.flatnonzero(flat >= 0).tolist()
 
 
+@pytest.mark.parametrize("num_blocks, bits", [(255, 8), (256, 16), (65_535, 16), (65_536, 32)])
+def test_keys_of_the_sort_have_no_more_bits_than_the_number_that_stands_for_none(num_blocks, bits):
+    indices = jnp.asarray([[num_blocks - 1], [-1], [0], [num_blocks - 1], [-1], [num_blocks // 2]])
+    offsets, entries = invert_selection(indices, num_blocks)
+    assert entries.tolist() == [2, 5, 0, 3, 1, 4]
+    assert (offsets[-1], offsets[-2], offsets[0]) == (4, 2, 0)
+    text = str(jax.make_jaxpr(lambda indices: invert_selection(indices, num_blocks))(indices))
+    assert re.search(rf"u{bits}\[1,6\].*= sort\[", text), text
+
+
 def test_centroids():
     k = jnp.asarray(np.random.default_rng(0).normal(size=(2, 21, 3, 4)), jnp.bfloat16)
     got = block_centroids(k, block_size=8, kv_lengths=jnp.asarray([21, 9]))
