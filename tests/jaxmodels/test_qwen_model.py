@@ -244,6 +244,8 @@ class Gpu:
 def test_decoding_takes_one_array_per_layer_where_slices_would_be_copied(monkeypatch, caplog):
     lm = build(QwenConfig.tiny())
     params = lm.init(jax.random.key(0))
+    for name in ("attention_norm", "mlp_norm"):  # which are the same in all layers at first
+        params["layers"][name] *= jax.random.uniform(jax.random.key(1), params["layers"][name].shape, minval=0.5)
     quantized = round_params(lm, params, "int8")
     layers = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]))
     is_by_layer = lambda params: isinstance(lm.for_decoding(params)["layers"]["mlp_norm"], tuple)  # noqa: E731
