@@ -336,6 +336,16 @@ def test_automatic_configurations_agree_with_the_oracle(interpreted, name, rows)
     assert np.linalg.norm(out - expected) < 1e-6 * np.linalg.norm(expected)
 
 
+def test_the_benchmark_rounds_weights_as_the_kernel_does(interpreted):
+    """By a scale in two parts: the nearest bfloat16 number is another for some weights, and one part alone for most."""
+    shape = benchmark.of_format("fp8 by block", rows=513, outputs=64, inputs=256, layers=1)
+    assert mosaic_sm90.rounds_weight(shape.form())
+    arguments = shape.arguments()
+    out = np.asarray(interpreted(shape.product("mosaic")(arguments["x"], 0, arguments)))
+    expected = benchmark.expected(shape, arguments, 0)
+    assert np.linalg.norm(out - expected) < 1e-6 * np.linalg.norm(expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Configurations, lowering
 
