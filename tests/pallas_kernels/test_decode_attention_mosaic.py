@@ -448,9 +448,10 @@ def skip_plan(lengths, chains=8, *, capacity=131072, num_queries=1, num_sms=132,
 def test_the_work_list_covers_each_chain_once(lengths, chains):
     made = skip_plan(lengths, chains)
     steps, longs, next_chain = [0] * len(lengths), [0] * len(lengths), [0] * len(lengths)
-    for index, (row, first_chain, num_long, shorter, num_own, num_steps) in enumerate(made.items):
-        if row < 0:
-            assert index >= made.shares.num.sum()
+    for index, (has_work, row, first_chain, num_long, shorter, num_own, num_steps) in enumerate(made.items):
+        assert 0 <= row < len(lengths)
+        assert has_work == (index < made.shares.num.sum())
+        if not has_work:
             continue
         assert made.shares.first[row] <= index < made.shares.first[row] + made.shares.num[row]
         assert num_own == (index == made.shares.first[row])
@@ -497,9 +498,10 @@ def plan(lengths, *, capacity=1024, num_queries=1, num_sms=132, kv_heads=8, wind
 def test_the_work_list_covers_each_live_tile_once(lengths):
     made, block_k = plan(lengths)
     seen = {row: [] for row in range(len(lengths))}
-    for index, (row, start, stop, has_own) in enumerate(made.items):
-        if row < 0:
-            assert start == stop or index >= made.shares.num.sum()
+    for index, (has_work, row, start, stop, has_own) in enumerate(made.items):
+        assert 0 <= row < len(lengths)  # every item's scalars are read, of idle ones too
+        assert has_work == (index < made.shares.num.sum())
+        if not has_work:
             continue
         assert made.shares.first[row] <= index < made.shares.first[row] + made.shares.num[row]
         assert has_own == (index == made.shares.first[row])
@@ -514,7 +516,7 @@ def test_long_rows_fill_the_multiprocessors(batch, waves):
     made, block_k = plan([8192] * batch, capacity=8192)
     ctas = 8 * made.shares.num.sum()
     assert 0.9 * 132 * waves < ctas <= 132 * waves
-    work = made.items[:, 2] - made.items[:, 1]
+    work = (made.items[:, 3] - made.items[:, 2])[made.items[:, 0] != 0]
     assert work.max() <= 1.1 * (8192 / block_k) * batch * 8 / (132 * waves) + 1
 
 
@@ -529,8 +531,8 @@ def test_only_tiles_that_some_query_sees_are_listed():
     live = [[2 * tile for tile in (0, 14)] + [2 * 15 + 1], [1]]
     assert block_k == 64
     for row, tiles in enumerate(live):
-        items = made.items[made.items[:, 0] == row]
-        assert items[:, 2].max() == len(tiles)
+        items = made.items[(made.items[:, 0] != 0) & (made.items[:, 1] == row)]
+        assert items[:, 3].max() == len(tiles)
         assert made.tiles[row, : len(tiles)].tolist() == tiles
     assert (made.positions[0, :1000] == np.arange(1000)).all() and (made.positions[0, 1000:] == -1).all()
 

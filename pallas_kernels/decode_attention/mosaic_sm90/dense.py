@@ -146,7 +146,7 @@ class Plan(NamedTuple):
     """Who reads what."""
 
     items: (
-        Array  # int32 [W, 4]: row of the batch (-1: nothing to do), first and last + 1 of its tiles, own keys (0 / 1)
+        Array  # int32 [W, 5]: 1 if there is work, row of the batch, first and last + 1 of its tiles, own keys (0 / 1)
     )
     shares: Shares
     tiles: Array | None  # int32 [B, tiles]: live tiles first, 2 * tile + (1 if some slot is empty)
@@ -184,7 +184,8 @@ def plan_of(operands: Operands, form: Form, config: Config) -> Plan:
     cut = split(counts, quotas, start=2.0, form=form, num_items=num_items, num_sms=config.num_sms)
     tiles_of_row = length[cut.row]
     items = [
-        jnp.where(cut.is_idle, -1, cut.row),
+        ~cut.is_idle,
+        cut.row,
         cut.at * tiles_of_row // cut.of,
         (cut.at + 1) * tiles_of_row // cut.of,
         cut.at == 0,
@@ -227,9 +228,8 @@ def attend(q, k_cache, v_cache, operands, plan, form: Form, *, own_mask, scale, 
     def kernel(refs, out_ref, lse_ref, smem):
         warpgroup = lax.axis_index("warpgroup")
         item, head, part = (lax.axis_index(name) for name in ("item", "head", "part"))
-        row = refs["items"][item, 0]
-        start, stop = refs["items"][item, 1], refs["items"][item, 2]
-        num_own = refs["items"][item, 3] if form.has_own else i32(0)
+        has_work, row, start, stop, num_own = (refs["items"][item, i] for i in range(5))
+        num_own = num_own if form.has_own else i32(0)
         num_cached = stop - start
         num_steps = num_own + num_cached
         layer = refs["layer"][0]
@@ -243,7 +243,7 @@ def attend(q, k_cache, v_cache, operands, plan, form: Form, *, own_mask, scale, 
             code = refs["tiles"][row, at]
             return lax.div(code, i32(2)), lax.rem(code, i32(2)) == 1
 
-        @pl.when((warpgroup < COMPUTE_WARPGROUPS) & (row >= 0))
+        @pl.when((warpgroup < COMPUTE_WARPGROUPS) & (has_work != 0))
         def compute():
             plgpu.set_max_registers(compute_registers, action="increase")
             lane = warpgroup if form.alternate else i32(0)
@@ -501,7 +501,7 @@ def attend(q, k_cache, v_cache, operands, plan, form: Form, *, own_mask, scale, 
                     plgpu.barrier_wait(smem[f"{name}_free"].at[slot])
 
         for index, names in enumerate(loads):
-            pl.when((warpgroup == COMPUTE_WARPGROUPS + index) & (row >= 0))(functools.partial(load, names))
+            pl.when((warpgroup == COMPUTE_WARPGROUPS + index) & (has_work != 0))(functools.partial(load, names))
 
     layers = k_cache.shape[0]
     flat = (layers * form.batch * form.capacity, form.num_kv_heads * head_dim)

@@ -195,7 +195,7 @@ class Shares(NamedTuple):
 class Split(NamedTuple):
     """The work of all rows cut into items: what each item is, and whose partial results are whose."""
 
-    row: Array  # int32 [W]: row of the batch; any for an idle item
+    row: Array  # int32 [W]: row of the batch; of an idle item one too, so that reading at it is safe
     is_idle: Array  # bool [W]
     at: Array  # int32 [W]: which of its row's items it is
     of: Array  # int32 [W]: how many items its row has

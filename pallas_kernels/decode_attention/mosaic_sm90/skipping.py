@@ -146,7 +146,7 @@ def unsupported_skip(form: Form, tile: SkipTile) -> str | None:
 class Plan(NamedTuple):
     """Who reads what."""
 
-    # int32 [W, 6]: row of the batch (-1: nothing to do); first of its chains; how many of the item's chains, its first
+    # int32 [W, 7]: 1 if there is work; row of the batch; first of its chains; how many of the item's chains, its first
     # ones, have one tile more than the others; the tiles of the others; own keys (0 / 1); tiles of all, own keys' too.
     items: Array
     shares: Shares
@@ -175,7 +175,7 @@ def plan_of(operands: Operands, form: Form, chains: int, config: SkipConfig) -> 
     shorter, num_own = length // chains, (cut.at == 0) & form.has_own
     num_long = jnp.clip(length % chains - first_chain, 0, last_chain - first_chain)
     num_steps = num_own + (last_chain - first_chain) * shorter + num_long
-    items = [jnp.where(cut.is_idle, -1, cut.row), first_chain, num_long, shorter, num_own, num_steps]
+    items = [~cut.is_idle, cut.row, first_chain, num_long, shorter, num_own, num_steps]
     return Plan(jnp.stack([x.astype(jnp.int32) for x in items], axis=1), cut.shares, positions, unclean)
 
 
@@ -216,8 +216,8 @@ def attend(
     def kernel(refs, results, smem):
         warpgroup = lax.axis_index("warpgroup")
         item, head, part = (lax.axis_index(name) for name in ("item", "head", "part"))
-        row = refs["items"][item, 0]
-        first_chain, num_long, shorter, num_own, num_steps = (refs["items"][item, 1 + i] for i in range(5))
+        items = (refs["items"][item, i] for i in range(7))
+        has_work, row, first_chain, num_long, shorter, num_own, num_steps = items
 
         def tile_of(step):
             """Index of the tile of a step, and whether it is the first one of its chain."""
@@ -230,7 +230,7 @@ def attend(
             nth = lax.rem(at, per_chain)
             return chain + nth * chains, nth == 0
 
-        @pl.when((warpgroup < COMPUTE_WARPGROUPS) & (row >= 0))
+        @pl.when((warpgroup < COMPUTE_WARPGROUPS) & (has_work != 0))
         def compute():
             plgpu.set_max_registers(224, action="increase")
             used = refs["used"][row]
@@ -341,7 +341,7 @@ def attend(
             plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], results["lse"].at[where, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when((warpgroup == COMPUTE_WARPGROUPS) & (row >= 0))
+        @pl.when((warpgroup == COMPUTE_WARPGROUPS) & (has_work != 0))
         def load():
             plgpu.set_max_registers(56, action="decrease")
             first_slot = (refs["layer"][0] * form.batch + row) * form.capacity
