@@ -11,7 +11,7 @@ as that engine runs ahead of what it reads: the host's part is then hidden behin
 device operation above 2 % and how long the device was idle before it. `--attention` forces an implementation of the
 attention to the cache; without it the automatic choice runs. `--weights` takes the linears of all blocks in several
 formats in turn: int4 in groups of 128 with zeros, and the same behind ParoQuant's scales and rotations ("paroquant");
-embedding and head stay bfloat16.
+embedding and head stay bfloat16, but that `--heads int8` rounds the head.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks import report
 from jaxmodels import qwen
 from jaxmodels.cache import KVCache
 from jaxmodels.checkpoints.mapping import flatten, unflatten
-from jaxmodels.quantization.whole import round_params
+from jaxmodels.quantization.whole import round_head, round_params
 from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.masks import Full
 from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation
@@ -40,6 +40,7 @@ PATHS = ("scanned", "unrolled", "unstacked", "apart")
 STEPS = ("ar", "chunk", "block")
 CHUNK = 8  # steps of one call
 WEIGHTS = ("bfloat16", "int4", "paroquant")
+HEADS = ("bfloat16", "int8")
 GROUP_SIZE, ROTATIONS = 128, 8  # of "int4" and "paroquant"
 
 
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS[:3])
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["bfloat16"])
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=["bfloat16"])
     parser.add_argument(
         "--attention", nargs="+", choices=[*decode_api.IMPLEMENTATIONS], help="implementations to compare, in turn"
     )
@@ -209,21 +211,23 @@ def main() -> None:
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     dense = jax.jit(lm.init, static_argnums=1)(jax.random.key(0), jnp.dtype(jnp.bfloat16))
     record = report.Record("decode_forward", preset=arguments.preset, copy_bytes_per_second=bandwidth)
-    for form in arguments.weights:
-        params = in_format(lm, dense, form)
-        print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights in {form}")
+    for form, head in itertools.product(arguments.weights, arguments.heads):
+        own_lm, params = lm, in_format(lm, dense, form)
+        if head != "bfloat16":
+            own_lm, params = round_head(lm, params, head)
+        print(f"{arguments.preset}: {bytes_of(params) / 1e9:.2f} GB of weights in {form}, head in {head}")
         for path in arguments.paths:
-            forms = {"unstacked": lm.for_decoding, "apart": lm.unstack}
+            forms = {"unstacked": own_lm.for_decoding, "apart": own_lm.unstack}
             weights = forms[path](params) if path in forms else params
             choices = arguments.attention or ["automatic"]
             for batch, length, choice in itertools.product(arguments.batches, arguments.lengths, choices):
                 if arguments.attention:
                     decode_api.automatic = lambda *_, choice=choice, **__: (choice, "")  # models name no implementation
                 for row in measure(
-                    lm, weights, batch=batch, length=length, block=arguments.block, steps=arguments.steps, path=path,
-                    profile=on_gpu, bandwidth=bandwidth,
+                    own_lm, weights, batch=batch, length=length, block=arguments.block, steps=arguments.steps,
+                    path=path, profile=on_gpu, bandwidth=bandwidth,
                 ):  # fmt: skip
-                    record.add({"weights": form} | row | {"attention": [choice]})
+                    record.add({"weights": form, "head": head} | row | {"attention": [choice]})
 
 
 if __name__ == "__main__":

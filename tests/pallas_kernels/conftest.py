@@ -1,4 +1,4 @@
-"""An oracle of attention that shares nothing with the project (NumPy, float64, gradients by hand), and a strict interpreter."""
+"""An oracle of attention that shares nothing with the project, in NumPy and float64, and a strict interpreter."""
 
 from collections.abc import Callable
 

@@ -498,13 +498,13 @@ def plan(lengths, *, capacity=1024, num_queries=1, num_sms=132, kv_heads=8, wind
 def test_the_work_list_covers_each_live_tile_once(lengths):
     made, block_k = plan(lengths)
     seen = {row: [] for row in range(len(lengths))}
-    for index, (has_work, row, start, stop, has_own) in enumerate(made.items):
+    for index, (has_work, row, start, stop, has_own, used) in enumerate(made.items):
         assert 0 <= row < len(lengths)  # every item's scalars are read, of idle ones too
         assert has_work == (index < made.shares.num.sum())
         if not has_work:
             continue
         assert made.shares.first[row] <= index < made.shares.first[row] + made.shares.num[row]
-        assert has_own == (index == made.shares.first[row])
+        assert has_own == (index == made.shares.first[row]) and used == min(lengths[row], 1024)
         seen[int(row)] += range(start, stop)
     for row, length in enumerate(lengths):
         assert seen[row] == list(range(-(-min(length, 1024) // block_k)))
@@ -535,6 +535,25 @@ def test_only_tiles_that_some_query_sees_are_listed():
         assert items[:, 3].max() == len(tiles)
         assert made.tiles[row, : len(tiles)].tolist() == tiles
     assert (made.positions[0, :1000] == np.arange(1000)).all() and (made.positions[0, 1000:] == -1).all()
+
+
+@pytest.mark.parametrize("counts", [[10, 1, 1], [4, 4, 4]], ids=["turns of 8", "one turn"])
+def test_partial_results_are_merged_by_their_weights(counts):
+    """Rows with an even share of the parts take one turn, any others more."""
+    form = parts.Form(3, 1, 2, 1, 128, 64, jnp.dtype(jnp.float32), None, True, False, None, None)
+    rng = np.random.default_rng(0)
+    num_parts = form.lanes * sum(counts)
+    values = rng.normal(size=(num_parts, 2, 8, 128)).astype(np.float32)
+    lse = rng.normal(size=(num_parts, 2, 64)).astype(np.float32) * 4
+    lse[1] = -np.inf  # has seen no key
+    first = np.cumsum([0, *counts[:-1]])
+    shares = parts.Shares(jnp.asarray(first, jnp.int32), jnp.asarray(counts, jnp.int32))
+    out = parts.merge(jnp.asarray(values), jnp.asarray(lse), shares, form, interpret=compat.interpret_params())
+    for row, count in enumerate(counts):
+        own = slice(form.lanes * first[row], form.lanes * (first[row] + count))
+        weights = 2.0 ** lse[own, :, 0].astype(np.float64)
+        wanted = (weights[..., None] * values[own, :, 0]).sum(axis=0) / weights.sum(axis=0)[..., None]
+        np.testing.assert_allclose(out[row, 0], wanted, rtol=1e-5, atol=1e-5)
 
 
 def lower(call):

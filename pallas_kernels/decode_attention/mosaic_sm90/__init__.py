@@ -3,6 +3,7 @@
 `parts.py` is what they share, the merge of partial results among it.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -196,18 +197,18 @@ def compile_cases():
                 *([array((batch, capacity), jnp.int32)] if has_positions else []),
             ),
         )
-    for head_dim in (64, 128, 256):
+    for head_dim, num_parts in itertools.product((64, 128, 256), (16, 80)):
 
         def merge_parts(parts, lse, first, num, head_dim=head_dim):
             form = Form(batch, 32, kv_heads, group, head_dim, capacity, bf16, None, True, False, None, None)
             return merge(parts, lse, Shares(first, num), form, interpret=None)
 
         yield CompileCase(
-            name=f"decode attention merge H={head_dim}",
+            name=f"decode attention merge H={head_dim} {num_parts} parts",
             function=merge_parts,
             avals=(
-                array((16, kv_heads, 128, max(head_dim, 128)), bf16),
-                array((16, kv_heads, 128), jnp.float32),
+                array((num_parts, kv_heads, 128, max(head_dim, 128)), bf16),
+                array((num_parts, kv_heads, 128), jnp.float32),
                 *[array((batch,), jnp.int32)] * 2,
             ),
             required=(),

@@ -146,7 +146,9 @@ class Plan(NamedTuple):
     """Who reads what."""
 
     items: (
-        Array  # int32 [W, 5]: 1 if there is work, row of the batch, first and last + 1 of its tiles, own keys (0 / 1)
+        # int32 [W, 6]: 1 if there is work, row of the batch, first and last + 1 of its tiles, own keys (0 / 1), used
+        # slots of the row: all that a CTA must know before it loads, for one wait.
+        Array
     )
     shares: Shares
     tiles: Array | None  # int32 [B, tiles]: live tiles first, 2 * tile + (1 if some slot is empty)
@@ -189,6 +191,7 @@ def plan_of(operands: Operands, form: Form, config: Config) -> Plan:
         cut.at * tiles_of_row // cut.of,
         (cut.at + 1) * tiles_of_row // cut.of,
         cut.at == 0,
+        used[cut.row],
     ]
     return Plan(jnp.stack([x.astype(jnp.int32) for x in items], axis=1), cut.shares, tiles, positions)
 
@@ -228,12 +231,11 @@ def attend(q, k_cache, v_cache, operands, plan, form: Form, *, own_mask, scale, 
     def kernel(refs, out_ref, lse_ref, smem):
         warpgroup = lax.axis_index("warpgroup")
         item, head, part = (lax.axis_index(name) for name in ("item", "head", "part"))
-        has_work, row, start, stop, num_own = (refs["items"][item, i] for i in range(5))
+        has_work, row, start, stop, num_own, used = (refs["items"][item, i] for i in range(6))
         num_own = num_own if form.has_own else i32(0)
         num_cached = stop - start
         num_steps = num_own + num_cached
         layer = refs["layer"][0]
-        used = jnp.clip(refs["kv_lengths"][row], 0, form.capacity)
 
         def cached_tile(step):
             """Index of the tile of a step and whether it holds empty slots."""
@@ -367,7 +369,7 @@ def attend(q, k_cache, v_cache, operands, plan, form: Form, *, own_mask, scale, 
                 qo.at[pl.ds(0, kept)], out_ref.at[where, head, pl.ds(row0, kept), pl.ds(0, head_dim)]
             )
             plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], lse_ref.at[where, head, rows])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what it writes is there when the kernel ends
 
         def load(names):
             plgpu.set_max_registers(load_registers, action="decrease")
@@ -511,7 +513,6 @@ def attend(q, k_cache, v_cache, operands, plan, form: Form, *, own_mask, scale, 
         "v": v_cache.reshape(flat),
         "items": plan.items,
         "layer": jnp.clip(operands.layer, 0, layers - 1).reshape(1),
-        "kv_lengths": operands.kv_lengths,
     }
     if form.has_own:
         inputs |= own_inputs(operands, form)

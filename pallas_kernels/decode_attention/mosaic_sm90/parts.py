@@ -18,7 +18,7 @@ from pallas_kernels.masks import Mask
 LOG2E = math.log2(math.e)
 COMPUTE_WARPGROUPS = 2
 ROWS = 64  # of one compute warpgroup
-MERGED_AT_ONCE = 8  # partial results that the merge kernel has in flight
+MERGED_AT_ONCE = (8, 40)  # partial results that the merge kernel has in flight: least and most
 FAR = 2**30  # beyond every index and position
 
 WGMMA = plgpu.Layout.WGMMA
@@ -240,6 +240,9 @@ def merged_lse(part_lse: Array, shares: Shares, form: Form) -> Float[Array, "B N
 def merge(parts: Array, part_lse: Array, shares: Shares, form: Form, *, interpret) -> Float[Array, "B T N H"]:
     """Outputs from the normalised partial ones: one warpgroup per query and head."""
     width = parts.shape[3]
+    # One turn for rows that have even shares of the parts: each turn waits for the memory.
+    least, most = MERGED_AT_ONCE
+    at_once = min(max(-(-parts.shape[0] // form.batch), least), most)
     i32 = jnp.int32
 
     def kernel(parts_ref, lse_ref, first_ref, count_ref, out_ref):
@@ -249,8 +252,8 @@ def merge(parts: Array, part_lse: Array, shares: Shares, form: Form, *, interpre
         def merge_some(turn, carry):
             acc, m, total = carry
             scores, values = [], []
-            for i in range(MERGED_AT_ONCE):
-                at = turn * MERGED_AT_ONCE + i
+            for i in range(at_once):
+                at = turn * at_once + i
                 where = first + jnp.minimum(at, count - 1)
                 scores.append(jnp.where(at < count, lse_ref[where, head, line], -jnp.inf))
                 values.append(plgpu.load(parts_ref.at[where, head, line], layout=_strided(width)))
@@ -268,7 +271,7 @@ def merge(parts: Array, part_lse: Array, shares: Shares, form: Form, *, interpre
             jnp.float32(-jnp.inf),
             jnp.float32(0.0),
         )
-        turns = lax.div(count + MERGED_AT_ONCE - 1, i32(MERGED_AT_ONCE))
+        turns = lax.div(count + at_once - 1, i32(at_once))
         acc, _, total = lax.fori_loop(0, turns, merge_some, start)
         inverse = jnp.where(total == 0.0, 0.0, 1.0 / jnp.where(total == 0.0, 1.0, total))
         query, member = lax.div(line, i32(form.group)), lax.rem(line, i32(form.group))

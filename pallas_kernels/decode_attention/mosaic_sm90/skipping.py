@@ -339,7 +339,7 @@ def attend(
                 qo.at[pl.ds(0, kept_rows)], results["out"].at[where, head, pl.ds(row0, kept_rows), pl.ds(0, head_dim)]
             )
             plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], results["lse"].at[where, head, rows])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what it writes is there when the kernel ends
 
         @pl.when((warpgroup == COMPUTE_WARPGROUPS) & (has_work != 0))
         def load():

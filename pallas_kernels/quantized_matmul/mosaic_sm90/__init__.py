@@ -193,6 +193,8 @@ def run_together(
         return tuple(run_together((of_weight,), **options)[0] for of_weight in operands)
     if config is None:
         config = heuristic_config(first) if len(forms) == 1 else decode.heuristic_config(forms)
+    if isinstance(config, Config) and not first.takes(config.block_k):
+        raise ValueError(f"groups of {first.group_size} inputs need steps of {MAX_WIDTH}; got {config}")
     if (needed := config.smem_bytes(first)) > compat.SHARED_MEMORY_BYTES:
         raise ValueError(
             f"{config} needs {needed} bytes of shared memory for {first.rows} rows; "
@@ -230,7 +232,7 @@ def candidates(form: Form) -> Iterator[Config | PrefillConfig]:
     made: list[Config | PrefillConfig] = []
     if form.rows <= 512:
         for warpgroups, block_k, cluster, stages in itertools.product((4, 2), (256, 128), (1, 2), (8, 6, 4, 3)):
-            if warpgroups == 2 or tokens <= 64:
+            if form.takes(block_k) and (warpgroups == 2 or tokens <= 64):
                 made.append(Config(warpgroups=warpgroups, block_k=block_k, cluster=cluster, stages=stages))
     if form.rows > 64:
         for block_m, cluster, stages in itertools.product((256, 192, 128), (1, 2, 4), (4, 3)):

@@ -107,7 +107,7 @@ def heuristic_config(forms: Forms) -> Config:
     """
     form = forms[0]
     tokens = tokens_of(form)
-    narrow_steps = form.width < parts.MAX_WIDTH
+    narrow_steps = form.width < parts.MAX_WIDTH or not form.takes(256)
     if tokens <= 32:
         narrow_steps = narrow_steps or form.codes.bits == 8  # 128 bytes in a row either way
         config = Config(warpgroups=4, block_k=128 if narrow_steps else 256, stages=6 if narrow_steps else 4)

@@ -100,6 +100,17 @@ class Form(NamedTuple):
         """Of `block_k` inputs."""
         return -(-self.inputs // block_k)
 
+    def takes(self, block_k: int) -> bool:
+        """Whether every step of so many inputs is of whole groups, or of a part of one."""
+        return self.groups == 1 or block_k % self.group_size == 0 or self.group_size % block_k == 0
+
+    def lines(self, inputs: int) -> int:
+        """Of scales or zeros, a line for each group or block, that so many inputs of a step need or have before them.
+
+        A step of which there is not even one whole group needs one all the same.
+        """
+        return 0 if self.groups == 1 else inputs // self.group_size
+
 
 class Operands(NamedTuple):
     """The arrays of one product; see `run`."""
@@ -149,30 +160,26 @@ def input_order(width: int, codes: Codes) -> tuple[int, ...]:
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
-    """The ring of steps: codes, and for each product activations, scales and zeros, as far as it needs them."""
-    subs, (codes, lines) = block_k // form.width, code_buffers(form, stages=stages, block_k=block_k, outputs=outputs)
+    """The ring of steps: codes, activations, and scales and zeros as far as the products need them; a copy of each."""
+    codes, lines = code_buffers(form, stages=stages, block_k=block_k, outputs=outputs)
     return {
         "codes": codes,
-        "x": plgpu.SMEM(
-            (stages, subs, tokens, form.width), jnp.bfloat16, transforms=compat.swizzled(jnp.bfloat16, form.width)
-        ),
+        "x": plgpu.SMEM((stages, tokens, block_k), jnp.bfloat16, transforms=compat.swizzled(jnp.bfloat16, form.width)),
         **lines,
-        "ready": plgpu.Barrier(num_arrivals=1 + subs * (1 + len(lines)), num_barriers=stages),
+        "ready": plgpu.Barrier(num_arrivals=2 + len(lines), num_barriers=stages),
         "free": free(outputs // ROWS, stages, cluster),
     }
 
 
 def code_buffers(form: Form, *, stages: int, block_k: int, outputs: int) -> tuple[Any, dict[str, Any]]:
-    """A ring of codes, and by name those of the scales and zeros that each `form.width` inputs of them need."""
-    ring, codes = (stages, block_k // form.width), form.codes
+    """A ring of codes, and by name those of the scales and zeros that come with them."""
+    shape = (stages, max(1, form.lines(block_k)), outputs)
     lines: dict[str, Any] = {}
-    if form.scales_groups:
-        lines["scales"] = plgpu.SMEM((*ring, outputs), form.scale_dtype)
-    elif codes.block is not None:
-        lines["scales"] = plgpu.SMEM((*ring, form.width // codes.block, outputs), form.scale_dtype)
+    if form.scales_groups or form.codes.block is not None:
+        lines["scales"] = plgpu.SMEM(shape, form.scale_dtype)
     if form.has_zeros:
-        lines["zeros"] = plgpu.SMEM((*ring, outputs), jnp.int8)
-    return plgpu.SMEM((stages, outputs, codes.bytes(block_k)), codes.dtype), lines
+        lines["zeros"] = plgpu.SMEM(shape, jnp.int8)
+    return plgpu.SMEM((stages, outputs, form.codes.bytes(block_k)), form.codes.dtype), lines
 
 
 def free(warpgroups: int, stages: int, cluster: int) -> Any:
@@ -223,13 +230,12 @@ def load_step(
 
     The CTAs of a cluster load the activations together.
     """
-    subs = smem["x"].shape[1]
+    block_k = smem["x"].shape[2]
     where: dict[str, Any] = {"layer": layer, "output": output, "barrier": smem["ready"].at[slot]}
     load_codes(refs, smem, step=step, slot=slot, **where)
-    for sub in range(subs):
-        first = step * (subs * form.width) + sub * form.width
-        load_x(refs, smem["x"].at[slot, sub], token=token, first=first, barrier=where["barrier"], cluster=cluster)
-        load_lines(refs, smem, form, first=first, slot=slot, sub=sub, **where)
+    x = {"token": token, "first": step * block_k, "barrier": where["barrier"], "cluster": cluster}
+    load_x(refs, smem["x"].at[slot], **x)
+    load_lines(refs, smem, form, first=step * block_k, slot=slot, **where)
 
 
 def load_codes(refs: dict, smem: dict, *, layer: Any, step: Any, slot: Any, output: Any, barrier: Any) -> None:
@@ -245,23 +251,15 @@ def load_x(refs: dict, x_ref: Any, *, token: Any, first: Any, barrier: Any, clus
 
 
 def load_lines(
-    refs: dict, smem: dict, form: Form, *, layer: Any, first: Any, slot: Any, sub: int, output: Any, barrier: Any
+    refs: dict, smem: dict, form: Form, *, layer: Any, first: Any, slot: Any, output: Any, barrier: Any
 ) -> None:
-    """Scales and zeros of the `form.width` inputs from `first` on.
-
-    Those of groups are read from arrays of one dimension, in which a group begins at whole 16 bytes. What is read
-    beyond the last output is of no row that is kept; scales in blocks beyond the last input are 0.
-    """
-    outputs = smem["codes"].shape[1]
-    group = jnp.minimum(lax.div(first, jnp.int32(form.group_size)), form.groups - 1)  # beyond the last input: any
-    line = pl.ds((layer * form.groups + group) * form.outputs + output, outputs)
-    if form.codes.block is not None:
-        blocks = form.width // form.codes.block
-        box = refs["scales"].at[layer, pl.ds(lax.div(first, jnp.int32(form.codes.block)), blocks)]
-        plgpu.copy_gmem_to_smem(box.at[:, pl.ds(output, outputs)], smem["scales"].at[slot, sub], barrier)
-    for name, wanted in (("scales", form.scales_groups), ("zeros", form.has_zeros)):
-        if wanted:
-            plgpu.copy_gmem_to_smem(refs[name].at[line], smem[name].at[slot, sub], barrier)
+    """Scales and zeros of the inputs of a step, from `first` on; 0 beyond the last input and the last output."""
+    line = lax.div(first, jnp.int32(form.group_size))
+    for name in ("scales", "zeros"):
+        if name in smem:
+            _, count, outputs = smem[name].shape
+            box = refs[name].at[layer, pl.ds(line, count), pl.ds(output, outputs)]
+            plgpu.copy_gmem_to_smem(box, smem[name].at[slot], barrier)
 
 
 def layer_of(refs: dict, form: Form) -> Array:
@@ -272,13 +270,13 @@ def layer_of(refs: dict, form: Form) -> Array:
 
 def add_step(acc: Array, smem: dict, form: Form, *, slot: Any, warpgroup: Any, interpreted: bool) -> Array:
     """`acc` and the products of one step that has arrived, for the 64 outputs of a warpgroup; sums meet scales."""
-    for sub in range(smem["x"].shape[1]):
-        place = {"slot": slot, "warpgroup": warpgroup, "first": sub * form.width, "count": form.width}
+    for first in range(0, smem["x"].shape[2], form.width):
+        place = {"slot": slot, "warpgroup": warpgroup, "first": first, "count": form.width}
         operand = weights(smem, form, **place, is_scaled=False, interpreted=interpreted)
-        product = _product(operand, smem["x"].at[slot, sub], interpreted=interpreted)
+        product = _product(operand, smem["x"].at[slot, :, pl.ds(first, form.width)], interpreted=interpreted)
         if form.scales_groups:
             rows = pl.ds(warpgroup * ROWS, ROWS)
-            scales = plgpu.load(smem["scales"].at[slot, sub, rows], layout=ROW, optimized=False)
+            scales = plgpu.load(smem["scales"].at[slot, form.lines(first), rows], layout=ROW, optimized=False)
             product = product * lax.broadcast_in_dim(scales.astype(jnp.float32), acc.shape, [0])
         acc = acc + product
     return acc
@@ -328,14 +326,11 @@ def inputs(operands: Operands, form: Form, unit: int = 1) -> dict[str, Array]:
     """The kernel's arrays in global memory, activations in whole units of inputs."""
     x, codes, scales, zeros, layer, global_scale = operands
     arrays = {"x": permuted(x, form, unit), "codes": codes, "layer": layer.reshape(1)}
-    if form.codes.block is not None:
-        arrays["scales"] = scales
-    elif form.scales_outputs and (beyond := -form.outputs % ROWS):
-        arrays["scales"] = jnp.pad(scales.reshape(-1), (0, beyond))
-    else:
-        arrays["scales"] = scales.reshape(-1)
+    arrays["scales"] = scales
+    if form.scales_outputs:  # read in parts that begin anywhere
+        arrays["scales"] = jnp.pad(scales.reshape(-1), (0, -form.outputs % ROWS))
     if zeros is not None:
-        arrays["zeros"] = zeros.reshape(-1)
+        arrays["zeros"] = zeros
     if global_scale is not None:
         arrays["global_scale"] = global_scale
     return arrays
@@ -385,10 +380,11 @@ def weights(
     refs: dict[Any, Any] = {"codes": smem["codes"].at[slot, rows]}
     for chunk in parts:
         if form.sides is not None:
-            sides = smem[form.sides].at[slot, chunk.sub]
-            refs["sides", chunk.sub] = sides.at[rows] if codes.block is None else sides.at[:, rows]
+            before = form.lines(chunk.sub * form.width)
+            lines = before if codes.block is None else pl.ds(before, form.width // codes.block)
+            refs["sides", chunk.sub] = smem[form.sides].at[slot, lines, rows]
         if is_scaled and form.scales_groups:
-            refs["scales", chunk.sub] = smem["scales"].at[slot, chunk.sub, rows]
+            refs["scales", chunk.sub] = smem["scales"].at[slot, form.lines(chunk.sub * form.width), rows]
     # Bytes from the scales of a block to those of the next; the interpreter makes an array of what a view shows.
     apart = ROWS if interpreted else outputs
 

@@ -84,9 +84,7 @@ class PrefillConfig:
         return {
             "codes": codes,
             **lines,
-            "codes_ready": plgpu.Barrier(
-                num_arrivals=1 + BLOCK_K // form.width * len(lines), num_barriers=self.code_stages
-            ),
+            "codes_ready": plgpu.Barrier(num_arrivals=1 + len(lines), num_barriers=self.code_stages),
             "codes_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=self.code_stages),
             "x": plgpu.SMEM(
                 (self.stages, self.block_m, HALF), jnp.bfloat16, transforms=compat.swizzled(jnp.bfloat16, HALF)
@@ -209,8 +207,7 @@ def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> 
 
                     where = {"layer": layer, "slot": slot, "output": output, "barrier": barrier}
                     parts.load_codes(refs, smem, step=step, **where)
-                    for sub in range(BLOCK_K // form.width):
-                        parts.load_lines(refs, smem, form, first=step * BLOCK_K + sub * form.width, sub=sub, **where)
+                    parts.load_lines(refs, smem, form, first=step * BLOCK_K, **where)
                     for half in range(HALVES):
                         x_step = nth_step * HALVES + half
                         x_slot = lax.rem(x_step, i32(stages))
