@@ -28,7 +28,6 @@ import numpy as np
 
 from benchmarks import report
 from pallas_kernels import compat
-from pallas_kernels.quantized_matmul.mosaic_sm90 import order_of
 from pallas_kernels.rotation import Normed, Rows, Turn, pairwise_rotations
 
 LIMITS = {"float32": 1e-5, "bfloat16": 3e-3}  # relative error in the L2 norm
@@ -45,19 +44,14 @@ class Shape:
     rotations: int = 1
     dtype: str = "bfloat16"
     layers: int = 2
-    is_ordered: bool = False  # results in the order that the products with int4 weights want
     is_normed: bool = False  # by the kernel
 
     @property
     def name(self) -> str:
         return (
             f"M={self.rows} I={self.channels} x{self.rotations} {self.steps} steps in groups of {self.group_size} "
-            f"{self.dtype}{' normed' if self.is_normed else ''}{' ordered' if self.is_ordered else ''}"
+            f"{self.dtype}{' normed' if self.is_normed else ''}"
         )
-
-    @property
-    def order(self) -> tuple[int, ...] | None:
-        return order_of(self.group_size) if self.is_ordered else None
 
     def arguments(self) -> tuple[Rows, list[Turn]]:
         """Rows, and turns of float16 parameters without the index of a layer; without steps they have none."""
@@ -84,8 +78,7 @@ class Shape:
 
         def run(x, turns, layer):
             own = [turn._replace(layer=layer) for turn in turns]
-            options: dict[str, Any] = {"group_size": self.group_size, "order": self.order}
-            return pairwise_rotations(x, own, **options, implementation=implementation)
+            return pairwise_rotations(x, own, group_size=self.group_size, implementation=implementation)
 
         return run
 
@@ -108,8 +101,6 @@ def expected(rows: Rows, turn: Turn, layer: int, shape: Shape) -> np.ndarray:
             cos, sin = np.cos(theta[r].astype(np.float64)), np.sin(theta[r].astype(np.float64))
             a, b = x[:, i].copy(), x[:, j].copy()
             x[:, i], x[:, j] = cos * a + sin * b, cos * b - sin * a
-    if shape.order is not None:
-        x = x.reshape(shape.rows, -1, shape.group_size)[..., shape.order].reshape(x.shape)
     return x
 
 
@@ -141,9 +132,8 @@ def check_shapes() -> Iterator[Shape]:
         yield Shape(rows=rows, channels=12288)
         yield Shape(rows=rows, rotations=3, channels=2048)
         for group_size in (32, 64, 128, 256):
-            yield Shape(rows=rows, rotations=2, group_size=group_size, is_ordered=True)
-            yield Shape(rows=rows, rotations=2, group_size=group_size, is_ordered=True, is_normed=True)
-            yield Shape(rows=rows, steps=0, group_size=group_size, is_ordered=True, is_normed=True)
+            yield Shape(rows=rows, rotations=2, group_size=group_size, is_normed=True)
+            yield Shape(rows=rows, steps=0, group_size=group_size, is_normed=True)
     for rows, channels, dtype in itertools.product((1, 5, 16), (1024, 2560, 12288), LIMITS):
         yield Shape(rows=rows, channels=channels, is_normed=True, dtype=dtype)
         yield Shape(rows=rows, channels=channels, is_normed=True, dtype=dtype, steps=0)
@@ -154,7 +144,7 @@ def time_shapes() -> Iterator[Shape]:
         yield Shape(rows=rows, rotations=3, layers=16)
         yield Shape(rows=rows, channels=12288, layers=16)
     for rows, steps in itertools.product((1, 8, 16), (0, 8)):
-        yield Shape(rows=rows, rotations=3 if steps else 1, steps=steps, layers=16, is_ordered=True, is_normed=True)
+        yield Shape(rows=rows, rotations=3 if steps else 1, steps=steps, layers=16, is_normed=True)
 
 
 def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """`quantized_matmul` and `quantized_matmuls`: argument checks and the choice of implementation."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -11,9 +12,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, partitioning
 from pallas_kernels.quantized_matmul import mosaic_sm90, reference, rounding, xla
-from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, turn_all
-from pallas_kernels.rotation import Normed, Rows
-from pallas_kernels.rotation import api as rotation_api
+from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, interleave, turn_all
+from pallas_kernels.rotation import Rows
 
 NAMES = ("mosaic", "xla", "reference")
 
@@ -76,12 +76,27 @@ def quantized_matmuls(
     rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
     products: dict[int, Array] = {}
     launches = [_Launch.of(members, rows, weights, dtype, implementation) for members in _together(rows, weights)]
-    orders = {i: launch.order for launch in launches for i in launch.members}
-    turned = turn_all(rows, weights, [orders[i] for i in range(len(weights))])
+    turned = turn_all(rows, weights)
     for launch in launches:
         chosen = tuple(turned[i] for i in launch.members), tuple(weights[i] for i in launch.members)
         products |= zip(launch.members, launch.products(*chosen, dtype), strict=True)
     return tuple(products[i].reshape(*x.shape[:-1], weight.outputs) for i, weight in enumerate(weights))
+
+
+def for_decoding(weight: QuantizedTensor, dtype: Any) -> QuantizedTensor:
+    """The weight, or stack of weights, as products with few tokens in this dtype read it fastest on this device.
+
+    That is interleaved where a Hopper kernel is the automatic choice, with codes copied on the devices that hold them;
+    elsewhere it is the same weight.
+    """
+    one = weight
+    for _ in range(weight.codes.ndim - 2):  # of layers, experts
+        one = one.of_expert(0)
+    token = jax.ShapeDtypeStruct((1, weight.inputs), dtype)
+    if automatic(token, one, dtype=dtype)[0] != "mosaic":
+        return weight
+    result = interleave(weight)
+    return dataclasses.replace(result, codes=jax.device_put(result.codes, weight.codes.sharding))
 
 
 def _together(x: Rows, weights: Sequence[QuantizedTensor]) -> list[list[int]]:
@@ -89,24 +104,10 @@ def _together(x: Rows, weights: Sequence[QuantizedTensor]) -> list[list[int]]:
     together: dict[Any, list[int]] = {}
     for i, weight in enumerate(weights):
         is_alone = x.shape[0] > mosaic_sm90.MAX_ROWS_TOGETHER or hopper_unsupported(x, weight) is not None
-        others = (weight.zeros is None, weight.global_scale is None, weight.activations, _kernel_order(x, weight))
+        others = (weight.zeros is None, weight.global_scale is None, weight.activations, weight.interleaved)
         kind = weight.format, _groups(weight), weight.scales.dtype, *others
         together.setdefault(i if is_alone else kind, []).append(i)
     return [*together.values()]
-
-
-def _kernel_order(x: Rows, weight: QuantizedTensor) -> tuple[int, ...] | None:
-    """The order of inputs that the kernel wants, if a kernel is going to write the activations that can give it."""
-    if weight.order is not None or (_groups(weight) == -1 and weight.inputs % mosaic_sm90.MAX_WIDTH):  # it adds zeros
-        return None
-    if weight.rotation is not None:
-        return mosaic_sm90.order_of(weight.group_size, weight.format)
-    if not isinstance(x, Normed):  # XLA orders them where it makes them
-        return None
-    order = mosaic_sm90.order_of(min(weight.group_size, mosaic_sm90.MAX_WIDTH), weight.format)
-    if order is None or rotation_api.automatic(x, (weight.as_turn(),), group_size=len(order))[0] != "mosaic":
-        return None
-    return order
 
 
 class _Launch(NamedTuple):
@@ -114,7 +115,6 @@ class _Launch(NamedTuple):
 
     members: list[int]
     implementation: str
-    order: tuple[int, ...] | None  # of the channels within each group, of all members
 
     @classmethod
     def of(
@@ -126,14 +126,14 @@ class _Launch(NamedTuple):
             implementation, _ = automatic(x, first, dtype=dtype, outputs=outputs)
         elif implementation == "mosaic" and (reason := hopper_unsupported(x, first)) is not None:
             raise NotImplementedError(f'quantized_matmul "mosaic": {reason}')
-        return cls(members, implementation, _kernel_order(x, first) if implementation == "mosaic" else None)
+        return cls(members, implementation)
 
     def products(
         self, turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any
     ) -> tuple[Array, ...]:
         """`[M, O]` each."""
         if self.implementation == "mosaic":
-            results = _on_hopper(turned, weights, self.order, _kernel_result(weights[0], dtype))
+            results = _on_hopper(turned, weights, _kernel_result(weights[0], dtype))
         else:
             run = reference.run if self.implementation == "reference" else xla.run
             results = tuple(run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
@@ -185,11 +185,9 @@ def _kernel_result(weight: QuantizedTensor, dtype: Any) -> Any:
     return jnp.dtype(jnp.bfloat16 if is_last else jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _on_hopper(
-    turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], order: tuple[int, ...] | None, dtype: Any
-) -> tuple[Array, ...]:
-    """The kernel's products `[M, O]` of activations in this order; their derivatives are XLA's.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_hopper(turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any) -> tuple[Array, ...]:
+    """The kernel's products `[M, O]`; their derivatives are XLA's.
 
     Codes of rounded activations are bfloat16 numbers, so their products are those of eight bits, summed in float32.
     """
@@ -201,7 +199,8 @@ def _on_hopper(
             for x, weight in zip(turned, weights, strict=True)
         ]
         turned, scales = tuple(codes.astype(jnp.bfloat16) for codes, _ in rounded), [scale for _, scale in rounded]
-    products = functools.partial(_products, **_options(weights[0]), dtype=dtype, is_ordered=order is not None)
+    options = _options(weights[0]) | {"interleaved": weights[0].interleaved}
+    products = functools.partial(_products, **options, dtype=dtype)
     results = partitioning.over_rows(products, turned, tuple(_stack(weight) for weight in weights))
     return tuple(x if scale is None else x * scale for x, scale in zip(results, scales, strict=True))
 
@@ -213,7 +212,7 @@ def _products(
     group_size: int,
     format: str,
     dtype: Any,
-    is_ordered: bool,
+    interleaved: bool,
 ) -> tuple[Array, ...]:
     """What `mosaic_sm90.run_together` gives; on a mesh of automatic axes each device multiplies its part.
 
@@ -222,7 +221,7 @@ def _products(
     Where weights and activations lie differently, it is as the first weight's codes do.
     """
     inputs, groups = turned[0].shape[1], stacks[0]["scales"].shape[1]
-    unit = mosaic_sm90.unit_of_inputs(inputs, groups, format, is_ordered=is_ordered)
+    unit = mosaic_sm90.unit_of_inputs(inputs, groups, format, interleaved=interleaved)
     units = {
         "outputs": mosaic_sm90.OUTPUTS,
         "inputs": unit,
@@ -250,7 +249,7 @@ def _products(
         of_weights = [
             mosaic_sm90.Operands(*(arrays.get(f"{field}{n}") for field in fields)) for n in range(len(stacks))
         ]
-        options: dict[str, Any] = {"group_size": group_size, "format": format, "is_ordered": is_ordered}
+        options: dict[str, Any] = {"group_size": group_size, "format": format, "interleaved": interleaved}
         return mosaic_sm90.run_together(of_weights, **options, dtype=dtype)
 
     return partitioning.cut(
@@ -264,21 +263,15 @@ def _products(
     )
 
 
-def _on_hopper_fwd(turned: Any, weights: Any, order: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:
-    return _on_hopper(turned, weights, order, dtype), (turned, weights)
+def _on_hopper_fwd(turned: Any, weights: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:
+    return _on_hopper(turned, weights, dtype), (turned, weights)
 
 
-def _on_hopper_bwd(order: Any, dtype: Any, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
+def _on_hopper_bwd(dtype: Any, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
     del dtype
 
-    def product(x, weight):
-        if order is not None:
-            back = jnp.argsort(jnp.asarray(order))
-            x = x.reshape(x.shape[0], -1, len(order))[..., back].reshape(x.shape)
-        return xla.run(x, weight.sliced())
-
     def products(turned, weights):
-        return tuple(product(x, weight) for x, weight in zip(turned, weights, strict=True))
+        return tuple(xla.run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
 
     return jax.vjp(products, *residuals)[1](tuple(cotangent.astype(jnp.float32) for cotangent in cotangents))
 

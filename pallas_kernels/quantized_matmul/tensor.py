@@ -4,16 +4,19 @@ Letters: O outputs, I inputs (the contracted channels), g inputs of a group, G =
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantized_matmul import nibbles
-from pallas_kernels.rotation import Rows, Turn, made, pairwise_rotation, pairwise_rotations
+from pallas_kernels.quantized_matmul.order import MAX_WIDTH, input_order
+from pallas_kernels.rotation import NORM_GROUP, Rows, Turn, made, makes_norms, pairwise_rotation, pairwise_rotations
 
 Format = Literal["int4", "int8", "fp8", "nvfp4"]
 Activations = Literal["int8", "fp8"]
@@ -56,6 +59,8 @@ class QuantizedTensor:
       shape: of the weight in the model, outputs and then inputs.
       num_inputs: trailing axes of `shape` that are contracted.
       activations: what activations are rounded to before the product; None: they are not.
+      interleaved: whether the codes of each `width` inputs have changed places for the Hopper kernels: at place
+        `input_order(width, bits)[i]` is that of input i. See `interleave`.
     """
 
     codes: Any
@@ -71,6 +76,7 @@ class QuantizedTensor:
     shape: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     num_inputs: int = dataclasses.field(default=1, metadata={"static": True})
     activations: Activations | None = dataclasses.field(default=None, metadata={"static": True})
+    interleaved: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def inputs(self) -> int:
@@ -86,6 +92,11 @@ class QuantizedTensor:
     def group_size(self) -> int:
         """Inputs that share a scale."""
         return self.inputs // self.scales.shape[-2]
+
+    @property
+    def width(self) -> int:
+        """Inputs whose codes change places among each other, if they do: those of one group, if groups have scales."""
+        return min(self.group_size, MAX_WIDTH) if self.scales.shape[-2] > 1 else MAX_WIDTH
 
     @property
     def ndim(self) -> int:
@@ -169,6 +180,8 @@ class QuantizedTensor:
             raise ValueError(f"{name}: quantized activations need one scale per output; got {groups} groups")
         if self.zeros is not None and self.format != "int4":
             raise ValueError(f"{name}: only int4 codes have zeros; got {self.format}")
+        if self.interleaved and (reason := _why_not_interleaved(self)) is not None:
+            raise ValueError(f"{name}: cannot be interleaved: {reason}")
         grid = (groups, self.outputs)
         parts = [
             ("codes", self.codes, (self.outputs, packed), (CODES[self.format],)),
@@ -191,33 +204,30 @@ class QuantizedTensor:
                 )
 
 
-def turn_all(
-    x: Rows,
-    weights: Sequence[QuantizedTensor],
-    orders: Sequence[tuple[int, ...] | None] | None = None,
-) -> tuple[Float[Array, "*rows I"], ...]:
+def turn_all(x: Rows, weights: Sequence[QuantizedTensor]) -> tuple[Float[Array, "*rows I"], ...]:
     """Activations as the codes of each weight meet them: scaled, rotated, in order.
 
     bfloat16 stays bfloat16, rounded once after float32; anything else that is changed becomes float32, since scaled and
-    rotated channels may outgrow float16. Rotations in groups of one size run together.
-
-    `orders` are of the channels within each group of inputs, beyond the weight's own order. Where a weight has one, or
-    a rotation, the activations may be left to be made by what rotates them (`Rows`).
+    rotated channels may outgrow float16. Rotations in groups of one size run together. Norms (`Rows`) are made by what
+    rotates, also where nothing is to be rotated, if that is the faster way.
     """
     turned: dict[int, Array] = {}
-    together: dict[Any, list[int]] = {}
+    together: dict[int, list[int]] = {}
     plain: list[int] = []
-    for i, (weight, order) in enumerate(zip(weights, orders or [None] * len(weights), strict=True)):
-        if weight.rotation is None and order is None:
-            plain.append(i)
+    is_normed_there = makes_norms(x)
+    for i, weight in enumerate(weights):
+        if weight.rotation is not None:
+            together.setdefault(weight.group_size, []).append(i)
+        elif is_normed_there:
+            together.setdefault(NORM_GROUP, []).append(i)
         else:
-            together.setdefault((len(order) if order else weight.group_size, order), []).append(i)
+            plain.append(i)
     is_narrow = x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64)
-    for (group_size, order), members in together.items():
-        # Weights that only ask for the order share one result.
+    for group_size, members in together.items():
+        # Weights that change nothing share one result.
         turns = {i if weights[i].rotates else None: weights[i].as_turn() for i in members}
         rows = _wide(made(x)) if is_narrow else x
-        results = pairwise_rotations(rows, [*turns.values()], group_size=group_size, order=order)
+        results = pairwise_rotations(rows, [*turns.values()], group_size=group_size)
         of_turn = dict(zip(turns, results, strict=True))
         turned |= {i: of_turn[i if weights[i].rotates else None] for i in members}
     if plain:
@@ -237,6 +247,42 @@ def _wide(x: Array) -> Array:
     return x if x.dtype == jnp.bfloat16 else x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def interleave(weight: QuantizedTensor) -> QuantizedTensor:
+    """The weight with its codes where the Hopper kernels want them, so that no activation is put into their order.
+
+    XLA's products then have to bring them back, so it is worth it where kernels multiply. A weight or a stack of them
+    for which there is no such order (NVFP4, rounded activations, inputs that are no multiple of `width`) stays as it
+    is.
+    """
+    if weight.interleaved or _why_not_interleaved(weight) is not None:
+        return weight
+    codes = _interleaved(weight.codes, width=weight.width, bits=_bits(weight))
+    return dataclasses.replace(weight, codes=codes, interleaved=True)
+
+
+@functools.partial(jax.jit, static_argnames=("width", "bits"))  # unpacked codes are never made
+def _interleaved(codes: Array, *, width: int, bits: int) -> Array:
+    each = nibbles.unpack(codes) if bits == 4 else codes
+    each = each.reshape(*each.shape[:-1], -1, width)[..., np.argsort(input_order(width, bits))].reshape(each.shape)
+    return jnp.asarray(nibbles.pack(each)) if bits == 4 else each
+
+
+def _why_not_interleaved(weight: QuantizedTensor) -> str | None:
+    if weight.format == "nvfp4":
+        return "codes of NVFP4 stay with the scales of their blocks"
+    if weight.activations is not None:
+        return "eight-bit products of XLA take codes as they are"
+    size = weight.inputs if weight.scales.shape[-2] == 1 else weight.group_size
+    if size % weight.width or weight.width not in (32, 64, MAX_WIDTH):
+        return f"{weight.inputs} inputs in groups of {size} are not multiplied in parts of 32, 64 or {MAX_WIDTH}"
+    return None
+
+
+def _bits(weight: QuantizedTensor) -> int:
+    """Of a code."""
+    return 4 if CODES[weight.format] == jnp.uint8 else 8
+
+
 def matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "O I"]:
     """What the codes stand for, without rotation, order and scales of inputs; computed in float32."""
     weight = weight.sliced()
@@ -247,6 +293,9 @@ def matrix(weight: QuantizedTensor, dtype: Any = jnp.float32) -> Float[Array, "O
     else:
         values = weight.codes
     groups, outputs = weight.scales.shape
+    if weight.interleaved:
+        order = jnp.asarray(input_order(weight.width, _bits(weight)))
+        values = values.reshape(outputs, -1, weight.width)[..., order]
     values = values.astype(jnp.float32).reshape(outputs, groups, -1)
     if weight.zeros is not None:
         values = values - weight.zeros.astype(jnp.float32).T[..., None]

@@ -59,20 +59,16 @@ def pairwise_rotations(
     turns: Sequence[Turn],
     *,
     group_size: int,
-    order: tuple[int, ...] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*rows I"], ...]:
     """`pairwise_rotation` of the same rows by each of the turns, which the Hopper kernel does in one launch.
 
     The rows may be `Normed`: the kernel then makes them itself, rounded to their dtype like `made` of them. A turn may
-    have no rotation, only scales or nothing, and so be there for its rows and their order.
+    have no rotation, only scales or nothing, and so be there for its rows.
 
-    A turn whose arrays are stacked along a first axis has the index of its layer. Channel t of each group of a result
-    is channel `order[t]` of the rotated group; None: channel t.
+    A turn whose arrays are stacked along a first axis has the index of its layer.
     """
-    if order is not None and sorted(order) != [*range(group_size)]:
-        raise ValueError(f"order must be a permutation of {group_size} channels; got {order}")
-    return _run(x, tuple(turns), group_size=group_size, order=order, inverse=False, implementation=implementation)
+    return _run(x, tuple(turns), group_size=group_size, inverse=False, implementation=implementation)
 
 
 def _run(
@@ -82,7 +78,6 @@ def _run(
     group_size: int,
     inverse: bool,
     implementation: str | None,
-    order: tuple[int, ...] | None = None,
 ) -> tuple[Array, ...]:
     if implementation not in (None, *NAMES):
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
@@ -101,10 +96,10 @@ def _run(
     ):
         raise NotImplementedError(f'pairwise_rotation "mosaic": {reason}')
     if implementation == "mosaic":
-        results = _on_hopper(rows, turns, group_size, order)
+        results = _on_hopper(rows, turns, group_size)
     else:
         run = reference.run if implementation == "reference" else xla.run
-        results = _plain(run, rows, turns, group_size, order, inverse=inverse)
+        results = _plain(run, rows, turns, group_size, inverse=inverse)
     return tuple(result.reshape(x.shape) for result in results)
 
 
@@ -141,9 +136,18 @@ def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool
     return first, reason
 
 
-def _plain(
-    run: Any, rows: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None, *, inverse: bool
-) -> tuple[Array, ...]:
+NORM_GROUP = 128  # channels of a CTA where norms are all there is to make
+
+
+def makes_norms(x: Rows) -> bool:
+    """Whether a turn without a rotation is the fastest way to make these rows: of norms it may be."""
+    if not isinstance(x, Normed) or x.shape[-1] % NORM_GROUP:
+        return False
+    rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
+    return automatic(rows, (Turn(None, None),), group_size=NORM_GROUP)[0] == "mosaic"
+
+
+def _plain(run: Any, rows: Rows, turns: tuple[Turn, ...], group_size: int, *, inverse: bool) -> tuple[Array, ...]:
     x = made(rows)
     precise = jnp.promote_types(x.dtype, jnp.float32)
 
@@ -157,30 +161,27 @@ def _plain(
             result = result * scales.astype(precise)
         if pairs is not None:
             result = run(result, theta.astype(precise), pairs, group_size, inverse=inverse)
-        result = result.astype(x.dtype)
-        if order is None:
-            return result
-        return result.reshape(x.shape[0], -1, group_size)[..., jnp.asarray(order)].reshape(x.shape)
+        return result.astype(x.dtype)
 
     return tuple(turned(turn) for turn in turns)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _on_hopper(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Array, ...]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_hopper(x: Rows, turns: tuple[Turn, ...], group_size: int) -> tuple[Array, ...]:
     """The kernel's results; its derivatives are XLA's."""
     stacks = tuple(turn if turn.layer is not None else _stack_of_one(turn) for turn in turns)
     if not isinstance(x, Normed):
-        return partitioning.over_rows(lambda x, turns: _turned(x, turns, group_size, order), x, stacks)
+        return partitioning.over_rows(lambda x, turns: _turned(x, turns, group_size), x, stacks)
     epsilon = x.epsilon
 
     def normed(x: Array, rest: tuple[Array, tuple[Turn, ...]]) -> tuple[Array, ...]:
         weight, turns = rest
-        return _turned(Normed(x, weight, epsilon), turns, group_size, order)
+        return _turned(Normed(x, weight, epsilon), turns, group_size)
 
     return partitioning.over_rows(normed, x.x, (x.weight, stacks))
 
 
-def _turned(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Array, ...]:
+def _turned(x: Rows, turns: tuple[Turn, ...], group_size: int) -> tuple[Array, ...]:
     """What `mosaic_sm90.run` gives; on a mesh of automatic axes each device turns its rows and groups of channels.
 
     Of `Normed` rows it turns whole ones, since the norm is over all channels: these are gathered. So are channels that
@@ -191,7 +192,7 @@ def _turned(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int,
     def run(*, x: Array, weight: Array | None = None, **parts: Array) -> tuple[Array, ...]:
         own = tuple(Turn(*(parts.get(f"{field}{n}") for field in Turn._fields)) for n in range(len(turns)))
         rows = x if epsilon is None else Normed(x, weight, epsilon)
-        return mosaic_sm90.run(rows, own, group_size=group_size, order=order)
+        return mosaic_sm90.run(rows, own, group_size=group_size)
 
     operands: dict[str, Any] = {"x": x.x, "weight": x.weight} if isinstance(x, Normed) else {"x": x}
     axes = {"x": f"{partitioning.ROWS} (groups channels)", "weight": "(groups channels)"}
@@ -214,15 +215,13 @@ def _turned(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int,
     )
 
 
-def _on_hopper_fwd(x: Rows, turns: tuple[Turn, ...], group_size: int, order: tuple[int, ...] | None) -> tuple[Any, Any]:
-    return _on_hopper(x, turns, group_size, order), (x, turns)
+def _on_hopper_fwd(x: Rows, turns: tuple[Turn, ...], group_size: int) -> tuple[Any, Any]:
+    return _on_hopper(x, turns, group_size), (x, turns)
 
 
-def _on_hopper_bwd(
-    group_size: int, order: tuple[int, ...] | None, residuals: Any, cotangents: tuple[Array, ...]
-) -> Any:
+def _on_hopper_bwd(group_size: int, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
     def plain(x, turns):
-        return _plain(xla.run, x, turns, group_size, order, inverse=False)
+        return _plain(xla.run, x, turns, group_size, inverse=False)
 
     return jax.vjp(plain, *residuals)[1](cotangents)
 

@@ -65,13 +65,12 @@ def unsupported(
     return None if interpret is not None else compat.missing_hopper()
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "order", "interpret"))
+@functools.partial(jax.jit, static_argnames=("group_size", "interpret"))
 def run(
     x: Rows,
     turns: Sequence[Turn],
     *,
     group_size: int,
-    order: tuple[int, ...] | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "M I"], ...]:
     """The rows `x` rotated by each of the turns, in the dtype of `x`; see `pairwise_rotations`.
@@ -80,7 +79,6 @@ def run(
       x: rows `[M, I]`, or what they are made of.
       turns: stacks `[L, ...]`, each with the index of its layer; one outside is taken for the nearest.
       group_size: channels of a group.
-      order: of the results within each group; None: as they were.
       interpret: runs the kernel on the CPU, for tests.
 
     Raises:
@@ -97,7 +95,7 @@ def run(
         pad = lambda x: jnp.pad(x, ((0, padded - rows), (0, 0)))  # noqa: E731
         x = x.on_rows(pad) if isinstance(x, Normed) else pad(x)
 
-    def rotation(x_refs, turns, order_refs, *refs):
+    def rotation(x_refs, turns, *refs):
         *out_refs, buffer, sums = refs
         group, nth, row = (lax.axis_index(name) for name in ("group", "nth", "tile"))
         columns = pl.ds(group * group_size, group_size)
@@ -115,7 +113,7 @@ def run(
                         layer = jnp.clip(turn.layer[0], 0, part.shape[0] - 1) if part.shape[0] > 1 else jnp.int32(0)
                         own = own._replace(**{name: part.at[layer, *middle, own_part]})
                 body = _interpreted if interpret is not None else _rotate
-                body(source, own, order_refs, out_ref.at[here], buffer)
+                body(source, own, out_ref.at[here], buffer)
 
     results = compat.kernel(
         rotation,
@@ -132,7 +130,6 @@ def run(
     )(
         x,
         [turn._replace(layer=jnp.asarray(turn.layer, jnp.int32).reshape(1)) for turn in turns],
-        [] if order is None else [jnp.asarray(order, jnp.int32)],
     )
     return tuple(result[:rows] for result in results)
 
@@ -166,7 +163,7 @@ class _Tile(NamedTuple):
         return cls(refs.at[rows, columns])
 
 
-def _interpreted(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer: Any) -> None:
+def _interpreted(tile: _Tile, turn: Turn, out_ref: Any, buffer: Any) -> None:
     del buffer
     x = tile.x[...]
     if tile.whole is not None:
@@ -179,19 +176,15 @@ def _interpreted(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer:
     if turn.pairs is not None:
         theta, pairs = turn.theta[...].astype(jnp.float32), turn.pairs[...]
         x = xla.by_steps(x, theta, pairs, x.shape[-1], inverse=False)
-    x = x.astype(out_ref.dtype)
-    for order_ref in order_refs:
-        x = x[:, order_ref[...]]
-    out_ref[...] = x
+    out_ref[...] = x.astype(out_ref.dtype)
 
 
-def _rotate(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: Any) -> None:
+def _rotate(tile: _Tile, turn: Turn, out_ref: Any, buffer_ref: Any) -> None:
     """One group of channels of some rows."""
     rows, size = tile.x.shape
     channels, steps = out_ref.ref.shape[1], 0 if turn.pairs is None else turn.pairs.shape[0]
     half, sweeps = size // 2, buffer_ref.shape[0] * size // (2 * THREADS)
     refs = tile._asdict() | turn._asdict() | {"epsilon": None, "out": out_ref, "buffer": buffer_ref}
-    refs |= {"order": order_refs[0]} if order_refs else {}
     names = [name for name, ref in refs.items() if ref is not None]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(names))
@@ -263,12 +256,7 @@ def _rotate(tile: _Tile, turn: Turn, order_refs: Any, out_ref: Any, buffer_ref: 
                 llvm.store(arith.subf(arith.mulf(cos, b), arith.mulf(sin, a)), at_j)
         mgpu_utils.warpgroup_barrier()
 
-        shift = None
-        for n, (index, offset, channel) in enumerate(elements()):
-            if "order" in names:
-                if size > THREADS or n == 0:  # else every element of a thread has the same channel
-                    shift = arith.subi(read("order", channel), channel)
-                index = arith.addi(index, shift)
+        for index, offset, _ in elements():
             value = llvm.load(f32, place("buffer", index))
             element = element_of["out"]
             llvm.store(value if element == f32 else arith.truncf(element, value), place("out", offset))
@@ -344,7 +332,7 @@ def compile_cases() -> Iterator[Any]:
     ]
     layers, steps = 4, 8
 
-    def case(rows, channels, group_size, turns, dtype, *, is_ordered, is_normed=False, steps=steps):
+    def case(rows, channels, group_size, turns, dtype, *, is_normed=False, steps=steps):
         one = Turn(None, None, layer=array((), jnp.int32))
         if steps:
             one = Turn(
@@ -356,18 +344,15 @@ def compile_cases() -> Iterator[Any]:
         x = array((rows, channels), jnp.bfloat16)
         return CompileCase(
             name=f"rotation M={rows} I={channels} groups of {group_size} x{turns} {steps} steps {dtype}"
-            + " normed" * is_normed
-            + " ordered" * is_ordered,
-            function=functools.partial(
-                run, group_size=group_size, order=tuple(range(group_size))[::-1] if is_ordered else None
-            ),
+            + " normed" * is_normed,
+            function=functools.partial(run, group_size=group_size),
             avals=(Normed(x, array((channels,), jnp.bfloat16), 1e-6) if is_normed else x, [one] * turns),
             required=(),
         )
 
-    for shape, is_ordered in itertools.product(dict.fromkeys(shapes), (False, True)):
-        yield case(*shape, is_ordered=is_ordered)
+    for shape in dict.fromkeys(shapes):
+        yield case(*shape)
     for rows in (1, 16):
-        yield case(rows, 4096, 128, 3, "float16", is_ordered=True, is_normed=True)
-        yield case(rows, 4096, 128, 1, "float16", is_ordered=True, is_normed=True, steps=0)
-    yield case(8, 2560, 64, 1, "float16", is_ordered=True, is_normed=True)
+        yield case(rows, 4096, 128, 3, "float16", is_normed=True)
+        yield case(rows, 4096, 128, 1, "float16", is_normed=True, steps=0)
+    yield case(8, 2560, 64, 1, "float16", is_normed=True)

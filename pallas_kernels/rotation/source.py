@@ -1,7 +1,7 @@
 """Rows of activations that are still to be normalised.
 
-A product with a quantized weight may leave that to the kernel which scales, rotates and orders its activations anyway;
-`made` is what they are, for everyone else.
+A product with a quantized weight may leave that to the kernel which scales and rotates its activations; `made` is what
+they are, for everyone else.
 """
 
 import dataclasses

@@ -12,10 +12,11 @@ import pytest
 
 from jaxmodels.cache import KVCache
 from jaxmodels.layers import RopeConfig, gated_silu, linear, rope_tables
-from jaxmodels.quantization.whole import round_params
+from jaxmodels.quantization.whole import round_head, round_params
 from jaxmodels.qwen import CausalLM, LayerAttention, MoeConfig, QwenConfig, build, sliding_windows
 from jaxmodels.qwen.model import Run, layer_runs
 from pallas_kernels.masks import Causal, Full
+from pallas_kernels.quantized_matmul import QuantizedTensor, interleave
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = QwenConfig.tiny(layers=2, dim=32, mlp_dim=48, head_dim=8, vocab_size=61)
@@ -266,6 +267,19 @@ def test_decoding_takes_one_array_per_layer_where_slices_would_be_copied(monkeyp
     assert not is_by_layer(params) and "no room for 0.0 GB of weights by layer" in caplog.text
     gpu(free=sum(leaf.nbytes for leaf in mixed["mlp_norm"]))
     assert not is_by_layer(quantized)
+
+
+def test_decoding_takes_interleaved_codes_where_kernels_do(monkeypatch):
+    lm = build(QwenConfig.tiny())
+    lm, params = round_head(lm, round_params(lm, lm.init(jax.random.key(0)), "int4", group_size=32), "int8")
+    monkeypatch.setattr(type(params["embed"]), "devices", lambda _: {Gpu(10**9)})
+    monkeypatch.setattr("jaxmodels.qwen.model.for_decoding", lambda weight, dtype: interleave(weight))
+    decoding = lm.for_decoding(params)
+    is_quantized = lambda node: isinstance(node, QuantizedTensor)  # noqa: E731
+    quantized = [leaf for leaf in jax.tree.leaves(decoding, is_leaf=is_quantized) if is_quantized(leaf)]
+    assert len(quantized) == 8 and sum(leaf.interleaved for leaf in quantized) == 7, "all but a head of 64 inputs"
+    tokens = jnp.asarray([[1, 2, 3]])
+    np.testing.assert_allclose(lm.apply(decoding, tokens), lm.apply(params, tokens), rtol=0, atol=1e-5)
 
 
 def test_init_is_random_and_in_the_dtype():

@@ -5,7 +5,6 @@ the kernel would not take it.
 """
 
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.norm_rope import mosaic_sm90 as norm_rope_kernel
@@ -13,7 +12,7 @@ from pallas_kernels.norm_rope import xla as norm_rope_xla
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul import mosaic_sm90 as product_kernel
 from pallas_kernels.quantized_matmul import xla as product_xla
-from pallas_kernels.quantized_matmul.mosaic_sm90 import form_of, input_order
+from pallas_kernels.quantized_matmul.mosaic_sm90 import form_of
 from pallas_kernels.rotation import api as rotation_api
 from pallas_kernels.rotation import mosaic_sm90 as rotation_kernel
 
@@ -27,28 +26,26 @@ norms: list[tuple] = []
 """Shapes of the heads."""
 
 
-def run_together(operands, *, group_size, format, dtype, is_ordered):
+def run_together(operands, *, group_size, format, dtype, interleaved):
     products.append((jnp.dtype(dtype).name, *((of_weight.x.shape, of_weight.codes.shape) for of_weight in operands)))
     results = []
     for of_weight in operands:
         given = of_weight._asdict() | {"group_size": group_size, "format": format, "dtype": dtype}
         assert (reason := product_kernel.unsupported(**given)) is None, reason
-        form = form_of(of_weight, format, dtype, is_ordered)
-        x, shape = of_weight.x, (form.outputs, form.inputs)
-        if is_ordered:  # as the kernel would read this part, whatever the whole is
-            back = np.argsort(input_order(form.width, form.codes))
-            x = x.reshape(x.shape[0], -1, form.width)[..., back].reshape(x.shape)
+        form = form_of(of_weight, format, dtype, interleaved)
+        options = {"format": format, "shape": (form.outputs, form.inputs), "interleaved": interleaved}
         parts = (of_weight.codes, of_weight.scales, of_weight.zeros, of_weight.global_scale)
-        weight = QuantizedTensor(*parts, layer=of_weight.layer, format=format, shape=shape)
-        exact = x.astype(jnp.float32)  # the kernel rounds no weight to bfloat16 either
+        weight = QuantizedTensor(*parts, layer=of_weight.layer, **options)
+        assert not interleaved or weight.width == form.width
+        exact = of_weight.x.astype(jnp.float32)  # the kernel rounds no weight to bfloat16 either
         results.append(product_xla.run(exact, weight.sliced()).astype(dtype))
     return tuple(results)
 
 
-def run_rotation(x, turns, *, group_size, order):
+def run_rotation(x, turns, *, group_size):
     rotations.append((x.shape, *(None if turn.channel_scales is None else turn.channel_scales.shape for turn in turns)))
     assert (reason := rotation_kernel.unsupported(x, turns, group_size=group_size)) is None, reason
-    return rotation_api._plain(rotation_api.xla.run, x, turns, group_size, order, inverse=False)
+    return rotation_api._plain(rotation_api.xla.run, x, turns, group_size, inverse=False)
 
 
 def run_norm_rope(heads, weights, cos, sin, *, epsilon):

@@ -152,7 +152,7 @@ for given in (
 PRODUCTS = """
 import dataclasses, re
 import stand_ins
-from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, api, quantized_matmuls
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, api, interleave, quantized_matmuls
 stand_ins.install()
 def stack(outputs, inputs, format="int4", size=None, **options):
     groups = inputs // size if size else 1
@@ -219,7 +219,7 @@ moved = [("all-reduce", "f32[8,64]"), ("all-reduce", "f32[8,32]")]
 for kind, codes, grid in (("collective-permute", "2,32,32", "2,2,32"), ("all-gather", "2,32,64", "2,4,32")):
     moved += [(kind, f"u8[{codes}]"), (kind, f"f16[{grid}]"), (kind, f"s8[{grid}]")]
 check("two axes", x, two, ((), inputs, (None, "data")), (8, 128, 64, 32), moved)
-# A group, the kernel's 16 outputs, and the period of its own order would be cut through.
+# A group, the kernel's 16 outputs, and the codes that were interleaved would be cut through.
 three = [stack(48, 96, size=32)]
 gathered = [("all-gather", "u8[2,48,48]"), ("all-gather", "f16[2,3,48]"), ("all-gather", "s8[2,3,48]")]
 place_whole = place
@@ -234,7 +234,9 @@ turned = [rotated(stack(32, 256, size=32))]
 check("rotated", x, turned, (inputs, inputs), (8, 128, 32), [("all-reduce", "f32[8,32]")])
 codes = [("all-gather", "u8[2,32,128]"), ("all-gather", "f16[2,8,32]"), ("all-gather", "s8[2,8,32]")]
 parts = [("all-gather", "f32[8,256]")]  # turned in parts, two groups on each device
-check("through the order", x, turned, ((None, "data"), (None, "data")), (8, 256, 32), codes + parts)
+turned = [interleave(turned[0])]
+check("interleaved", x, turned, (inputs, inputs), (8, 128, 32), [("all-reduce", "f32[8,32]")])
+check("through what is interleaved", x, turned, ((None, "data"), (None, "data")), (8, 256, 32), codes + parts)
 # One scale for all inputs, codes of eight bits, of activations too, and nvfp4.
 by_token = [stack(32, 64, "int8", activations="int8")]
 narrow = x[:, :64]
@@ -274,10 +276,9 @@ def turn():
     return Turn(theta, jnp.asarray(pairs, jnp.int16), scales, jnp.int32(1))
 turns = [turn(), turn()._replace(theta=None, pairs=None)]
 x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 256), (256,)))
-order = tuple(rng.permutation(32).tolist())
 def rotate(x, turns, weight=None, implementation=None):
     rows = x if weight is None else Normed(x, weight, 1e-6)
-    return pairwise_rotations(rows, turns, group_size=32, order=order, implementation=implementation)
+    return pairwise_rotations(rows, turns, group_size=32, implementation=implementation)
 def place(turn, channels):
     spec = {"theta": (None, None, channels), "pairs": (None, None, channels), "channel_scales": (None, channels)}
     given = {name: getattr(turn, name) for name in spec if getattr(turn, name) is not None}

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, dequantize, nibbles, quantized_matmul
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, dequantize, interleave, nibbles, quantized_matmul
 from pallas_kernels.quantized_matmul.rounding import activations, round_weight, to_e2m1, to_fp8
 from pallas_kernels.quantized_matmul.tensor import matrix
 
@@ -297,3 +297,47 @@ def test_calls_that_do_not_fit(plain_calls):
         )
     with pytest.raises(TypeError, match="no parts"):
         weight[0]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "nvfp4"])
+def test_interleaved_codes_stand_for_the_same_weight(name):
+    weight = round_weight(normal(0, 8, 256), **FORMATS[name])
+    other = interleave(weight)
+    other.check()
+    assert other.interleaved and interleave(other) is other
+    assert not np.array_equal(np.asarray(weight.codes).view("u1"), np.asarray(other.codes).view("u1"))
+    np.testing.assert_array_equal(matrix(other), matrix(weight))
+    x = normal(1, 3, 256, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(quantized_matmul(x, other), quantized_matmul(x, weight))
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), weight)
+    np.testing.assert_array_equal(interleave(stack).codes[1].view(jnp.uint8), other.codes.view(jnp.uint8))
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_codes_change_places_within_their_groups(group_size):
+    """By figures of the layout: the first word of a thread holds the first codes of four parts of the group."""
+    width = min(group_size, 128)
+    codes = np.arange(512) % 16
+    weight = round_weight(normal(0, 1, 512), "int4", group_size=group_size)
+    weight = dataclasses.replace(weight, codes=jnp.asarray(nibbles.pack(codes[None])))
+    found = np.asarray(nibbles.unpack(interleave(weight).codes))[0].reshape(-1, width)
+    for first, places in zip(range(0, 512, width), found, strict=True):
+        # The low and high halves of its pairs are neighbouring inputs; the next pair's are 8 inputs further on.
+        inputs = [0, 8, 16, 24, 1, 9, 17, 25]
+        assert places[:8].tolist() == codes[[first + i for i in inputs]].tolist()
+        assert places[width // 4 : width // 4 + 8].tolist() == codes[[first + 2 + i for i in inputs]].tolist()
+
+
+def test_weights_that_cannot_be_interleaved():
+    by_token = round_weight(normal(0, 8, 256), "int8", activations="int8")
+    of_blocks = round_weight(normal(0, 8, 256), "nvfp4")
+    uneven = round_weight(normal(0, 8, 96), "int8")
+    for weight, reason in (
+        (by_token, "eight-bit products of XLA"),
+        (of_blocks, "codes of NVFP4 stay with the scales"),
+        (uneven, "96 inputs in groups of 96"),
+        (round_weight(normal(0, 8, 384), "int4", group_size=192), "384 inputs in groups of 192"),
+    ):
+        assert interleave(weight) is weight
+        with pytest.raises(ValueError, match=f"up: cannot be interleaved: {reason}"):
+            dataclasses.replace(weight, interleaved=True).check("up")

@@ -28,6 +28,8 @@ from pallas_kernels.quantized_matmul import (
     QuantizedTensor,
     Rotation,
     api,
+    for_decoding,
+    interleave,
     mosaic_sm90,
     quantized_matmul,
     quantized_matmuls,
@@ -246,18 +248,15 @@ def test_products_of_different_kinds_have_no_launch_in_common():
         *(pytest.param(width, SMALL, marks=pytest.mark.slow) for width in (32, 64, 256)),
     ],
 )
-def test_ordered_activations_are_those_that_the_kernel_orders(interpreter, width, config):
+def test_interleaved_codes_take_activations_as_they_are(interpreter, width, config):
     call = Call(9, 512, 64, width, config=config)
     x, *weight = call.arguments()
-    order = mosaic_sm90.order_of(width)
-    ordered = x.reshape(9, -1, width)[..., order].reshape(x.shape)
+    whole = interleave(QuantizedTensor(*weight[:3], layer=weight[3], shape=(64, 512)))
+    assert whole.interleaved
+    operands = mosaic_sm90.Operands(x, whole.codes, *weight[1:])
     options = {"group_size": width, "config": config, "interpret": compat.interpret_params()}
-    (result,) = mosaic_sm90.run_together([mosaic_sm90.Operands(ordered, *weight)], is_ordered=True, **options)
+    (result,) = mosaic_sm90.run_together([operands], interleaved=True, **options)
     check(call, result)
-
-
-def test_groups_that_the_kernel_does_not_order():
-    assert mosaic_sm90.order_of(16) is None and mosaic_sm90.order_of(192) is None
 
 
 @pytest.mark.slow
@@ -671,7 +670,7 @@ def test_on_a_gpu(rows, outputs, inputs, group_size):
 
 
 @pytest.mark.parametrize(
-    "format, inputs, groups, is_ordered, unit",
+    "format, inputs, groups, interleaved, unit",
     [
         ("int4", 1024, 8, False, 128),
         ("int4", 1024, 8, True, 128),
@@ -685,9 +684,9 @@ def test_on_a_gpu(rows, outputs, inputs, group_size):
         ("nvfp4", 1024, 64, False, 32),
     ],
 )
-def test_the_unit_of_inputs(format, inputs, groups, is_ordered, unit):
+def test_the_unit_of_inputs(format, inputs, groups, interleaved, unit):
     """Each part of a weight is one that the kernels take, and is read in the order of the whole."""
-    assert mosaic_sm90.unit_of_inputs(inputs, groups, format, is_ordered=is_ordered) == unit
+    assert mosaic_sm90.unit_of_inputs(inputs, groups, format, interleaved=interleaved) == unit
     codes, scale = mosaic_sm90.CODES[format], {"nvfp4": "float8_e4m3fn"}.get(format, "float16")
 
     def part(inputs, groups):
@@ -699,7 +698,7 @@ def test_the_unit_of_inputs(format, inputs, groups, is_ordered, unit):
         operands = part(inputs // ways, max(groups // ways, 1))
         options = {"group_size": -1 if groups == 1 else inputs // groups, "format": format}
         assert mosaic_sm90._unsupported_arrays(operands, *options.values(), jnp.float32) is None
-        if is_ordered:
+        if interleaved:
             widths = {mosaic_sm90.form_of(each, format).width for each in (operands, part(inputs, groups))}
             assert len(widths) == 1
 
@@ -713,21 +712,15 @@ def hopper(monkeypatch):
     """A Hopper GPU whose kernel is XLA's path in disguise; the rows of each call that was traced."""
     traced = []
 
-    def product(x, codes, scales, zeros, layer, global_scale, format):
+    def product(x, codes, scales, zeros, layer, global_scale, **options):
         shape = (codes.shape[1], x.shape[1])
-        weight = QuantizedTensor(codes, scales, zeros, global_scale, layer=layer, format=format, shape=shape)
+        weight = QuantizedTensor(codes, scales, zeros, global_scale, layer=layer, shape=shape, **options)
         return xla.run(x, weight.sliced())
 
-    def run_together(operands, *, group_size, format, dtype, is_ordered):
-        rows, inputs = operands[0].x.shape
+    def run_together(operands, *, group_size, dtype, **options):
+        rows = operands[0].x.shape[0]
         traced.append((rows, len(operands)) if len(operands) > 1 else rows)
-        if is_ordered:
-            back = np.argsort(mosaic_sm90.order_of(group_size, format))
-            operands = [
-                of_weight._replace(x=of_weight.x.reshape(rows, -1, group_size)[..., back].reshape(rows, inputs))
-                for of_weight in operands
-            ]
-        return tuple(product(*of_weight, format).astype(dtype) for of_weight in operands)
+        return tuple(product(*of_weight, **options).astype(dtype) for of_weight in operands)
 
     monkeypatch.setattr(mosaic_sm90, "run_together", run_together)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
@@ -744,6 +737,32 @@ def stack(seed=0, layers=2):
     keys = jax.random.split(jax.random.key(seed), layers)
     weights = [round_weight(jax.random.normal(key, (16, 64)), "int4", group_size=32) for key in keys]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+
+
+@pytest.mark.parametrize("layers", [(), (2,), (2, 3)], ids=["alone", "of layers", "of layers and experts"])
+def test_weights_for_decoding_are_interleaved_where_the_kernel_multiplies(hopper, layers):
+    keys = jax.random.split(jax.random.key(0), math.prod(layers))
+    weights = [round_weight(jax.random.normal(key, (16, 64)), "int4", group_size=32) for key in keys]
+    weight = jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*layers, *leaves[0].shape), *weights)
+    found = for_decoding(weight, jnp.bfloat16)
+    assert found.interleaved and found.codes.shape == weight.codes.shape
+    assert found.codes.sharding == weight.codes.sharding and found.scales is weight.scales
+    assert for_decoding(weight, jnp.float32) is weight, "its activations are not the kernel's"
+    few = round_weight(jnp.ones((6, 64)), "int4", group_size=32)
+    assert for_decoding(few, jnp.bfloat16) is few, "nor are so few outputs"
+
+
+def test_interleaved_weights_multiply_alike(hopper):
+    """In one launch, and those that are not in another; for gradients, too."""
+    x = jax.random.normal(jax.random.key(1), (2, 3, 64), jnp.bfloat16)
+    weights = [stack(seed, 2).of_layer(1) for seed in range(3)]
+    mixed = [interleave(weights[0]), weights[1], interleave(weights[2])]
+    results = quantized_matmuls(x, mixed)
+    assert sorted(hopper, key=str) == [(6, 2), 6]
+    for result, weight in zip(results, weights, strict=True):
+        np.testing.assert_array_equal(result, quantized_matmul(x, weight, implementation="xla"))
+    gradient = jax.grad(lambda x, weight: quantized_matmul(x, weight).astype(jnp.float32).sum())
+    np.testing.assert_array_equal(gradient(x, mixed[0]), gradient(x, weights[0]))
 
 
 def test_gradients_of_the_automatic_choice_are_those_of_xla(hopper):
@@ -785,10 +804,10 @@ def rotated(weight, seed):
 
 @pytest.mark.parametrize("implementation", [None, "mosaic"])
 def test_weights_of_a_kind_are_multiplied_in_one_launch(hopper, implementation):
-    """Two plain ones together and two behind rotations, whose results come in the kernel's order; also gradients."""
+    """With rotations and without, but interleaved ones apart from the others; also gradients."""
     x = jax.random.normal(jax.random.key(1), (2, 3, 64), jnp.bfloat16)
     plain = [stack(seed) for seed in range(4)]
-    kinds = [plain[0], rotated(plain[1], 1), plain[2], rotated(plain[3], 3)]
+    kinds = [plain[0], interleave(rotated(plain[1], 1)), rotated(plain[2], 3), interleave(plain[3])]
     weights = [weight.of_layer(i % 2) for i, weight in enumerate(kinds)]
 
     def value(implementation):

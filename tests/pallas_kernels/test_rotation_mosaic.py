@@ -13,9 +13,7 @@ import pytest
 
 from benchmarks import rotation as benchmark
 from pallas_kernels import compat, dispatch
-from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, quantized_matmul, quantized_matmuls
-from pallas_kernels.quantized_matmul import mosaic_sm90 as quantized_sm90
-from pallas_kernels.quantized_matmul import xla as quantized_xla
+from pallas_kernels.quantized_matmul import Rotation, quantized_matmul, quantized_matmuls
 from pallas_kernels.quantized_matmul.rounding import round_weight
 from pallas_kernels.rotation import Normed, Turn, api, made, mosaic_sm90, pairwise_rotations
 
@@ -24,9 +22,9 @@ SHAPES = [
     benchmark.Shape(rows=19, channels=64, group_size=32, steps=3, rotations=2, dtype="float32", layers=3),
     benchmark.Shape(rows=5, channels=256, group_size=256, steps=2, layers=3),
     benchmark.Shape(rows=33, channels=8, group_size=2, steps=1, rotations=3, layers=3),
-    benchmark.Shape(rows=3, channels=128, group_size=64, steps=2, rotations=2, layers=3, is_ordered=True),
+    benchmark.Shape(rows=3, channels=128, group_size=64, steps=2, rotations=2, layers=3),
     benchmark.Shape(rows=6, channels=256, group_size=32, steps=2, rotations=2, layers=3, is_normed=True),
-    benchmark.Shape(rows=1, channels=256, steps=0, rotations=2, layers=3, is_normed=True, is_ordered=True),
+    benchmark.Shape(rows=1, channels=256, steps=0, rotations=2, layers=3, is_normed=True),
     benchmark.Shape(rows=17, channels=128, group_size=64, steps=2, layers=3, is_normed=True, dtype="float32"),
 ]
 
@@ -50,7 +48,6 @@ def test_equals_float64(shape):
             x,
             turns,
             group_size=shape.group_size,
-            order=shape.order,
             interpret=compat.interpret_params(detect_races=True),
         )
     )
@@ -72,11 +69,11 @@ def test_without_scales_and_rows():
 
 
 @pytest.mark.parametrize(
-    "shape", [benchmark.Shape(rows=3, rotations=3), benchmark.Shape(rows=40, group_size=32, is_ordered=True)], ids=str
+    "shape", [benchmark.Shape(rows=3, rotations=3), benchmark.Shape(rows=40, group_size=32)], ids=str
 )
 def test_lowers_for_cuda(shape):
     x, turns = shape.arguments()
-    call = jax.jit(lambda x, turns: mosaic_sm90.run(x, turns, group_size=shape.group_size, order=shape.order))
+    call = jax.jit(lambda x, turns: mosaic_sm90.run(x, turns, group_size=shape.group_size))
     text = call.trace(x, of_layer(turns, 0)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 1, "one launch"
 
@@ -112,9 +109,9 @@ def hopper(monkeypatch):
     """A Hopper GPU whose kernel is XLA's path in disguise; the launches."""
     launches = []
 
-    def run(x, turns, *, group_size, order):
+    def run(x, turns, *, group_size):
         launches.append(len(turns))
-        return api._plain(api.xla.run, x, turns, group_size, order, inverse=False)
+        return api._plain(api.xla.run, x, turns, group_size, inverse=False)
 
     monkeypatch.setattr(mosaic_sm90, "run", run)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
@@ -140,8 +137,7 @@ def test_gradients_are_those_of_xla(hopper):
     def value(implementation):
         def call(x, floats):
             own = [turn._replace(theta=a, channel_scales=s) for turn, (a, s) in zip(turns, floats, strict=True)]
-            order = tuple(range(32))[::-1]
-            results = pairwise_rotations(x, own, group_size=32, order=order, implementation=implementation)
+            results = pairwise_rotations(x, own, group_size=32, implementation=implementation)
             return sum(jnp.sin(result).sum() * (i + 1) for i, result in enumerate(results))
 
         return jax.jit(jax.value_and_grad(call, argnums=(0, 1)))(x, floats)
@@ -186,17 +182,6 @@ def test_vmap_over_norms(hopper, axis):
         np.testing.assert_allclose(result[i], alone, rtol=1e-6, atol=1e-6)
 
 
-def test_an_order_is_a_permutation_of_a_group():
-    x, turns = random_call()
-    plain = pairwise_rotations(x, turns, group_size=32)
-    order = tuple(np.random.default_rng(0).permutation(32).tolist())
-    for result, before in zip(pairwise_rotations(x, turns, group_size=32, order=order), plain, strict=True):
-        np.testing.assert_array_equal(result.reshape(3, 2, 32), before.reshape(3, 2, 32)[..., order])
-    for wrong in (order[:31], (*order[:31], order[0])):
-        with pytest.raises(ValueError, match="a permutation of 32 channels"):
-            pairwise_rotations(x, turns, group_size=32, order=wrong)
-
-
 def test_weights_that_share_activations_rotate_in_one_launch(hopper):
     x, turns = random_call()
     rng = np.random.default_rng(3)
@@ -220,25 +205,7 @@ def test_weights_that_share_activations_rotate_in_one_launch(hopper):
 # Norms before products
 
 
-def test_norms_are_made_in_the_order_of_the_products(hopper, monkeypatch):
-    """Every kernel in disguise: products put their activations back into order, which only theirs can be."""
-    ordered = []
-
-    def products(operands, *, group_size, format, dtype, is_ordered):
-        ordered.append((len(operands), is_ordered))
-        order = quantized_sm90.order_of(min(group_size, quantized_sm90.MAX_WIDTH), format)
-        back = jnp.argsort(jnp.asarray(order)) if is_ordered else jnp.arange(len(order))
-
-        def product(x, codes, scales, zeros, layer, _):
-            pick = lambda part: None if part is None else part[layer]  # noqa: E731
-            weight = QuantizedTensor(*map(pick, (codes, scales, zeros)), format=format, shape=(codes.shape[1], 256))
-            x = x.reshape(len(x), -1, len(order))[..., back].reshape(x.shape)
-            return quantized_xla.run(x, weight).astype(dtype)
-
-        return tuple(product(*of_weight) for of_weight in operands)
-
-    monkeypatch.setattr(quantized_sm90, "run_together", products)
-    monkeypatch.setattr(dispatch, "preferred", lambda *_, **__: (("mosaic", "xla"), ""))
+def test_norms_are_made_by_what_rotates(hopper):
     rng = np.random.default_rng(5)
     x = jnp.asarray(rng.normal(size=(3, 256)) * 2, jnp.bfloat16)
     rows = Normed(x, jnp.asarray(rng.normal(size=256), jnp.bfloat16), 1e-6)
@@ -247,12 +214,15 @@ def test_norms_are_made_in_the_order_of_the_products(hopper, monkeypatch):
         for size in (128, 128, 32)
     ]
     scaled = dataclasses.replace(plain[0], input_scales=jnp.asarray(rng.uniform(0.5, 2, 256), jnp.float16))
-    pairs = np.argsort(rng.random((2, 2, 128)), axis=-1).reshape(2, 256)
-    rotation = Rotation(jnp.asarray(rng.normal(size=(2, 128)), jnp.float16), jnp.asarray(pairs, jnp.int16))
-    weights = [*plain, scaled, dataclasses.replace(plain[1], rotation=rotation)]
+
+    def rotated(weight):
+        pairs = np.argsort(rng.random((2, 256 // weight.group_size, weight.group_size)), axis=-1).reshape(2, 256)
+        rotation = Rotation(jnp.asarray(rng.normal(size=(2, 128)), jnp.float16), jnp.asarray(pairs, jnp.int16))
+        return dataclasses.replace(weight, rotation=rotation)
+
+    weights = [*plain, scaled, rotated(plain[1]), rotated(plain[2])]
     results = quantized_matmuls(rows, weights)
-    assert hopper == [3, 1], "weights of 128 share a launch, and those that only ask for the order its result"
-    assert sorted(ordered) == [(1, True), (4, True)]
+    assert sorted(hopper) == [1, 3], "groups of 128 share a launch, and weights that change nothing its result"
     for result, weight in zip(results, weights, strict=True):
         right = quantized_matmul(made(rows), weight, implementation="xla")
         np.testing.assert_allclose(result.astype(jnp.float32), right.astype(jnp.float32), rtol=2**-7, atol=2**-7)

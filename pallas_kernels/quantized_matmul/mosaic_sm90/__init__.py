@@ -23,12 +23,12 @@ from pallas_kernels import compat
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
-from pallas_kernels.quantized_matmul.mosaic_sm90.parts import MAX_WIDTH, Form, Operands, form_of, input_order
+from pallas_kernels.quantized_matmul.mosaic_sm90.parts import Form, Operands, form_of
 from pallas_kernels.quantized_matmul.mosaic_sm90.prefill import PrefillConfig
+from pallas_kernels.quantized_matmul.order import MAX_WIDTH
 
 __all__ = [
     "MAX_ROWS_TOGETHER",
-    "MAX_WIDTH",
     "OUTPUTS",
     "Config",
     "Form",
@@ -37,7 +37,6 @@ __all__ = [
     "candidates",
     "compile_cases",
     "heuristic_config",
-    "order_of",
     "rounds_weight",
     "run",
     "run_together",
@@ -169,11 +168,11 @@ def run_together(
     config: Config | PrefillConfig | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
-    is_ordered: bool = False,
+    interleaved: bool = False,
 ) -> tuple[Float[Array, "M O"], ...]:
     """`run` of several products with as many rows and inputs and weights of one kind; of up to 64 rows in one launch.
 
-    `is_ordered` says that inputs are in the order of `order_of` already.
+    `interleaved` says how the codes of all of them lie; see `QuantizedTensor`.
 
     Raises:
       NotImplementedError, ValueError: as `run`; and if the products differ in more than outputs and layers.
@@ -181,7 +180,7 @@ def run_together(
     for of_weight in operands:
         if (reason := _unsupported_arrays(of_weight, group_size, format, dtype)) is not None:
             raise NotImplementedError(f"quantized_matmul on Hopper {reason}")
-    forms = tuple(form_of(of_weight, format, dtype, is_ordered) for of_weight in operands)
+    forms = tuple(form_of(of_weight, format, dtype, interleaved) for of_weight in operands)
     first = forms[0]
     if any(form._replace(outputs=first.outputs, layers=first.layers) != first for form in forms):
         raise ValueError(f"products of one launch must differ in outputs and layers alone; got {forms}")
@@ -189,7 +188,7 @@ def run_together(
         return tuple(jnp.zeros((0, form.outputs), dtype) for form in forms)
     if len(forms) > 1 and (first.rows > MAX_ROWS_TOGETHER or isinstance(config, PrefillConfig)):
         options: dict[str, Any] = {"group_size": group_size, "format": format, "config": config, "dtype": dtype}
-        options |= {"interpret": interpret, "is_ordered": is_ordered}
+        options |= {"interpret": interpret, "interleaved": interleaved}
         return tuple(run_together((of_weight,), **options)[0] for of_weight in operands)
     if config is None:
         config = heuristic_config(first) if len(forms) == 1 else decode.heuristic_config(forms)
@@ -206,24 +205,15 @@ def run_together(
     return decode.run(operands, forms=forms, config=config, interpret=interpret)
 
 
-def unit_of_inputs(inputs: int, groups: int, format: str, *, is_ordered: bool) -> int:
+def unit_of_inputs(inputs: int, groups: int, format: str, *, interleaved: bool) -> int:
     """Of how many inputs the parts are that a weight may be divided into, so that the kernels take each of them.
 
-    Groups stay whole, and rows of codes begin at whole 16 bytes. Of inputs that are in the order of `order_of` a part
-    has whole products of `MAX_WIDTH`: one small group alone would be read in another order than several.
+    Groups stay whole, and rows of codes begin at whole 16 bytes. A part of interleaved codes has whole products of
+    `MAX_WIDTH` inputs: one small group alone would be read in another order than several.
     """
     size = inputs // groups if groups > 1 else 1
-    unit = math.lcm(size, MAX_WIDTH if is_ordered else 16 * 8 // CODES[format].bits)
+    unit = math.lcm(size, MAX_WIDTH if interleaved else 16 * 8 // CODES[format].bits)
     return unit if inputs % unit == 0 else inputs
-
-
-def order_of(group_size: int, format: str = "int4") -> tuple[int, ...] | None:
-    """The order of inputs within a group that the kernels want, for who makes them anyway; None: they have none."""
-    width = min(group_size, MAX_WIDTH)
-    if group_size % width or width not in (*SMALL_GROUPS, MAX_WIDTH):
-        return None
-    order = input_order(width, CODES[format])
-    return tuple(first + i for first in range(0, group_size, width) for i in order)
 
 
 def candidates(form: Form) -> Iterator[Config | PrefillConfig]:

@@ -10,7 +10,8 @@ the end, as a scale of all weights does.
 
 The layout of wgmma wants neighbouring columns in a register and the columns of a thread spread over the row. Instead
 of moving weights between threads the columns of the activations are put into the order in which the threads hold the
-weights (`permuted`): a sum over inputs does not depend on their order.
+weights (`permuted`), unless codes lie in memory such that there is nothing to do (`order.py`): a sum over inputs
+does not depend on their order.
 """
 
 import dataclasses
@@ -38,9 +39,9 @@ from pallas_kernels.quantized_matmul.mosaic_sm90.codes import (
     scaled,
     split_scale,
 )
+from pallas_kernels.quantized_matmul.order import MAX_WIDTH, input_order
 
 ROWS = 64  # outputs of one compute warpgroup
-MAX_WIDTH = 128  # inputs in whose order a thread reads codes
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
@@ -59,7 +60,7 @@ class Form(NamedTuple):
     dtype: Any  # of the result
     format: str = "int4"
     has_global_scale: bool = False
-    is_ordered: bool = False  # activations are in the order of `permuted`
+    interleaved: bool = False  # codes lie such that activations stay as they are
 
     @property
     def codes(self) -> Codes:
@@ -123,7 +124,7 @@ class Operands(NamedTuple):
     global_scale: Any = None
 
 
-def form_of(operands: Operands, format: str, dtype: Any = jnp.float32, is_ordered: bool = False) -> Form:
+def form_of(operands: Operands, format: str, dtype: Any = jnp.float32, interleaved: bool = False) -> Form:
     x, codes, scales, zeros, _, global_scale = operands
     return Form(
         rows=x.shape[0],
@@ -136,27 +137,20 @@ def form_of(operands: Operands, format: str, dtype: Any = jnp.float32, is_ordere
         dtype=jnp.dtype(dtype),
         format=format,
         has_global_scale=global_scale is not None,
-        is_ordered=is_ordered,
+        interleaved=interleaved,
     )
 
 
 def permuted(x: Array, form: Form, unit: int = 1) -> Array:
-    """Activations in the order in which threads hold the weights; inputs in whole widths and units, rows in atoms."""
+    """Activations as threads hold the weights; inputs in whole widths and units, rows in atoms."""
     rows, inputs = compat.whole_atoms(form.rows), whole(form.inputs, math.lcm(form.width, unit))
     if x.shape != (rows, inputs):
         x = jnp.pad(x, ((0, rows - form.rows), (0, inputs - form.inputs)))
-    if form.is_ordered:
+    if form.interleaved:
         return x
     # A gather: XLA makes it part of what makes the activations, and a transposition a kernel of its own.
-    order = jnp.asarray(input_order(form.width, form.codes))
+    order = jnp.asarray(input_order(form.width, form.codes.bits))
     return x.reshape(rows, -1, form.width)[..., order].reshape(rows, inputs)
-
-
-def input_order(width: int, codes: Codes) -> tuple[int, ...]:
-    """The input at each place of a product of `width` inputs, as `permuted` has them."""
-    # Threads of a row, their words, low or high half of a word, code in it; then words, codes, threads, halves.
-    inputs = np.arange(width).reshape(4, width // (4 * codes.per_word), 2, codes.per_word // 2)
-    return tuple(inputs.transpose(1, 3, 0, 2).ravel().tolist())
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
