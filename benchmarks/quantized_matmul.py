@@ -13,9 +13,11 @@ of a layer are made from the result of the one before, by one elementwise operat
 the profiler's sum over all kernels of one layer, that operation and the sum of partial results included; `kernel us`
 is the product's own kernel. `wall us` is the median wall time of a call over its layers. GB/s counts codes, scales,
 zeros, activations and result once, and is compared with a device copy measured in the same run (bytes read plus bytes
-written). `dense` is XLA's product with bfloat16 weights, each layer an array of its own; `xla` makes bfloat16 weights
-of the codes on the fly. Where activations are rounded, both `xla`, which then multiplies in eight bits, and the kernel
-have that to do. A shape is timed after its result was compared with NumPy's, and not when it is wrong.
+written). `mosaic` puts the activations into the order of the kernel in that operation; `interleaved` has codes for
+which there is nothing to do, as decoders take them. `dense` is XLA's product with bfloat16 weights, each layer an
+array of its own; `xla` makes bfloat16 weights of the codes on the fly. Where activations are rounded, both `xla`,
+which then multiplies in eight bits, and the kernel have that to do. A shape is timed after its result was compared
+with NumPy's, and not when it is wrong.
 """
 
 import argparse
@@ -36,7 +38,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.decode_forward import copy_bandwidth
 from pallas_kernels import compat
-from pallas_kernels.quantized_matmul import QuantizedTensor, mosaic_sm90, quantized_matmul
+from pallas_kernels.quantized_matmul import QuantizedTensor, interleave, mosaic_sm90, quantized_matmul
 from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 
 COLD_BYTES = 300 * 10**6  # of codes
@@ -133,6 +135,11 @@ class Shape:
         kind: dict[str, Any] = {"format": self.codes, "activations": self.activations}
         return QuantizedTensor(**parts, **kind, shape=(self.outputs, self.inputs), num_inputs=1)
 
+    def interleaved(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """Arguments of the implementation "interleaved"; None if codes of this kind have no such order."""
+        weight = interleave(self.tensor(arguments))
+        return arguments | {"codes": weight.codes} if weight.interleaved else None
+
     def form(self) -> mosaic_sm90.Form:
         return mosaic_sm90.Form(
             rows=self.rows,
@@ -151,12 +158,12 @@ class Shape:
         """`product(x, layer, arguments)` of an implementation, or of the kernel with a configuration."""
         config = None if isinstance(implementation, str) else implementation
 
-        def mosaic(x, layer, arguments):
+        def mosaic(x, layer, arguments, interleaved=False):
             if self.activations is not None and config is None:
                 return by_name(x, layer, arguments, "mosaic")
-            parts = {name: arguments[name] for name in PARTS}
+            operands = mosaic_sm90.Operands(x, **{name: arguments[name] for name in PARTS}, layer=layer)
             options: dict[str, Any] = {"group_size": self.group_size, "format": self.codes, "dtype": self.dtype}
-            return mosaic_sm90.run(x, **parts, layer=layer, **options, config=config)
+            return mosaic_sm90.run_together([operands], **options, config=config, interleaved=interleaved)[0]
 
         def by_name(x, layer, arguments, name):
             weight = self.tensor(arguments).of_layer(layer)
@@ -169,7 +176,8 @@ class Shape:
             product = jnp.einsum("mi,oi->mo", x, arguments["dense"][layer], preferred_element_type=jnp.float32)
             return product.astype(self.dtype)
 
-        return {"xla": xla, "dense": dense}.get(str(implementation), mosaic)
+        others = {"xla": xla, "dense": dense, "interleaved": functools.partial(mosaic, interleaved=True)}
+        return others.get(str(implementation), mosaic)
 
 
 PARTS = ("codes", "scales", "zeros", "global_scale")
@@ -224,17 +232,24 @@ def expected(shape: Shape, arguments: dict[str, Any], layer: int) -> np.ndarray:
 
 
 def check_shape(shape: Shape, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Compares the last layer with NumPy; the layer is traced, three runs must give the same bits."""
+    """Compares the last layer with NumPy, also with interleaved codes; the layer is traced, three runs must give the
+    same bits."""
     call, layer = jax.jit(shape.product("mosaic")), shape.layers - 1
     row: dict[str, Any] = {"shape": shape.name}
     out = call(arguments["x"], jnp.int32(layer), arguments)
     repeats = [call(arguments["x"], jnp.int32(layer), arguments) for _ in range(3)]
     row["bitwise_repeatable"] = all(bool((again == out).all()) for again in repeats)
     right = expected(shape, arguments, layer)
-    row["error"] = float(np.linalg.norm(np.asarray(out.astype(jnp.float32)) - right) / np.linalg.norm(right))
+    results = {"error": out}
+    if (interleaved := shape.interleaved(arguments)) is not None:  # sums in another order: not the same bits
+        product = jax.jit(shape.product("interleaved"))
+        results["interleaved_error"] = product(arguments["x"], jnp.int32(layer), interleaved)
+    for name, result in results.items():
+        error = np.linalg.norm(np.asarray(result.astype(jnp.float32)) - right) / np.linalg.norm(right)
+        row[name] = float(error)
     row["limit"] = LIMIT if shape.dtype == "float32" else BFLOAT16_LIMIT
     # A NaN is not below the limit.
-    row["passes"] = row["bitwise_repeatable"] and row["error"] < row["limit"]
+    row["passes"] = row["bitwise_repeatable"] and all(row[name] < row["limit"] for name in results)
     return row
 
 
@@ -473,13 +488,17 @@ def measure(shape: Shape, bandwidth: float, *, peers: bool, sweep: bool) -> dict
     failures: dict[str, str] = {}
     chosen = mosaic_sm90.heuristic_config(shape.form())
     record["config"] = str(chosen)
-    tried: list[Any] = ["mosaic", *(("dense", "xla") if peers else ())]
+    interleaved = shape.interleaved(arguments)
+    tried: list[Any] = ["mosaic"] if interleaved is None else ["interleaved", "mosaic"]
+    tried += ["dense", "xla"] if peers else []
     if sweep:
         tried = [chosen, *(config for config in mosaic_sm90.candidates(shape.form()) if config != chosen)]
     for implementation in tried:
         name = str(implementation)
         try:
-            given = {"x": arguments["x"], "dense": dense_layers(shape)} if name == "dense" else arguments
+            given: Any = interleaved if name == "interleaved" else arguments
+            if name == "dense":
+                given = {"x": arguments["x"], "dense": dense_layers(shape)}
             call = functools.partial(over_layers(shape, implementation), given)
             row: dict[str, Any] = dict(report.timed(call, repeats=20, warm_up=2))
             profile = report.device_profile(call, calls=3)
@@ -498,7 +517,7 @@ def measure(shape: Shape, bandwidth: float, *, peers: bool, sweep: bool) -> dict
         row["tflops"] = 2 * shape.rows * shape.outputs * shape.inputs / row["device_us"] / 1e6
         results[name] = row
         print(
-            f"  {name:8s} device {row['device_us']:8.2f} us  kernel {row['kernel_us']:8.2f} us  wall "
+            f"  {name:11s} device {row['device_us']:8.2f} us  kernel {row['kernel_us']:8.2f} us  wall "
             f"{row['wall_us']:8.2f} us  {row['gb_per_second']:6.0f} GB/s {row['percent_of_copy']:5.1f} %  "
             f"{row['tflops']:6.1f} TFLOP/s",
             flush=True,

@@ -262,11 +262,13 @@ def _load(config: Text) -> Any:
         from jaxmodels.pretrained import load_pretrained
 
         try:
-            return load_pretrained(config.model, dtype=config.dtype, mask_id=config.mask_id, head=config.head)
+            loaded = load_pretrained(config.model, dtype=config.dtype, mask_id=config.mask_id, head=config.head)
         except ValueError as error:
             if config.mask_id is None and "mask_token_id" in str(error):
                 raise ValueError(f"{error} (on the command line: --mask-id ID)") from None
             raise
+        # Nobody keeps the parameters as they were loaded, which may be of the same size once more.
+        return dataclasses.replace(loaded, params=loaded.lm.for_decoding(loaded.params))
 
 
 def _engine(config: Text, pretrained: Any, requests: Sequence[Request], batch: int, chunk: int = 1) -> "TextEngine":

@@ -16,6 +16,7 @@ from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, interleave, 
 from pallas_kernels.rotation import Rows
 
 NAMES = ("mosaic", "xla", "reference")
+MANY_OUTPUTS = 2**14  # of the weights of one launch: with few, as of keys alone, the kernel may not be worth it
 
 
 def quantized_matmul(
@@ -86,14 +87,14 @@ def quantized_matmuls(
 def for_decoding(weight: QuantizedTensor, dtype: Any) -> QuantizedTensor:
     """The weight, or stack of weights, as products with few tokens in this dtype read it fastest on this device.
 
-    That is interleaved where a Hopper kernel is the automatic choice, with codes copied on the devices that hold them;
-    elsewhere it is the same weight.
+    That is interleaved where a Hopper kernel is the automatic choice for it and others in one launch, with codes copied
+    on the devices that hold them; elsewhere it is the same weight.
     """
     one = weight
     for _ in range(weight.codes.ndim - 2):  # of layers, experts
         one = one.of_expert(0)
     token = jax.ShapeDtypeStruct((1, weight.inputs), dtype)
-    if automatic(token, one, dtype=dtype)[0] != "mosaic":
+    if automatic(token, one, dtype=dtype, outputs=max(MANY_OUTPUTS, one.outputs))[0] != "mosaic":
         return weight
     result = interleave(weight)
     return dataclasses.replace(result, codes=jax.device_put(result.codes, weight.codes.sharding))

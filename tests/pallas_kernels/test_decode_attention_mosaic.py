@@ -556,6 +556,30 @@ def test_partial_results_are_merged_by_their_weights(counts):
         np.testing.assert_allclose(out[row, 0], wanted, rtol=1e-5, atol=1e-5)
 
 
+START_OF_MEMORY = """
+import jax, numpy as np
+lengths = jax.device_put(np.full(16, 100, np.int32))  # the first array of the process
+others = [jax.device_put(np.zeros(16, np.int32)) for _ in range(8)]
+assert lengths.unsafe_buffer_pointer() < min(other.unsafe_buffer_pointer() for other in others)
+import jax.numpy as jnp
+from pallas_kernels.decode_attention.api import decode_attention
+q, own = (jax.random.normal(jax.random.key(n), (16, 1, n, 128), jnp.bfloat16) for n in (32, 8))
+cache = jax.random.normal(jax.random.key(1), (2, 16, 128, 8, 128), jnp.bfloat16)
+def run(name):
+    options = {"layer": 1, "kv_lengths": lengths, "own_k": own, "own_v": own, "implementation": name}
+    return np.asarray(decode_attention(q, cache, cache + 1, **options).astype(jnp.float32))
+np.testing.assert_allclose(run("mosaic"), run("xla"), atol=0.05)
+print("right")
+"""
+
+
+@pytest.mark.gpu
+def test_lengths_may_lie_at_the_start_of_memory():
+    """Nothing before them is read, where a GPU has no memory: half of the work items of 16 rows have no work."""
+    done = subprocess.run([sys.executable, "-c", START_OF_MEMORY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "right\n", done.stderr[-3000:]
+
+
 def lower(call):
     """Lowers a call for CUDA: catches what the interpreter accepts and the compiler does not."""
     q, k, v, operands = call.arguments()

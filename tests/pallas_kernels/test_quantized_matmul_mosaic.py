@@ -752,6 +752,19 @@ def test_weights_for_decoding_are_interleaved_where_the_kernel_multiplies(hopper
     assert for_decoding(few, jnp.bfloat16) is few, "nor are so few outputs"
 
 
+def test_weights_of_one_launch_are_prepared_alike(hopper, monkeypatch):
+    """Though the kernel is not worth it for those with few outputs alone."""
+
+    def preferred(op, kind, sizes, **_):
+        return (("mosaic",) if sizes["outputs"] > 1024 else ("xla",)), ""
+
+    monkeypatch.setattr(dispatch, "preferred", preferred)
+    weights = [round_weight(jnp.ones((outputs, 64)), "int4", group_size=32) for outputs in (2048, 512)]
+    x = jnp.ones((2, 64), jnp.bfloat16)
+    quantized_matmuls(x, [for_decoding(weight, jnp.bfloat16) for weight in weights])
+    assert hopper == [(2, 2)]
+
+
 def test_interleaved_weights_multiply_alike(hopper):
     """In one launch, and those that are not in another; for gradients, too."""
     x = jax.random.normal(jax.random.key(1), (2, 3, 64), jnp.bfloat16)
