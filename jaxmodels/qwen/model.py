@@ -40,7 +40,7 @@ from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.skip import SkipStats
 from pallas_kernels.masks import Causal, Mask, SlidingWindow
 from pallas_kernels.moba import key_conv, moba_attention
-from pallas_kernels.quantized_matmul import QuantizedTensor, for_decoding
+from pallas_kernels.quantized_matmul import QuantizedTensor, interleave, is_better_interleaved
 from pallas_kernels.rotation import Normed, Rows
 
 log = logging.getLogger(__name__)
@@ -369,8 +369,8 @@ class CausalLM:
 
         Where a loop over steps would copy a slice of a stacked weight before it multiplies, which XLA does on CPUs and
         GPUs, they are unstacked. On a GPU quantized weights stay in their stacks, which kernels read in place, with
-        their codes interleaved for these. Arrays of layers and such codes are copies, which do not last longer than the
-        result; where memory has no room for them, parameters stay as they are, with a warning.
+        codes interleaved for these. Arrays of layers and such codes are copies; where memory has no room for them,
+        parameters stay as they are, with a warning.
         """
         layers = params["layers"]
         if not is_stacked(layers):
@@ -379,18 +379,28 @@ class CausalLM:
         if device.platform == "cpu":
             return self.unstack(params)
         memory = device.memory_stats() or {}
-        copied = jax.tree.leaves(layers, is_leaf=_is_quantized)
-        copied = [leaf.codes if _is_quantized(leaf) else leaf for leaf in copied]
-        needed = sum(leaf.addressable_data(0).nbytes for leaf in copied)
-        if needed > memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0):
+        room = memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0)
+        dtype = params["final_norm"].dtype
+
+        def bytes_of(leaves: list[Array]) -> int:
+            return sum(leaf.addressable_data(0).nbytes for leaf in leaves)
+
+        def moves(leaf: Array | QuantizedTensor) -> bool:
+            return isinstance(leaf, QuantizedTensor) and is_better_interleaved(leaf, dtype)
+
+        needed = bytes_of([leaf for leaf in jax.tree.leaves(layers, is_leaf=_is_quantized) if not _is_quantized(leaf)])
+        if needed > room:
             log.warning("no room for %.1f GB of weights by layer: decoding copies them in each step", needed / 1e9)
             return params
+        codes = bytes_of([leaf.codes for leaf in jax.tree.leaves(params, is_leaf=_is_quantized) if moves(leaf)])
+        if not (has_room := codes <= room - needed):
+            log.warning("no room for %.1f GB of interleaved codes: each step orders its activations", codes / 1e9)
 
         # Also vectors of norms are worth it beside quantized weights: a kernel whose argument is a slice becomes a
         # "dynamic slice fusion", which XLA leaves out of CUDA graphs.
         def one(leaf: Array | QuantizedTensor) -> Any:
             if isinstance(leaf, QuantizedTensor):
-                return for_decoding(leaf, params["final_norm"].dtype)
+                return interleave(leaf) if has_room and moves(leaf) else leaf
             return _by_layer(leaf)
 
         decoding = params | {"layers": jax.tree.map(one, layers, is_leaf=_is_quantized)}

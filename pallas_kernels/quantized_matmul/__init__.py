@@ -1,14 +1,14 @@
 """Products of activations with weights that are stored in four or eight bits."""
 
-from pallas_kernels.quantized_matmul.api import for_decoding, quantized_matmul, quantized_matmuls
+from pallas_kernels.quantized_matmul.api import is_better_interleaved, quantized_matmul, quantized_matmuls
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, Rotation, dequantize, interleave
 
 __all__ = [
     "QuantizedTensor",
     "Rotation",
     "dequantize",
-    "for_decoding",
     "interleave",
+    "is_better_interleaved",
     "quantized_matmul",
     "quantized_matmuls",
 ]

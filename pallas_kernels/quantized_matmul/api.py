@@ -1,6 +1,5 @@
 """`quantized_matmul` and `quantized_matmuls`: argument checks and the choice of implementation."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, partitioning
 from pallas_kernels.quantized_matmul import mosaic_sm90, reference, rounding, xla
-from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, interleave, turn_all
+from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, can_interleave, turn_all
 from pallas_kernels.rotation import Rows
 
 NAMES = ("mosaic", "xla", "reference")
@@ -84,20 +83,18 @@ def quantized_matmuls(
     return tuple(products[i].reshape(*x.shape[:-1], weight.outputs) for i, weight in enumerate(weights))
 
 
-def for_decoding(weight: QuantizedTensor, dtype: Any) -> QuantizedTensor:
-    """The weight, or stack of weights, as products with few tokens in this dtype read it fastest on this device.
+def is_better_interleaved(weight: QuantizedTensor, dtype: Any) -> bool:
+    """Whether products of few tokens in this dtype with a weight, or with those of a stack, are faster then.
 
-    That is interleaved where a Hopper kernel is the automatic choice for it and others in one launch, with codes copied
-    on the devices that hold them; elsewhere it is the same weight.
+    So they are where a Hopper kernel is the automatic choice for it and others in one launch.
     """
+    if weight.interleaved or not can_interleave(weight):
+        return False
     one = weight
     for _ in range(weight.codes.ndim - 2):  # of layers, experts
         one = one.of_expert(0)
     token = jax.ShapeDtypeStruct((1, weight.inputs), dtype)
-    if automatic(token, one, dtype=dtype, outputs=max(MANY_OUTPUTS, one.outputs))[0] != "mosaic":
-        return weight
-    result = interleave(weight)
-    return dataclasses.replace(result, codes=jax.device_put(result.codes, weight.codes.sharding))
+    return automatic(token, one, dtype=dtype, outputs=max(MANY_OUTPUTS, one.outputs))[0] == "mosaic"
 
 
 def _together(x: Rows, weights: Sequence[QuantizedTensor]) -> list[list[int]]:

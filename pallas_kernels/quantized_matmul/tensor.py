@@ -252,12 +252,18 @@ def interleave(weight: QuantizedTensor) -> QuantizedTensor:
 
     XLA's products then have to bring them back, so it is worth it where kernels multiply. A weight or a stack of them
     for which there is no such order (NVFP4, rounded activations, inputs that are no multiple of `width`) stays as it
-    is.
+    is. The new codes lie on devices as the old ones do.
     """
-    if weight.interleaved or _why_not_interleaved(weight) is not None:
+    if weight.interleaved or not can_interleave(weight):
         return weight
     codes = _interleaved(weight.codes, width=weight.width, bits=_bits(weight))
+    if not isinstance(codes, jax.core.Tracer):
+        codes = jax.device_put(codes, weight.codes.sharding)
     return dataclasses.replace(weight, codes=codes, interleaved=True)
+
+
+def can_interleave(weight: QuantizedTensor) -> bool:
+    return _why_not_interleaved(weight) is None
 
 
 @functools.partial(jax.jit, static_argnames=("width", "bits"))  # unpacked codes are never made

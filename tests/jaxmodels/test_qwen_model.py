@@ -16,7 +16,8 @@ from jaxmodels.quantization.whole import round_head, round_params
 from jaxmodels.qwen import CausalLM, LayerAttention, MoeConfig, QwenConfig, build, sliding_windows
 from jaxmodels.qwen.model import Run, layer_runs
 from pallas_kernels.masks import Causal, Full
-from pallas_kernels.quantized_matmul import QuantizedTensor, interleave
+from pallas_kernels.quantized_matmul import QuantizedTensor
+from pallas_kernels.quantized_matmul.tensor import can_interleave
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = QwenConfig.tiny(layers=2, dim=32, mlp_dim=48, head_dim=8, vocab_size=61)
@@ -269,15 +270,27 @@ def test_decoding_takes_one_array_per_layer_where_slices_would_be_copied(monkeyp
     assert not is_by_layer(quantized)
 
 
-def test_decoding_takes_interleaved_codes_where_kernels_do(monkeypatch):
+def test_decoding_takes_interleaved_codes_where_kernels_do(monkeypatch, caplog):
     lm = build(QwenConfig.tiny())
     lm, params = round_head(lm, round_params(lm, lm.init(jax.random.key(0)), "int4", group_size=32), "int8")
-    monkeypatch.setattr(type(params["embed"]), "devices", lambda _: {Gpu(10**9)})
-    monkeypatch.setattr("jaxmodels.qwen.model.for_decoding", lambda weight, dtype: interleave(weight))
-    decoding = lm.for_decoding(params)
-    is_quantized = lambda node: isinstance(node, QuantizedTensor)  # noqa: E731
-    quantized = [leaf for leaf in jax.tree.leaves(decoding, is_leaf=is_quantized) if is_quantized(leaf)]
-    assert len(quantized) == 8 and sum(leaf.interleaved for leaf in quantized) == 7, "all but a head of 64 inputs"
+    monkeypatch.setattr("jaxmodels.qwen.model.is_better_interleaved", lambda weight, _: can_interleave(weight))
+
+    def decoding_with(free):
+        monkeypatch.setattr(type(params["embed"]), "devices", lambda _: {Gpu(free)})
+        decoding = lm.for_decoding(params)
+        is_quantized = lambda node: isinstance(node, QuantizedTensor)  # noqa: E731
+        return decoding, [leaf for leaf in jax.tree.leaves(decoding, is_leaf=is_quantized) if is_quantized(leaf)]
+
+    decoding, quantized = decoding_with(free=10**9)
+    moved = [leaf for leaf in quantized if leaf.interleaved]
+    assert len(quantized) == 8 and len(moved) == 7, "all but a head of 64 inputs"
+    by_layer = [leaf for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 2]
+    needed = sum(leaf.nbytes for leaf in by_layer) + sum(leaf.codes.nbytes for leaf in moved)
+    assert all(leaf.interleaved for leaf in moved) and not caplog.records
+    assert len([leaf for leaf in decoding_with(free=needed)[1] if leaf.interleaved]) == 7
+    less, quantized = decoding_with(free=needed - 1)
+    assert not any(leaf.interleaved for leaf in quantized) and isinstance(less["layers"]["mlp_norm"], tuple)
+    assert "no room for 0.0 GB of interleaved codes" in caplog.text
     tokens = jnp.asarray([[1, 2, 3]])
     np.testing.assert_allclose(lm.apply(decoding, tokens), lm.apply(params, tokens), rtol=0, atol=1e-5)
 

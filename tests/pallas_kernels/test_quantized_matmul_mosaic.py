@@ -28,8 +28,8 @@ from pallas_kernels.quantized_matmul import (
     QuantizedTensor,
     Rotation,
     api,
-    for_decoding,
     interleave,
+    is_better_interleaved,
     mosaic_sm90,
     quantized_matmul,
     quantized_matmuls,
@@ -740,16 +740,19 @@ def stack(seed=0, layers=2):
 
 
 @pytest.mark.parametrize("layers", [(), (2,), (2, 3)], ids=["alone", "of layers", "of layers and experts"])
-def test_weights_for_decoding_are_interleaved_where_the_kernel_multiplies(hopper, layers):
+def test_weights_are_better_interleaved_where_the_kernel_multiplies(hopper, layers):
     keys = jax.random.split(jax.random.key(0), math.prod(layers))
     weights = [round_weight(jax.random.normal(key, (16, 64)), "int4", group_size=32) for key in keys]
     weight = jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*layers, *leaves[0].shape), *weights)
-    found = for_decoding(weight, jnp.bfloat16)
+    assert is_better_interleaved(weight, jnp.bfloat16)
+    found = interleave(weight)
     assert found.interleaved and found.codes.shape == weight.codes.shape
     assert found.codes.sharding == weight.codes.sharding and found.scales is weight.scales
-    assert for_decoding(weight, jnp.float32) is weight, "its activations are not the kernel's"
+    assert not is_better_interleaved(found, jnp.bfloat16)
+    assert not is_better_interleaved(weight, jnp.float32), "its activations are not the kernel's"
     few = round_weight(jnp.ones((6, 64)), "int4", group_size=32)
-    assert for_decoding(few, jnp.bfloat16) is few, "nor are so few outputs"
+    assert not is_better_interleaved(few, jnp.bfloat16), "nor are so few outputs"
+    assert not is_better_interleaved(round_weight(jnp.ones((16, 64)), "nvfp4"), jnp.bfloat16)
 
 
 def test_weights_of_one_launch_are_prepared_alike(hopper, monkeypatch):
@@ -761,7 +764,8 @@ def test_weights_of_one_launch_are_prepared_alike(hopper, monkeypatch):
     monkeypatch.setattr(dispatch, "preferred", preferred)
     weights = [round_weight(jnp.ones((outputs, 64)), "int4", group_size=32) for outputs in (2048, 512)]
     x = jnp.ones((2, 64), jnp.bfloat16)
-    quantized_matmuls(x, [for_decoding(weight, jnp.bfloat16) for weight in weights])
+    assert all(is_better_interleaved(weight, jnp.bfloat16) for weight in weights)
+    quantized_matmuls(x, [interleave(weight) for weight in weights])
     assert hopper == [(2, 2)]
 
 
