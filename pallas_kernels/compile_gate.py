@@ -60,7 +60,7 @@ QUICK = (
     "decode attention H=128 T=32 int8 per token",
     "decode attention skipping H=128 T=1",
     "decode attention skipping H=128 T=32",
-    "decode attention merge H=128",
+    "decode attention merge H=128 80 parts",
     "moba select ranks=7 H=128",
     "moba attend block=128 H=128",
     "moba dq block=128 H=128",
