@@ -1,5 +1,6 @@
 """`quantized_matmul` and `quantized_matmuls`: argument checks and the choice of implementation."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, can_interlea
 from pallas_kernels.rotation import Rows
 
 NAMES = ("mosaic", "xla", "reference")
-MANY_OUTPUTS = 2**14  # of the weights of one launch: with few, as of keys alone, the kernel may not be worth it
+MANY_OUTPUTS = 2**14  # with few, such as those of keys alone, the kernel may be slower than XLA
 
 
 def quantized_matmul(
@@ -86,7 +87,7 @@ def quantized_matmuls(
 def is_better_interleaved(weight: QuantizedTensor, dtype: Any) -> bool:
     """Whether products of few tokens in this dtype with a weight, or with those of a stack, are faster then.
 
-    So they are where a Hopper kernel is the automatic choice for it and others in one launch.
+    So they are where a Hopper kernel is then the automatic choice.
     """
     if weight.interleaved or not can_interleave(weight):
         return False
@@ -94,7 +95,7 @@ def is_better_interleaved(weight: QuantizedTensor, dtype: Any) -> bool:
     for _ in range(weight.codes.ndim - 2):  # of layers, experts
         one = one.of_expert(0)
     token = jax.ShapeDtypeStruct((1, weight.inputs), dtype)
-    return automatic(token, one, dtype=dtype, outputs=max(MANY_OUTPUTS, one.outputs))[0] == "mosaic"
+    return automatic(token, dataclasses.replace(one, interleaved=True), dtype=dtype)[0] == "mosaic"
 
 
 def _together(x: Rows, weights: Sequence[QuantizedTensor]) -> list[list[int]]:
@@ -161,7 +162,10 @@ def automatic(x: Rows, weight: QuantizedTensor, *, dtype: Any, outputs: int | No
         result=str(_kernel_result(weight, dtype)),
         activations=weight.activations or "",
     )
-    sizes = {"rows": x.shape[0], "outputs": outputs or weight.outputs, "inputs": weight.inputs}
+    outputs = outputs or weight.outputs
+    if weight.interleaved:  # XLA would have to bring the codes back, which it had not in any call that was timed
+        outputs = max(outputs, MANY_OUTPUTS)
+    sizes = {"rows": x.shape[0], "outputs": outputs, "inputs": weight.inputs}
     (first, *_), reason = dispatch.preferred("quantized_matmul", kind, sizes, gradients=False)
     if first == "mosaic" and (why_not := hopper_unsupported(x, weight)) is not None:
         return "xla", f"mosaic: {why_not}"

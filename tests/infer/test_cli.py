@@ -12,8 +12,10 @@ import pytest
 
 import infer.__main__ as cli
 from infer import env
+from infer.text import cli as text_cli
 from infer.text.jsonl import ResultFile
 from jaxmodels import command_line
+from jaxmodels.qwen.model import is_stacked
 from pallas_kernels import compat, dispatch
 
 SHORT = ["--max-new-tokens", "6", "--ignore-eos", "--capacity", "64"]
@@ -30,6 +32,11 @@ def run(capsys, *args):
     code = cli.main([str(arg) for arg in args])
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def test_loaded_stacks_are_not_kept_beside_what_decoding_takes(tiny_directory):
+    loaded = text_cli._load(text_cli.Text(model=str(tiny_directory), prompt="a", quiet=True))
+    assert not is_stacked(loaded.params["layers"])
 
 
 def stdin_of(monkeypatch, data: bytes, tty: bool = False):

@@ -767,6 +767,25 @@ def test_weights_of_one_launch_are_prepared_alike(hopper, monkeypatch):
     assert all(is_better_interleaved(weight, jnp.bfloat16) for weight in weights)
     quantized_matmuls(x, [interleave(weight) for weight in weights])
     assert hopper == [(2, 2)]
+    alone = interleave(weights[1])
+    quantized_matmul(x, alone)
+    assert hopper[1:] == [2], "XLA would have to bring its codes back"
+    quantized_matmul(x, weights[1])
+    assert hopper[2:] == []
+
+
+def test_steps_are_of_whole_groups_or_within_one(interpreter):
+    call = Call(3, 768, 64, 384, config=None)
+    x, *weight = call.arguments()
+    options = {"group_size": 384, "interpret": compat.interpret_params()}
+    (result,) = mosaic_sm90.run_together([mosaic_sm90.Operands(x, *weight)], **options)
+    check(call, result)
+    wide = Config(warpgroups=2, block_k=256, stages=2)
+    with pytest.raises(ValueError, match="groups of 384 inputs need steps of 128; got Config"):
+        mosaic_sm90.run_together([mosaic_sm90.Operands(x, *weight)], **options, config=wide)
+    shape = parts.Form(3, 768, 64, 1, 2, jnp.dtype("float16"), True, jnp.dtype("float32"))
+    tried = [config.block_k for config in mosaic_sm90.candidates(shape) if isinstance(config, Config)]
+    assert tried and set(tried) == {128}
 
 
 def test_interleaved_weights_multiply_alike(hopper):
