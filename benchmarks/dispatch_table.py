@@ -57,10 +57,11 @@ PRODUCT = re.compile(
 )
 ROTATION = re.compile(
     r"M=(?P<rows>\d+) I=(?P<channels>\d+) x(?P<rotations>\d+) (?P<steps>\d+) steps in groups of (?P<size>\d+) "
-    r"(?P<dtype>\w+)(?P<normed> normed)?( ordered)?"
+    r"(?P<dtype>\w+)(?: (?P<source>normed(?: sum)?|gated))?( ordered)?"
 )
 NORM_ROPE = re.compile(
     r"M=(?P<rows>\d+) N=(?P<heads>\d+(?:\+\d+)*) H=(?P<H>\d+) (?P<dtype>\w+) weights (?P<weights>\w+)"
+    r"(?: in (?P<parts>\d+) parts)?"
 )
 MOBA = re.compile(
     r"B=(?P<B>\d+) T=(?P<T>\d+) N=(?P<N>\d+) K=\d+ H=(?P<H>\d+) (?P<dtype>\w+) block=(?P<block>\d+) k=\d+"
@@ -121,7 +122,7 @@ def rotation_call(shape: str) -> tuple[RotationKind, dict[str, int], str]:
     """The same for `pairwise_rotations`."""
     if (found := ROTATION.fullmatch(shape)) is None:
         raise ValueError(f"not a shape of benchmarks.rotation: {shape!r}")
-    kind = RotationKind(int(found["size"]), int(found["steps"]), found["dtype"], bool(found["normed"]))
+    kind = RotationKind(int(found["size"]), int(found["steps"]), found["dtype"], found["source"] or "")
     return kind, {name: int(found[name]) for name in ("rows", "channels", "rotations")}, "mosaic"
 
 
@@ -129,7 +130,7 @@ def norm_rope_call(shape: str) -> tuple[NormRopeKind, dict[str, int], str]:
     """The same for `norm_rope`."""
     if (found := NORM_ROPE.fullmatch(shape)) is None:
         raise ValueError(f"not a shape of benchmarks.norm_rope: {shape!r}")
-    kind = NormRopeKind(int(found["H"]), found["dtype"], found["weights"])
+    kind = NormRopeKind(int(found["H"]), found["dtype"], found["weights"], bool(found["parts"]))
     return kind, {"rows": int(found["rows"]), "heads": sum(map(int, found["heads"].split("+")))}, "mosaic"
 
 

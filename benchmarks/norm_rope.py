@@ -17,6 +17,7 @@ What to expect: with few rows starting a kernel, one latency of memory and five 
 import argparse
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 from benchmarks import report
 from pallas_kernels import compat
 from pallas_kernels.norm_rope import norm_rope
+from pallas_kernels.partial import Partial
 
 LIMITS = {"float32": 1e-6, "bfloat16": 3e-4}  # relative error in the L2 norm; without the rounding between 2e-3
 EPSILON = 1e-6
@@ -43,11 +45,13 @@ class Shape:
     dtype: str = "bfloat16"
     weights: str = "bfloat16"
     layers: int = 1
+    parts: int = 0  # of heads that are still to be added up, the last of which have no norm
 
     @property
     def name(self) -> str:
         heads = "+".join(map(str, self.heads))
-        return f"M={self.rows} N={heads} H={self.head_dim} {self.dtype} weights {self.weights}"
+        parts = f" in {self.parts} parts" if self.parts else ""
+        return f"M={self.rows} N={heads} H={self.head_dim} {self.dtype} weights {self.weights}{parts}"
 
     def arguments(self) -> tuple[Any, Any, Any, Any]:
         """Heads `[1, M, N, H]`, for each layer their weights `[H]`, cosines and sines `[1, M, H / 2]`."""
@@ -56,12 +60,28 @@ class Shape:
             jnp.asarray(rng.normal(size=(1, self.rows, n, self.head_dim)) * 2.0 ** rng.integers(-6, 6), self.dtype)
             for n in self.heads
         )
-        weights = [
-            tuple(jnp.asarray(rng.uniform(-2, 3, self.head_dim), self.weights) for _ in heads)
-            for _ in range(self.layers)
-        ]
+        if self.parts:
+            heads = self._in_parts(rng)
+
+        def weight(nth: int) -> Any:
+            if self.parts and nth == len(heads) - 1 > 0:
+                return None
+            return jnp.asarray(rng.uniform(-2, 3, self.head_dim), self.weights)
+
+        weights = [tuple(map(weight, range(len(heads)))) for _ in range(self.layers)]
         angles = rng.uniform(0, 2 * np.pi, (1, self.rows, self.head_dim // 2))
         return heads, weights, jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+    def _in_parts(self, rng: np.random.Generator) -> tuple[Partial, ...]:
+        """As a product leaves them: side by side, with rows and columns of which nothing is known."""
+        parts = np.full((self.parts, -(-self.rows // 8) * 8, sum(self.heads) * self.head_dim + 64), np.nan, np.float32)
+        parts[:, : self.rows, 64:] = rng.normal(size=(self.parts, self.rows, parts.shape[2] - 64))
+        array, first, heads = jnp.asarray(parts), 64, []
+        for n in self.heads:
+            shape, width = (1, self.rows, n, self.head_dim), n * self.head_dim
+            heads.append(Partial(array, first, width, shape, jnp.dtype(self.dtype)))
+            first += width
+        return tuple(heads)
 
     def call(self, implementation: str | None) -> Callable[..., tuple[Any, ...]]:
         """`call(heads, weights, cos, sin)` of one layer."""
@@ -74,7 +94,13 @@ def expected(x: Any, weight: Any, cos: Any, sin: Any, epsilon: float = EPSILON) 
     def rounded(value: np.ndarray) -> np.ndarray:
         return value.astype(x.dtype).astype(np.float64)
 
-    wide = np.asarray(x).astype(np.float64)
+    if isinstance(x, Partial):
+        own = np.asarray(x.parts, np.float64)[:, : x.rows, x.first : x.first + x.width]
+        wide = rounded(own.sum(0)).reshape(x.shape)
+    else:
+        wide = np.asarray(x).astype(np.float64)
+    if weight is None:
+        return wide
     normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + epsilon)
     a, b = np.split(rounded(normed * np.asarray(weight).astype(np.float64)), 2, axis=-1)
     cos, sin = (np.asarray(table, np.float64)[..., None, :] for table in (cos, sin))
@@ -109,13 +135,19 @@ def check_shapes() -> Iterator[Shape]:
             for head_dim in (64, 192, 256):
                 for rows, heads in ((1, (32, 8)), (3, (5,)), (7, (1, 2, 3)), (50, (16, 16))):
                     yield Shape(rows=rows, heads=heads, head_dim=head_dim, dtype=dtype, weights=weights)
+            for rows, head_dim, parts in itertools.product((1, 3, 16, 64), (64, 128, 192, 256), (1, 2, 6)):
+                options = {"rows": rows, "head_dim": head_dim, "parts": parts, "dtype": dtype, "weights": weights}
+                yield Shape(heads=(32, 8, 8), **options)
     for rows, heads in ((1, (1,)), (3, (1, 1)), (5, (28, 4)), (4096, (32, 8))):
         yield Shape(rows=rows, heads=heads)
+    yield Shape(rows=5, heads=(7,), parts=9)
 
 
 def time_shapes() -> Iterator[Shape]:
     for rows in (1, 8, 16, 64, 256, 1024):
         yield Shape(rows=rows, layers=16)
+    for rows in (1, 8, 16, 64):
+        yield Shape(rows=rows, layers=16, heads=(32, 8, 8), parts=6)
 
 
 def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
@@ -126,6 +158,11 @@ def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
         own = heads
         for of_layer in weights:
             results = jax.lax.optimization_barrier(call(own, of_layer, cos, sin))
+            if shape.parts:  # of one array
+                after = heads[0].parts + 1e-30 * sum(result.ravel()[0].astype(jnp.float32) for result in results)
+                after = jax.lax.optimization_barrier(after)
+                own = tuple(dataclasses.replace(x, parts=after) for x in heads)
+                continue
             own = tuple((x + 1e-30 * result).astype(x.dtype) for x, result in zip(heads, results, strict=True))
             own = jax.lax.optimization_barrier(own)
         return results

@@ -10,8 +10,8 @@ profiler's sum over all kernels of one layer.
 What to expect: parameters of one rotation of 4096 channels are 16 KB of angles and 64 KB of pairs for each of two
 bytes, eight steps of two shared memory accesses and a barrier take about 1 us, reading what the first step needs 1 us,
 and starting a kernel 2 us: 3 to 5 us for up to 16 rows, for one rotation as for three. Rows that the kernel makes of a
-norm cost it one more read of whole rows by every CTA, 8 KB each at 4096 channels: about 1 us, where XLA has two kernels
-of 1.2 us more.
+norm cost it an exchange between the CTAs of a cluster, about 1 us, where XLA has two kernels of 1.2 us more; eight
+parts of a sum are 128 KB a row from the L2 cache, 0.1 us more.
 """
 
 import argparse
@@ -28,8 +28,12 @@ import numpy as np
 
 from benchmarks import report
 from pallas_kernels import compat
-from pallas_kernels.rotation import Normed, Rows, Turn, pairwise_rotations
+from pallas_kernels.partial import Partial
+from pallas_kernels.rotation import Gated, Normed, Turn, gated_rotations, normed_rotations, pairwise_rotations
 
+Rows = Any  # Array | Normed | Gated
+
+SOURCES = ("normed", "normed sum")
 LIMITS = {"float32": 1e-5, "bfloat16": 3e-3}  # relative error in the L2 norm
 
 
@@ -44,14 +48,13 @@ class Shape:
     rotations: int = 1
     dtype: str = "bfloat16"
     layers: int = 2
-    is_normed: bool = False  # by the kernel
+    source: str = ""  # of the rows, if the kernel makes them: "normed", "normed sum", "gated"
+    parts: int = 8  # of the second summand or of both factors; 0: an array
 
     @property
     def name(self) -> str:
-        return (
-            f"M={self.rows} I={self.channels} x{self.rotations} {self.steps} steps in groups of {self.group_size} "
-            f"{self.dtype}{' normed' if self.is_normed else ''}"
-        )
+        name = f"M={self.rows} I={self.channels} x{self.rotations} {self.steps} steps in groups of {self.group_size}"
+        return f"{name} {self.dtype} {self.source}".rstrip()
 
     def arguments(self) -> tuple[Rows, list[Turn]]:
         """Rows, and turns of float16 parameters without the index of a layer; without steps they have none."""
@@ -69,27 +72,63 @@ class Shape:
             )
 
         x: Rows = jnp.asarray(rng.normal(size=(self.rows, self.channels)), self.dtype)
-        if self.is_normed:
-            x = Normed(x * 3, jnp.asarray(rng.normal(size=self.channels), self.dtype), 1e-6)
+        if self.source == "gated":
+            x = Gated(self._summand(rng), self._summand(rng))
+        elif self.source:
+            y = self._summand(rng) if self.source == "normed sum" else None
+            x = Normed(x * 3, jnp.asarray(rng.normal(size=self.channels), self.dtype), 1e-6, y)
         return x, [one() for _ in range(self.rotations)]
 
+    def _summand(self, rng: np.random.Generator) -> Any:
+        """Parts as a product leaves them: among columns of others, with rows of which nothing is known."""
+        shape = (self.rows, self.channels)
+        if not self.parts:
+            return jnp.asarray(rng.normal(size=shape), self.dtype)
+        parts = np.full((self.parts, -(-self.rows // 8) * 8, self.channels + 128), np.nan, np.float32)
+        parts[:, : self.rows, 128:] = rng.normal(size=(self.parts, *shape))
+        return Partial(jnp.asarray(parts), 128, self.channels, shape, jnp.dtype(self.dtype))
+
     def call(self, implementation: str) -> Callable[..., tuple[Any, ...]]:
-        """`call(x, turns, layer)`."""
+        """`call(x, turns, layer)`; of norms the sum comes first."""
 
         def run(x, turns, layer):
             own = [turn._replace(layer=layer) for turn in turns]
+            if isinstance(x, Normed):
+                total, turned = normed_rotations(x, own, group_size=self.group_size, implementation=implementation)
+                return total, *turned
+            if isinstance(x, Gated):
+                return gated_rotations(x, own, group_size=self.group_size, implementation=implementation)
             return pairwise_rotations(x, own, group_size=self.group_size, implementation=implementation)
 
         return run
 
 
+def wide(x: Any) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+def whole(x: Any) -> np.ndarray:
+    """An array, in float64; of parts their sum, rounded to its dtype."""
+    if isinstance(x, Partial):
+        total = np.asarray(x.parts, np.float64)[:, : x.rows, x.first : x.first + x.width].sum(0)
+        x = jnp.asarray(total).astype(x.dtype)
+    return wide(x)
+
+
+def expected_sum(rows: Normed) -> np.ndarray:
+    """In NumPy and float64, rounded."""
+    return wide(rows.x) if rows.y is None else wide(jnp.asarray(wide(rows.x) + whole(rows.y)).astype(rows.dtype))
+
+
 def expected(rows: Rows, turn: Turn, layer: int, shape: Shape) -> np.ndarray:
     """By the definition, in NumPy and float64, all pairs of a step at once; rows that are made have their dtype."""
-    wide = lambda x: np.asarray(x.astype(jnp.float32), np.float64)  # noqa: E731
     if isinstance(rows, Normed):
-        x = wide(rows.x)
+        x = expected_sum(rows)
         x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + rows.epsilon) * wide(rows.weight)
         x = wide(jnp.asarray(x).astype(shape.dtype))
+    elif isinstance(rows, Gated):
+        gate = whole(rows.gate)
+        x = wide(jnp.asarray(gate / (1 + np.exp(-gate)) * whole(rows.up)).astype(shape.dtype))
     else:
         x = wide(rows)
     if turn.pairs is not None:
@@ -110,10 +149,13 @@ def check_shape(shape: Shape) -> dict[str, Any]:
     call, layer = jax.jit(shape.call("mosaic")), shape.layers - 1
     results = call(x, turns, jnp.int32(layer))
     again = [call(x, turns, jnp.int32(layer)) for _ in range(3)]
-    errors = []
-    for turn, result in zip(turns, results, strict=True):
-        right = expected(x, turn, layer, shape)
-        errors.append(np.linalg.norm(np.asarray(result.astype(jnp.float32)) - right) / np.linalg.norm(right))
+    every = [expected(x, turn, layer, shape) for turn in turns]
+    if isinstance(x, Normed):
+        every = [expected_sum(x), *every]
+    errors = [
+        np.linalg.norm(wide(result) - right) / np.linalg.norm(right)
+        for result, right in zip(results, every, strict=True)
+    ]
     row: dict[str, Any] = {"shape": shape.name, "error": float(np.max(errors)), "limit": LIMITS[shape.dtype]}
     same = [bool((a == b).all()) for repeat in again for a, b in zip(repeat, results, strict=True)]
     row["bitwise_repeatable"] = all(same)
@@ -132,19 +174,30 @@ def check_shapes() -> Iterator[Shape]:
         yield Shape(rows=rows, channels=12288)
         yield Shape(rows=rows, rotations=3, channels=2048)
         for group_size in (32, 64, 128, 256):
-            yield Shape(rows=rows, rotations=2, group_size=group_size, is_normed=True)
-            yield Shape(rows=rows, steps=0, group_size=group_size, is_normed=True)
-    for rows, channels, dtype in itertools.product((1, 5, 16), (1024, 2560, 12288), LIMITS):
-        yield Shape(rows=rows, channels=channels, is_normed=True, dtype=dtype)
-        yield Shape(rows=rows, channels=channels, is_normed=True, dtype=dtype, steps=0)
+            for source in SOURCES:
+                yield Shape(rows=rows, rotations=2, group_size=group_size, source=source)
+                yield Shape(rows=rows, steps=0, group_size=group_size, source=source)
+    for rows, channels, dtype in itertools.product((1, 5, 16, 64), (1024, 2560, 5120, 12288), LIMITS):
+        for steps, source in itertools.product((0, 8), SOURCES):
+            yield Shape(rows=rows, channels=channels, source=source, dtype=dtype, steps=steps)
+    for rows, parts, dtype in itertools.product((1, 9), (0, 1, 3, 11), LIMITS):
+        yield Shape(rows=rows, source="normed sum", dtype=dtype, steps=0, parts=parts)
+    for rows, channels, parts, dtype in itertools.product((1, 3, 8, 20, 64), (512, 12288), (0, 1, 2, 5), LIMITS):
+        yield Shape(rows=rows, channels=channels, source="gated", dtype=dtype, parts=parts)
+    for group_size, rotations in itertools.product((32, 64, 256), (1, 3)):
+        yield Shape(rows=20, channels=6144, group_size=group_size, rotations=rotations, source="gated", parts=2)
+    for channels in (96, 384, 896):  # clusters of 1 and of few CTAs
+        yield Shape(rows=3, channels=channels, group_size=32, rotations=2, source="normed sum")
 
 
 def time_shapes() -> Iterator[Shape]:
     for rows in (1, 8, 16, 64, 256, 1024, 4096):
         yield Shape(rows=rows, rotations=3, layers=16)
         yield Shape(rows=rows, channels=12288, layers=16)
-    for rows, steps in itertools.product((1, 8, 16), (0, 8)):
-        yield Shape(rows=rows, rotations=3 if steps else 1, steps=steps, layers=16, is_normed=True)
+    for rows, steps, source in itertools.product((1, 8, 16, 64), (0, 8), SOURCES):
+        yield Shape(rows=rows, rotations=3 if steps else 1, steps=steps, layers=16, source=source)
+    for rows in (1, 8, 16, 64):
+        yield Shape(rows=rows, channels=12288, layers=16, source="gated", parts=2)
 
 
 def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
@@ -157,7 +210,13 @@ def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
             results = jax.lax.optimization_barrier(call(rows, turns, jnp.int32(layer)))
             # One operation, whose result a model needs for more than this, so that it is not done again for each use.
             after = lambda x, results=results: (x + 1e-30 * sum(r[:, :1] for r in results)).astype(x.dtype)  # noqa: E731
-            rows = jax.lax.optimization_barrier(x.on_rows(after) if isinstance(x, Normed) else after(x))
+            if isinstance(x, Normed):
+                rows = dataclasses.replace(x, x=jax.lax.optimization_barrier(after(x.x)))
+            elif isinstance(x, Gated):
+                parts = x.gate.parts + 1e-30 * results[0][0, 0].astype(jnp.float32)
+                rows = Gated(dataclasses.replace(x.gate, parts=jax.lax.optimization_barrier(parts)), x.up)
+            else:
+                rows = jax.lax.optimization_barrier(after(x))
         return results
 
     return run

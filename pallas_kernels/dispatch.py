@@ -124,11 +124,11 @@ class RotationKind(NamedTuple):
     group_size: int
     steps: int
     dtype: str
-    normed: bool = False  # by the kernel
+    source: str = ""  # of the rows, if the kernel makes them: "normed", "normed sum", "gated"
 
     @property
     def name(self) -> str:
-        return f"{self.steps} steps in groups of {self.group_size} {self.dtype}" + " normed" * self.normed
+        return f"{self.steps} steps in groups of {self.group_size} {self.dtype} {self.source}".rstrip()
 
     def alike(self) -> tuple["RotationKind", ...]:
         """Itself, then groups of 128 in bfloat16: a group is a small part of either side's time."""
@@ -141,14 +141,15 @@ class NormRopeKind(NamedTuple):
     head_dim: int
     dtype: str
     weights: str  # dtype
+    partial: bool = False  # heads in parts
 
     @property
     def name(self) -> str:
-        return f"{self.head_dim} {self.dtype} weights {self.weights}"
+        return f"{self.head_dim} {self.dtype} weights {self.weights}" + " in parts" * self.partial
 
     def alike(self) -> tuple["NormRopeKind", ...]:
         """Itself, then 128 channels in bfloat16: starting kernels is most of either side's time."""
-        return tuple(dict.fromkeys((self, NormRopeKind(128, "bfloat16", "bfloat16"))))
+        return tuple(dict.fromkeys((self, NormRopeKind(128, "bfloat16", "bfloat16", self.partial))))
 
 
 class MobaKind(NamedTuple):

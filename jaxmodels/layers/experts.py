@@ -18,7 +18,7 @@ from jaxmodels.functional import Axes
 from jaxmodels.layers.linear import linears
 from jaxmodels.sharding import constrain
 from pallas_kernels.quantized_matmul import QuantizedTensor
-from pallas_kernels.quantized_matmul.tensor import turn_all
+from pallas_kernels.quantized_matmul.turned import turn_all
 
 MAX_TILE = 128
 """Rows of a tile at most; more would not read weights much more rarely."""

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized_matmul import QuantizedTensor, quantized_matmuls
-from pallas_kernels.rotation import Rows, made
+from pallas_kernels.partial import MaybePartial
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rows, Turned, quantized_matmuls
 
 FEW_ROWS = 64
 """On a CPU, products with at most this many rows run with the weight as the left operand (see `linear`)."""
@@ -22,7 +22,8 @@ def linear(
     equation: str,
     *,
     dtype: jnp.dtype | None = None,
-) -> Float[Array, "..."]:
+    merged: bool = True,
+) -> MaybePartial:
     """`einsum(equation, x, weight)`, for example `linear(x, w, "BTD,NHD->BTNH")`.
 
     Weights keep the layout of checkpoints, output axes first and the contracted axes last: loading copies nothing,
@@ -33,12 +34,14 @@ def linear(
     times faster at 2 to 32 rows (README of jaxmodels/qwen). The barrier keeps XLA from swapping the operands back.
 
     Args:
-      x: activations, leading axes and then the contracted ones; `Normed` ones with one contracted axis.
+      x: activations, leading axes and then the contracted ones; those that are `Turned` for this weight with one
+        contracted axis.
       weight: weight of the layer, output axes and then the contracted ones; in any format (`quantized_matmul`).
       equation: the two operands in the letters of the legend; `...` stands for the leading axes.
       dtype: type of the result, also of the accumulation; None means that of `x`.
+      merged: False leaves a result that a kernel has in parts to its reader, as `Partial`.
     """
-    (result,) = linears(x, (weight,), (equation,), dtype=dtype)
+    (result,) = linears(x, (weight,), (equation,), dtype=dtype, merged=merged)
     return result
 
 
@@ -48,7 +51,8 @@ def linears(
     equations: Sequence[str],
     *,
     dtype: jnp.dtype | None = None,
-) -> tuple[Float[Array, "..."], ...]:
+    merged: bool = True,
+) -> tuple[MaybePartial, ...]:
     """`linear` of the same activations with several weights, such as those of queries, keys and values.
 
     Quantized weights are multiplied together where a kernel can, and what they do to their activations first is done
@@ -56,13 +60,14 @@ def linears(
     """
     shapes = [_shapes(x, weight, equation) for weight, equation in zip(weights, equations, strict=True)]
     dtype = dtype or x.dtype
-    products: dict[int, Array] = {}
+    products: dict[int, MaybePartial] = {}
     quantized = {i: weight for i, weight in enumerate(weights) if isinstance(weight, QuantizedTensor)}
     if quantized:
         rows = x.reshape(shapes[min(quantized)].rows)
-        products |= zip(quantized, quantized_matmuls(rows, [*quantized.values()], dtype=dtype), strict=True)
-    if len(quantized) < len(weights):
-        x = made(x)
+        results = quantized_matmuls(rows, [*quantized.values()], dtype=dtype, merged=merged)
+        products |= zip(quantized, results, strict=True)
+    if isinstance(x, Turned) and len(quantized) < len(weights):
+        raise ValueError("x was turned for quantized weights; got others among them")
     for i, weight in enumerate(weights):
         if not isinstance(weight, QuantizedTensor):
             products[i] = _product(x.reshape(shapes[i].rows), weight, dtype)

@@ -29,7 +29,17 @@ from jaxtyping import Array, Float, Int
 
 from jaxmodels.cache import KV, Cache, SinkRingCache
 from jaxmodels.functional import Params, Structure, constant, init_params, weight
-from jaxmodels.layers import apply_rope, embed, gated_silu, linear, linears, norm_rope, rms_norm, rope_tables
+from jaxmodels.layers import (
+    add_norm,
+    apply_rope,
+    embed,
+    gated_silu,
+    linear,
+    linears,
+    norm_rope,
+    rms_norm,
+    rope_tables,
+)
 from jaxmodels.qwen.config import LayerAttention, MobaConfig, QwenConfig
 from jaxmodels.qwen.moe import Moe
 from jaxmodels.sharding import constrain
@@ -40,8 +50,8 @@ from pallas_kernels.attention.limits import Limits
 from pallas_kernels.attention.skip import SkipStats
 from pallas_kernels.masks import Causal, Mask, SlidingWindow
 from pallas_kernels.moba import key_conv, moba_attention
-from pallas_kernels.quantized_matmul import QuantizedTensor, interleave, is_better_interleaved
-from pallas_kernels.rotation import Normed, Rows
+from pallas_kernels.partial import MaybePartial, Partial, made
+from pallas_kernels.quantized_matmul import QuantizedTensor, Rows, interleave, is_better_interleaved
 
 log = logging.getLogger(__name__)
 
@@ -220,18 +230,25 @@ class Attention(nnx.Module):
             self.k_conv = constant(0.0, (config.key_conv_taps, K, H), (None, "kv_heads", None), dtype)
         self.config = config
 
+    @property
+    def readers(self) -> tuple[Any, ...]:
+        """Weights that `x` may be turned for."""
+        return self.q[...], self.k[...], self.v[...]
+
     def __call__(
         self, x: Rows, attend: Attend, *, layer: int | Array, attention: LayerAttention
-    ) -> tuple[Float[Array, "B T D"], KV, tuple]:
-        weights = (self.q[...], self.k[...], self.v[...])
-        q, k, v = linears(x, weights, ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH"))
-        if self.config.qkv_bias:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+    ) -> tuple[MaybePartial, KV, tuple]:
+        equations = ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH")
+        is_plain = self.config.key_conv_taps is None and not self.config.qkv_bias
         raw_k = None
-        if self.config.qk_norm and attention.rotary and self.config.key_conv_taps is None:
-            norms = (self.q_norm[...], self.k_norm[...])
-            q, k = norm_rope((q, k), norms, attend.cos, attend.sin, epsilon=self.config.norm_eps)
+        if self.config.qk_norm and attention.rotary and is_plain:
+            heads = linears(x, self.readers, equations, merged=False)
+            norms = (self.q_norm[...], self.k_norm[...], None)
+            q, k, v = norm_rope(heads, norms, attend.cos, attend.sin, epsilon=self.config.norm_eps)
         else:
+            q, k, v = linears(x, self.readers, equations)
+            if self.config.qkv_bias:
+                q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
             if self.config.qk_norm:
                 q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
                 k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
@@ -242,7 +259,7 @@ class Attention(nnx.Module):
             if attention.rotary:
                 q, k = apply_rope(q, attend.cos, attend.sin), apply_rope(k, attend.cos, attend.sin)
         y, *about = attend(q, k, v, layer=layer, attention=attention)
-        return linear(y, self.o[...], "BTNH,DNH->BTD"), KV(k, v, raw_k), tuple(about)
+        return linear(y, self.o[...], "BTNH,DNH->BTD", merged=False), KV(k, v, raw_k), tuple(about)
 
 
 class Mlp(nnx.Module):
@@ -254,9 +271,15 @@ class Mlp(nnx.Module):
         self.up = weight(rngs, (F, D), ("mlp", "embed"), dtype)
         self.down = weight(rngs, (D, F), ("embed", "mlp"), dtype)
 
-    def __call__(self, x: Rows) -> Float[Array, "B T D"]:
-        gate, up = linears(x, (self.gate[...], self.up[...]), ("BTD,FD->BTF", "BTD,FD->BTF"))
-        return linear(gated_silu(gate, up), self.down[...], "BTF,DF->BTD")
+    @property
+    def readers(self) -> tuple[Any, ...]:
+        """Weights that `x` may be turned for."""
+        return self.gate[...], self.up[...]
+
+    def __call__(self, x: Rows) -> MaybePartial:
+        gate, up = linears(x, self.readers, ("BTD,FD->BTF", "BTD,FD->BTF"), merged=False)
+        gated = gated_silu(gate, up, readers=(self.down[...],))
+        return linear(gated, self.down[...], "BTF,DF->BTD", merged=False)
 
 
 class Block(nnx.Module):
@@ -270,15 +293,30 @@ class Block(nnx.Module):
         self.norm_eps = config.norm_eps
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Attend, *, layer: int | Array, attention: LayerAttention
-    ) -> tuple[Float[Array, "B T D"], KV, tuple]:
+        self, x: "Stream", attend: Attend, *, layer: int | Array, attention: LayerAttention
+    ) -> tuple["Stream", KV, tuple]:
         with jax.named_scope("attention"):
-            normed = Normed(x, self.attention_norm[...], self.norm_eps)
+            rest, normed = add_norm(*x, self.attention_norm[...], self.norm_eps, readers=self.attention.readers)
             y, kv, about = self.attention(normed, attend, layer=layer, attention=attention)
-            x = x + y
         with jax.named_scope("mlp"):
-            x = x + self.mlp(Normed(x, self.mlp_norm[...], self.norm_eps))
-        return constrain(x, ("batch", None, None)), kv, about
+            rest, normed = add_norm(rest, y, self.mlp_norm[...], self.norm_eps, readers=self.mlp.readers)
+            return Stream.of(rest, self.mlp(normed)), kv, about
+
+
+class Stream(NamedTuple):
+    """The residual stream `x + y` between blocks; parts of a sum wait for the norm that reads it."""
+
+    x: Float[Array, "B T D"]
+    y: Partial | None = None
+
+    @classmethod
+    def of(cls, x: Array, y: MaybePartial) -> "Stream":
+        stream = cls(x, y)
+        return stream if isinstance(y, Partial) else cls(stream.made())
+
+    def made(self) -> Float[Array, "B T D"]:
+        """As an array."""
+        return self.x if self.y is None else constrain(self.x + made(self.y), ("batch", None, None))
 
 
 class Ends(nnx.Module):
@@ -447,7 +485,7 @@ class CausalLM:
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions, None)
         attend = Attend(cos, sin, mask, positions, segment_ids, None, None)
         block = _structure(Block, self.config).module(params)
-        return block(states, attend, layer=layer, attention=self.config.layer_attention[layer])[0]
+        return block(Stream(states), attend, layer=layer, attention=self.config.layer_attention[layer])[0].made()
 
     def hidden(
         self,
@@ -551,28 +589,33 @@ class CausalLM:
     ) -> tuple[Float[Array, "B T D"], KV | None, Float[Array, "L B T D"] | None, tuple]:
         block = _structure(Block, self.config)
 
-        def run_block(params: Params, x: Array, layer: int | Array, attention: LayerAttention) -> tuple[Array, tuple]:
-            x, kv, about = block.module(params)(x, attend, layer=layer, attention=attention)
-            return x, (kv if keep_kv else None, x if keep_states else None, about)
-
         scanned = is_stacked(layers) and not unroll
         policy = REMAT_POLICIES[remat or "none"]
+        # What is carried, or kept for a backward pass, is one array.
+        is_one = scanned or policy is not None or keep_states
+
+        def run_block(params: Params, x: Stream, layer: int | Array, attention: LayerAttention) -> tuple[Stream, tuple]:
+            x, kv, about = block.module(params)(x, attend, layer=layer, attention=attention)
+            if is_one:
+                x = Stream(x.made())
+            return x, (kv if keep_kv else None, x.x if keep_states else None, about)
+
         if policy is not None:
             # Inside a scan common subexpressions cannot defeat the recomputation; unrolled they could.
             run_block = jax.checkpoint(run_block, policy=policy, prevent_cse=not scanned, static_argnums=(3,))
 
-        outputs = []
+        outputs, stream = [], Stream(x)
         if scanned:
             for run in layer_runs(self.config.layer_attention):
-                x, output = _scan(run, run_block, layers, x, slice_first=attend.cache is None)
+                stream, output = _scan(run, run_block, layers, stream, slice_first=attend.cache is None)
                 outputs.append(output)
-            return x, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+            return stream.made(), *jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
         if unroll is False:
             raise ValueError("unroll=False scans stacked layers; got parameters from unstack()")
         for layer, attention in enumerate(self.config.layer_attention):
-            x, output = run_block(_layer(layers, layer), x, layer, attention)
+            stream, output = run_block(_layer(layers, layer), stream, layer, attention)
             outputs.append(output)
-        return x, *jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+        return stream.made(), *jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
 def _layer(layers: Params, index: int | Array) -> Params:
@@ -618,9 +661,7 @@ def is_stacked(layers: Params) -> bool:
     return not any(isinstance(leaf, tuple) for leaf in jax.tree.leaves(layers, is_leaf=_is_weight))
 
 
-def _scan(
-    run: Run, run_block: Callable, layers: Params, x: Float[Array, "B T D"], *, slice_first: bool
-) -> tuple[Float[Array, "B T D"], tuple]:
+def _scan(run: Run, run_block: Callable, layers: Params, x: Stream, *, slice_first: bool) -> tuple[Stream, tuple]:
     """Scans `run_block` over the layers of a run; the outputs are stacked, layer axis first.
 
     With `slice_first` the scan consumes the run's part of the parameters, which is what a backward pass
@@ -634,7 +675,7 @@ def _scan(
         chosen = leaf[run.start : run.start + period * run.repeats]
         return chosen if period == 1 else chosen.reshape(run.repeats, period, *leaf.shape[1:])
 
-    def body(x: Array, inputs: tuple[Array, Params | None]) -> tuple[Array, tuple]:
+    def body(x: Stream, inputs: tuple[Array, Params | None]) -> tuple[Stream, tuple]:
         step, params = inputs
         outputs = []
         for offset, attention in enumerate(run.pattern):

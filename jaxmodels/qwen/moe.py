@@ -1,5 +1,7 @@
 """The mixture of experts of Qwen3-MoE, in place of a block's MLP."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,6 @@ from jaxmodels.layers import gated_silu, linear
 from jaxmodels.layers.experts import Tiles, expert_linears, route
 from jaxmodels.qwen.config import QwenConfig
 from jaxmodels.sharding import constrain, row_parts
-from pallas_kernels.rotation import Rows, made
 
 MAX_ROWS = 65_536
 """Rows that are routed and multiplied at a time: in their tiles they take several times the memory of activations.
@@ -33,14 +34,18 @@ class Moe(nnx.Module):
         self.down = weight(rngs, (E, D, F), ("experts", "embed", "mlp"), dtype)
         self.config = config.moe
 
-    def __call__(self, x: Rows) -> Float[Array, "B T D"]:
-        tokens = made(x)
-        parts = row_parts(len(tokens))
+    @property
+    def readers(self) -> tuple[Any, ...]:
+        """Weights that `x` may be turned for: none, as the router reads it too."""
+        return ()
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        parts = row_parts(len(x))
         if parts == 1:
-            return self._mixture(tokens.reshape(-1, tokens.shape[-1])).reshape(tokens.shape)
+            return self._mixture(x.reshape(-1, x.shape[-1])).reshape(x.shape)
         # Devices that hold different rows sort and multiply their own.
-        split = constrain(tokens.reshape(parts, -1, tokens.shape[-1]), ("batch", None, None))
-        return jax.vmap(self._mixture)(split).reshape(tokens.shape)
+        split = constrain(x.reshape(parts, -1, x.shape[-1]), ("batch", None, None))
+        return jax.vmap(self._mixture)(split).reshape(x.shape)
 
     def _mixture(self, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
         """Rows in equal pieces of at most MAX_ROWS, rows of 0 at the end of the last one."""

@@ -10,13 +10,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, partitioning
 from pallas_kernels.norm_rope import mosaic_sm90, reference, xla
+from pallas_kernels.partial import MaybePartial, Partial, made, unless_mapped
 
 NAMES = ("mosaic", "xla", "reference")
 
 
 def norm_rope(
-    heads: Sequence[Float[Array, "B T _ H"]],
-    weights: Sequence[Float[Array, " H"]],
+    heads: Sequence[MaybePartial],
+    weights: Sequence[Float[Array, " H"] | None],
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
     *,
@@ -30,8 +31,10 @@ def norm_rope(
     rounding between them where it fuses both. Differentiable in everything but epsilon.
 
     Args:
-      heads: arrays of one dtype, whose numbers of heads may differ.
-      weights: of the norm of each of the arrays.
+      heads: arrays `[B, T, N, H]` of one dtype, whose N may differ. `Partial` ones of as many parts the Hopper kernel
+        adds up itself.
+      weights: of the norm of each of the arrays. None: it stays as it is, as values do; of a `Partial` one that is the
+        array.
       cos: cosines of the angles of the pairs.
       sin: sines.
       epsilon: of the norm.
@@ -46,6 +49,13 @@ def norm_rope(
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
     heads, weights = tuple(heads), tuple(weights)
     _check(heads, weights, cos, sin)
+    if not _are_alike(heads) or partitioning.is_automatic():
+        heads = tuple(map(made, heads))
+    chosen = [i for i, weight in enumerate(weights) if weight is not None or isinstance(heads[i], Partial)]
+    if len(chosen) < len(heads):
+        given = tuple(heads[i] for i in chosen), tuple(weights[i] for i in chosen)
+        results = norm_rope(*given, cos, sin, epsilon=epsilon, implementation=implementation) if chosen else ()
+        return tuple((dict(enumerate(heads)) | dict(zip(chosen, results, strict=True))).values())
     if implementation is None:
         implementation, _ = automatic(heads, weights, cos, sin)
     elif implementation == "mosaic" and (
@@ -54,10 +64,17 @@ def norm_rope(
         raise NotImplementedError(f'norm_rope "mosaic": {reason}')
     if implementation == "mosaic":
         return _on_hopper(heads, weights, cos, sin, epsilon)
-    return (reference if implementation == "reference" else xla).run(heads, weights, cos, sin, epsilon)
+    run = reference.run if implementation == "reference" else xla.run
+    return run(tuple(map(made, heads)), weights, cos, sin, epsilon)
 
 
-def _check(heads: tuple[Array, ...], weights: tuple[Array, ...], cos: Array, sin: Array) -> None:
+def _are_alike(heads: tuple[MaybePartial, ...]) -> bool:
+    """Whether all are arrays, or all have parts that the kernel can add up alike."""
+    parts = [x.parts.shape if isinstance(x, Partial) else None for x in heads]
+    return len(set(parts)) == 1
+
+
+def _check(heads: tuple[MaybePartial, ...], weights: tuple[Array | None, ...], cos: Array, sin: Array) -> None:
     if not heads or len(heads) != len(weights):
         raise ValueError(f"heads need a weight each, and there must be some; got {len(heads)} and {len(weights)}")
     first = heads[0]
@@ -69,7 +86,7 @@ def _check(heads: tuple[Array, ...], weights: tuple[Array, ...], cos: Array, sin
                 f"heads must agree in dtype, B, T and H; got {first.dtype} of shape {first.shape} and "
                 f"{x.dtype} of shape {x.shape}"
             )
-        if weight.shape != x.shape[3:]:
+        if weight is not None and weight.shape != x.shape[3:]:
             raise ValueError(f"weights must have shape {x.shape[3:]}; got {weight.shape}")
     table = (*first.shape[:2], first.shape[3] // 2)
     if cos.shape != table or sin.shape != table:
@@ -84,7 +101,8 @@ def automatic(heads: tuple[Any, ...], weights: tuple[Any, ...], cos: Any, sin: A
         return "xla", "nothing to do"
     if (reason := dispatch.undivided(is_cut=True)) is not None:
         return "xla", f"mosaic: {reason}"
-    kind = dispatch.NormRopeKind(head_dim, str(heads[0].dtype), str(weights[0].dtype))
+    dtype = next((weight.dtype for weight in weights if weight is not None), heads[0].dtype)
+    kind = dispatch.NormRopeKind(head_dim, str(heads[0].dtype), str(dtype), isinstance(heads[0], Partial))
     (first, *_), reason = dispatch.preferred("norm_rope", kind, sizes, gradients=False)
     if first == "mosaic" and (why_not := mosaic_sm90.unsupported(heads, weights, cos, sin)) is not None:
         return "xla", f"mosaic: {why_not}"
@@ -93,11 +111,27 @@ def automatic(heads: tuple[Any, ...], weights: tuple[Any, ...], cos: Any, sin: A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _on_hopper(
-    heads: tuple[Array, ...], weights: tuple[Array, ...], cos: Array, sin: Array, epsilon: float
+    heads: tuple[MaybePartial, ...], weights: tuple[Array | None, ...], cos: Array, sin: Array, epsilon: float
 ) -> tuple[Array, ...]:
     """The kernel's results; its derivatives are XLA's."""
-    flat = tuple(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*heads, cos, sin))
-    results = partitioning.over_rows(functools.partial(_of_rows, epsilon=epsilon), flat, weights)
+    flat = tuple(x.reshape((x.shape[0] * x.shape[1], *x.shape[2:])) for x in (*heads, cos, sin))
+
+    def of_arrays(flat: tuple[MaybePartial, ...], weights: tuple[Array | None, ...]) -> tuple[Array, ...]:
+        arrays = tuple(map(made, flat))
+        has_norm = [i for i, weight in enumerate(weights) if weight is not None]
+        given = tuple(arrays[i] for i in has_norm) + arrays[len(weights) :]
+        own = tuple(weights[i] for i in has_norm)
+        results = partitioning.over_rows(functools.partial(_of_rows, epsilon=epsilon), given, own)
+        return tuple((dict(enumerate(arrays[: len(weights)])) | dict(zip(has_norm, results, strict=True))).values())
+
+    def of_parts(flat: tuple[MaybePartial, ...], weights: tuple[Array | None, ...]) -> tuple[Array, ...]:
+        *heads, cos, sin = flat
+        return mosaic_sm90.run(heads, weights, cos, sin, epsilon=epsilon)
+
+    if isinstance(heads[0], Partial):
+        results = unless_mapped(of_parts, of_arrays)(flat, weights)
+    else:
+        results = of_arrays(flat, weights)
     return tuple(result.reshape(x.shape) for result, x in zip(results, heads, strict=True))
 
 
@@ -137,7 +171,7 @@ def _on_hopper_fwd(heads: Any, weights: Any, cos: Array, sin: Array, epsilon: fl
 
 def _on_hopper_bwd(epsilon: float, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
     def plain(heads, weights, cos, sin):
-        return xla.run(heads, weights, cos, sin, epsilon)
+        return xla.run(tuple(map(made, heads)), weights, cos, sin, epsilon)
 
     return jax.vjp(plain, *residuals)[1](cotangents)
 

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 
 
 def run(
-    heads: tuple[jax.Array, ...], weights: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array, epsilon: float
+    heads: tuple[jax.Array, ...], weights: tuple[jax.Array | None, ...], cos: jax.Array, sin: jax.Array, epsilon: float
 ) -> tuple[jax.Array, ...]:
-    """Norm and rotation of each of the `heads` [B, T, N, H]."""
+    """Norm and rotation of each of the `heads` [B, T, N, H] with a weight."""
     results = []
     for x, weight in zip(heads, weights, strict=True):
+        if weight is None:
+            results.append(x)
+            continue
         half = x.shape[-1] // 2
         result = jnp.zeros_like(x)
         for n in range(x.shape[2]):

@@ -23,8 +23,10 @@ def apply_rope(
 
 
 def run(
-    heads: tuple[Array, ...], weights: tuple[Array, ...], cos: Array, sin: Array, epsilon: float
+    heads: tuple[Array, ...], weights: tuple[Array | None, ...], cos: Array, sin: Array, epsilon: float
 ) -> tuple[Array, ...]:
-    """Norm and rotation of each of the `heads` [B, T, N, H]."""
-    normed = [rms_norm(x, weight, epsilon) for x, weight in zip(heads, weights, strict=True)]
-    return tuple(apply_rope(x, cos, sin) for x in normed)
+    """Norm and rotation of each of the `heads` [B, T, N, H] with a weight."""
+    return tuple(
+        x if weight is None else apply_rope(rms_norm(x, weight, epsilon), cos, sin)
+        for x, weight in zip(heads, weights, strict=True)
+    )

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, partitioning
+from pallas_kernels.partial import MaybePartial, Partial, unless_mapped
 from pallas_kernels.quantized_matmul import mosaic_sm90, reference, rounding, xla
-from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, can_interleave, turn_all
-from pallas_kernels.rotation import Rows
+from pallas_kernels.quantized_matmul.tensor import QuantizedTensor, can_interleave
+from pallas_kernels.quantized_matmul.turned import Rows, Turned, turn_all
 
 NAMES = ("mosaic", "xla", "reference")
 MANY_OUTPUTS = 2**14  # with few, such as those of keys alone, the kernel may be slower than XLA
 
 
 def quantized_matmul(
-    x: Rows,
+    x: Float[Array, "*rows I"],
     weight: QuantizedTensor,
     *,
     dtype: Any = None,
@@ -33,8 +34,7 @@ def quantized_matmul(
     codes) and rounded once. Differentiable in `x` and in the floating parts of the weight, but for rounded activations.
 
     Args:
-      x: activations `[*rows, I]`; float32, bfloat16 or float16. `Normed` ones are left to the kernel that rotates and
-        orders activations, where it is chosen.
+      x: activations `[*rows, I]`; float32, bfloat16 or float16.
       weight: see there.
       dtype: type of the result; None is that of `x`.
       implementation: "mosaic", "xla" or "reference"; None is the automatic choice (`automatic`). "mosaic", the Hopper
@@ -57,11 +57,15 @@ def quantized_matmuls(
     *,
     dtype: Any = None,
     implementation: str | None = None,
-) -> tuple[Array, ...]:
+    merged: bool = True,
+) -> tuple[MaybePartial, ...]:
     """`quantized_matmul` of the same activations with each of the weights.
 
     They are rotated for all in one launch, and the Hopper kernel multiplies up to 64 rows with all weights of a kind in
     one: the automatic choice is then made for all of these, by the sum of their outputs.
+
+    Not `merged`, a result may be `Partial`: in the parts that the kernel has of it, for a reader that adds them up.
+    Activations that are `Turned` for these weights stay as they are.
     """
     if implementation not in (None, *NAMES):
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
@@ -73,15 +77,17 @@ def quantized_matmuls(
             raise ValueError(
                 f"x must be floating and end with {weight.inputs} inputs; got {x.dtype} of shape {x.shape}"
             )
+    if isinstance(x, Turned) and len(x.each) != len(weights):
+        raise ValueError(f"x was turned for {len(x.each)} weights; got {len(weights)}")
     dtype = jnp.dtype(dtype or x.dtype)
     rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
     products: dict[int, Array] = {}
     launches = [_Launch.of(members, rows, weights, dtype, implementation) for members in _together(rows, weights)]
-    turned = turn_all(rows, weights)
+    turned = rows.each if isinstance(rows, Turned) else turn_all(rows, weights)
     for launch in launches:
         chosen = tuple(turned[i] for i in launch.members), tuple(weights[i] for i in launch.members)
-        products |= zip(launch.members, launch.products(*chosen, dtype), strict=True)
-    return tuple(products[i].reshape(*x.shape[:-1], weight.outputs) for i, weight in enumerate(weights))
+        products |= zip(launch.members, launch.products(*chosen, dtype, merged), strict=True)
+    return tuple(products[i].reshape((*x.shape[:-1], weight.outputs)) for i, weight in enumerate(weights))
 
 
 def is_better_interleaved(weight: QuantizedTensor, dtype: Any) -> bool:
@@ -128,15 +134,20 @@ class _Launch(NamedTuple):
         return cls(members, implementation)
 
     def products(
-        self, turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any
-    ) -> tuple[Array, ...]:
+        self, turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any, merged: bool
+    ) -> tuple[MaybePartial, ...]:
         """`[M, O]` each."""
+        results: tuple[MaybePartial, ...]
         if self.implementation == "mosaic":
-            results = _on_hopper(turned, weights, _kernel_result(weights[0], dtype))
+            merged = merged or weights[0].activations is not None or partitioning.is_automatic()
+            results = _on_hopper(turned, weights, _kernel_result(weights[0], dtype), merged)
         else:
             run = reference.run if self.implementation == "reference" else xla.run
             results = tuple(run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
-        return tuple(result.astype(dtype) for result in results)
+        return tuple(
+            dataclasses.replace(result, dtype=dtype) if isinstance(result, Partial) else result.astype(dtype)
+            for result in results
+        )
 
 
 def automatic(x: Rows, weight: QuantizedTensor, *, dtype: Any, outputs: int | None = None) -> tuple[str, str]:
@@ -187,8 +198,10 @@ def _kernel_result(weight: QuantizedTensor, dtype: Any) -> Any:
     return jnp.dtype(jnp.bfloat16 if is_last else jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _on_hopper(turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any) -> tuple[Array, ...]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _on_hopper(
+    turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], dtype: Any, merged: bool
+) -> tuple[MaybePartial, ...]:
     """The kernel's products `[M, O]`; their derivatives are XLA's.
 
     Codes of rounded activations are bfloat16 numbers, so their products are those of eight bits, summed in float32.
@@ -202,9 +215,36 @@ def _on_hopper(turned: tuple[Array, ...], weights: tuple[QuantizedTensor, ...], 
         ]
         turned, scales = tuple(codes.astype(jnp.bfloat16) for codes, _ in rounded), [scale for _, scale in rounded]
     options = _options(weights[0]) | {"interleaved": weights[0].interleaved}
-    products = functools.partial(_products, **options, dtype=dtype)
-    results = partitioning.over_rows(products, turned, tuple(_stack(weight) for weight in weights))
+    stacks = tuple(_stack(weight) for weight in weights)
+    if not merged:
+        return _partial_products(turned, stacks, **options, dtype=dtype)
+    results = partitioning.over_rows(functools.partial(_products, **options, dtype=dtype), turned, stacks)
     return tuple(x if scale is None else x * scale for x, scale in zip(results, scales, strict=True))
+
+
+def _partial_products(
+    turned: tuple[Array, ...], stacks: tuple[dict[str, Any], ...], *, dtype: Any, **options: Any
+) -> tuple[MaybePartial, ...]:
+    """`_products` that may be left in parts, on one device. Under `jax.vmap` the first part is all."""
+
+    def in_parts(turned: tuple[Array, ...], stacks: tuple[dict[str, Any], ...]) -> tuple[MaybePartial, ...]:
+        of_weights = [mosaic_sm90.Operands(x, **stack) for x, stack in zip(turned, stacks, strict=True)]
+        return mosaic_sm90.run_together(of_weights, **options, dtype=dtype, merged=False)
+
+    def in_one(turned: tuple[Array, ...], stacks: tuple[dict[str, Any], ...]) -> tuple[MaybePartial, ...]:
+        whole = partitioning.over_rows(functools.partial(_products, **options, dtype=jnp.float32), turned, stacks)
+
+        def as_part(like: MaybePartial, result: Array) -> MaybePartial:
+            if not isinstance(like, Partial):
+                return result.astype(like.dtype)
+            rows, columns = slice(like.rows), slice(like.first, like.first + like.width)
+            parts = jnp.zeros(like.parts.shape, like.parts.dtype).at[0, rows, columns].set(result)
+            return dataclasses.replace(like, parts=parts)
+
+        likes = jax.eval_shape(in_parts, turned, stacks)
+        return tuple(as_part(like, result) for like, result in zip(likes, whole, strict=True))
+
+    return unless_mapped(in_parts, in_one)(turned, stacks)
 
 
 def _products(
@@ -246,7 +286,7 @@ def _products(
         axes[f"result{n}"] = f"{partitioning.ROWS} (o{n} outputs)"
         operands |= {f"{name}{n}": (stack | {"x": x})[name] for name in of_weight}
 
-    def run(dtype: Any, **arrays: Array) -> tuple[Array, ...]:
+    def run(dtype: Any, **arrays: Array) -> tuple[Any, ...]:
         fields = mosaic_sm90.Operands._fields
         of_weights = [
             mosaic_sm90.Operands(*(arrays.get(f"{field}{n}") for field in fields)) for n in range(len(stacks))
@@ -265,17 +305,23 @@ def _products(
     )
 
 
-def _on_hopper_fwd(turned: Any, weights: Any, dtype: Any) -> tuple[tuple[Array, ...], Any]:
-    return _on_hopper(turned, weights, dtype), (turned, weights)
+def _on_hopper_fwd(turned: Any, weights: Any, dtype: Any, merged: bool) -> tuple[tuple[MaybePartial, ...], Any]:
+    return _on_hopper(turned, weights, dtype, merged), (turned, weights)
 
 
-def _on_hopper_bwd(dtype: Any, residuals: Any, cotangents: tuple[Array, ...]) -> Any:
-    del dtype
+def _on_hopper_bwd(dtype: Any, merged: bool, residuals: Any, cotangents: tuple[MaybePartial, ...]) -> Any:
+    del dtype, merged
 
     def products(turned, weights):
         return tuple(xla.run(x, weight.sliced()) for x, weight in zip(turned, weights, strict=True))
 
-    return jax.vjp(products, *residuals)[1](tuple(cotangent.astype(jnp.float32) for cotangent in cotangents))
+    def whole(cotangent: MaybePartial) -> Array:
+        """Parts are only ever added up, so each has the cotangent of the sum."""
+        if isinstance(cotangent, Partial):
+            return cotangent.parts[0, : cotangent.rows, cotangent.first : cotangent.first + cotangent.width]
+        return cotangent.astype(jnp.float32)
+
+    return jax.vjp(products, *residuals)[1](tuple(map(whole, cotangents)))
 
 
 _on_hopper.defvjp(_on_hopper_fwd, _on_hopper_bwd)

@@ -6,7 +6,6 @@ Letters: O outputs, I inputs (the contracted channels), g inputs of a group, G =
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.quantized_matmul import nibbles
 from pallas_kernels.quantized_matmul.order import MAX_WIDTH, input_order
-from pallas_kernels.rotation import NORM_GROUP, Rows, Turn, made, makes_norms, pairwise_rotation, pairwise_rotations
+from pallas_kernels.rotation import Turn, pairwise_rotation
 
 Format = Literal["int4", "int8", "fp8", "nvfp4"]
 Activations = Literal["int8", "fp8"]
@@ -202,49 +201,6 @@ class QuantizedTensor:
                 raise ValueError(
                     f"{name}: {part} must be {wanted} of shape {stack + shape}; got {array.dtype} {tuple(array.shape)}"
                 )
-
-
-def turn_all(x: Rows, weights: Sequence[QuantizedTensor]) -> tuple[Float[Array, "*rows I"], ...]:
-    """Activations as the codes of each weight meet them: scaled, rotated, in order.
-
-    bfloat16 stays bfloat16, rounded once after float32; anything else that is changed becomes float32, since scaled and
-    rotated channels may outgrow float16. Rotations in groups of one size run together. Norms (`Rows`) are made by what
-    rotates, also where nothing is to be rotated, if that is the faster way.
-    """
-    turned: dict[int, Array] = {}
-    together: dict[int, list[int]] = {}
-    plain: list[int] = []
-    is_normed_there = makes_norms(x)
-    for i, weight in enumerate(weights):
-        if weight.rotation is not None:
-            together.setdefault(weight.group_size, []).append(i)
-        elif is_normed_there:
-            together.setdefault(NORM_GROUP, []).append(i)
-        else:
-            plain.append(i)
-    is_narrow = x.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64)
-    for group_size, members in together.items():
-        # Weights that change nothing share one result.
-        turns = {i if weights[i].rotates else None: weights[i].as_turn() for i in members}
-        rows = _wide(made(x)) if is_narrow else x
-        results = pairwise_rotations(rows, [*turns.values()], group_size=group_size)
-        of_turn = dict(zip(turns, results, strict=True))
-        turned |= {i: of_turn[i if weights[i].rotates else None] for i in members}
-    if plain:
-        x = made(x)
-    for i in plain:
-        turned[i] = x
-        if (scales := weights[i].input_scales) is not None:
-            turned[i] = (_wide(x) * weights[i].own(scales).astype(jnp.float32)).astype(_wide(x).dtype)
-
-    def in_order(x: Array, weight: QuantizedTensor) -> Array:
-        return x if weight.order is None else _wide(x)[..., weight.own(weight.order)]
-
-    return tuple(in_order(turned[i], weight) for i, weight in enumerate(weights))
-
-
-def _wide(x: Array) -> Array:
-    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def interleave(weight: QuantizedTensor) -> QuantizedTensor:

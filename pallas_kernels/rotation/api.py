@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, partitioning
+from pallas_kernels.norm_rope import rms_norm
+from pallas_kernels.partial import Partial, made, unless_mapped
 from pallas_kernels.rotation import mosaic_sm90, reference, xla
-from pallas_kernels.rotation.source import Normed, Rows, made
+from pallas_kernels.rotation.source import Gated, Normed, Source
 from pallas_kernels.rotation.turn import Turn
 
 NAMES = ("mosaic", "xla", "reference")
@@ -55,7 +57,7 @@ def pairwise_rotation(
 
 
 def pairwise_rotations(
-    x: Rows,
+    x: Float[Array, "*rows I"],
     turns: Sequence[Turn],
     *,
     group_size: int,
@@ -63,31 +65,56 @@ def pairwise_rotations(
 ) -> tuple[Float[Array, "*rows I"], ...]:
     """`pairwise_rotation` of the same rows by each of the turns, which the Hopper kernel does in one launch.
 
-    The rows may be `Normed`: the kernel then makes them itself, rounded to their dtype like `made` of them. A turn may
-    have no rotation, only scales or nothing, and so be there for its rows.
-
-    A turn whose arrays are stacked along a first axis has the index of its layer.
+    A turn may have no rotation, only scales or nothing. One whose arrays are stacked along a first axis has the index
+    of its layer.
     """
     return _run(x, tuple(turns), group_size=group_size, inverse=False, implementation=implementation)
 
 
+def normed_rotations(
+    rows: Normed, turns: Sequence[Turn], *, group_size: int, implementation: str | None = None
+) -> tuple[Float[Array, "*rows I"], tuple[Float[Array, "*rows I"], ...]]:
+    """The sum of which `rows` are the norm, and `pairwise_rotations` of the norm, in one launch of the Hopper kernel.
+
+    Sum and norm are rounded to their dtype as arrays are. On a mesh each device has its rows with all channels.
+    """
+    if rows.weight.shape != rows.shape[-1:]:
+        raise ValueError(f"the weight of a norm must have shape {rows.shape[-1:]}; got {rows.weight.shape}")
+    if rows.y is not None and (rows.y.shape != rows.shape or rows.y.dtype != rows.dtype):
+        raise ValueError(
+            f"what is added to {rows.dtype} {rows.shape} must be like it; got {rows.y.dtype} {rows.y.shape}"
+        )
+    results = _run(rows, tuple(turns), group_size=group_size, inverse=False, implementation=implementation)
+    return results[0], results[1:]
+
+
+def gated_rotations(
+    rows: Gated, turns: Sequence[Turn], *, group_size: int, implementation: str | None = None
+) -> tuple[Float[Array, "*rows I"], ...]:
+    """`pairwise_rotations` of gated rows, in one launch of the Hopper kernel, which rounds them once."""
+    if rows.up.shape != rows.shape or rows.up.dtype != rows.dtype:
+        raise ValueError(
+            f"a gate of {rows.dtype} {rows.shape} needs as many of its dtype; got {rows.up.dtype} {rows.up.shape}"
+        )
+    return _run(rows, tuple(turns), group_size=group_size, inverse=False, implementation=implementation)
+
+
 def _run(
-    x: Rows,
+    x: Source,
     turns: tuple[Turn, ...],
     *,
     group_size: int,
     inverse: bool,
     implementation: str | None,
 ) -> tuple[Array, ...]:
+    """What the kernel gives: of norms their sum first."""
     if implementation not in (None, *NAMES):
         raise ValueError(f"implementation must be None or one of {[*NAMES]}; got {implementation!r}")
-    if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+    if len(x.shape) < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating with at least one axis; got {x.dtype} of shape {x.shape}")
-    if isinstance(x, Normed) and x.weight.shape != x.shape[-1:]:
-        raise ValueError(f"the weight of a norm must have shape {x.shape[-1:]}; got {x.weight.shape}")
     for turn in turns:
         _check(turn, x.shape[-1], group_size)
-    rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
+    rows = _flat(x)
     if implementation is None:
         implementation, _ = automatic(rows, turns, group_size=group_size, inverse=inverse)
     elif implementation == "mosaic" and (
@@ -101,6 +128,11 @@ def _run(
         run = reference.run if implementation == "reference" else xla.run
         results = _plain(run, rows, turns, group_size, inverse=inverse)
     return tuple(result.reshape(x.shape) for result in results)
+
+
+def _flat(x: Source) -> Source:
+    """With one axis of rows."""
+    return x.flat() if isinstance(x, Normed | Gated) else x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def _check(turn: Turn, channels: int, group_size: int) -> None:
@@ -121,12 +153,15 @@ def _check(turn: Turn, channels: int, group_size: int) -> None:
 
 
 def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool = False) -> tuple[str, str]:
-    """The implementation that a call without a name takes, and why no other, in words; `x` is `[M, I]`."""
+    """The implementation that a call without a name takes, and why no other, in words; rows are `[M, I]`."""
     if not x.shape[0] or not turns:
         return "xla", "nothing to do"
     if (reason := dispatch.undivided(is_cut=True)) is not None:
         return "xla", f"mosaic: {reason}"
-    kind = dispatch.RotationKind(group_size, turns[0].steps, str(x.dtype), isinstance(x, Normed))
+    source = "gated" if isinstance(x, Gated) else ""
+    if isinstance(x, Normed):
+        source = "normed" if x.y is None else "normed sum"
+    kind = dispatch.RotationKind(group_size, turns[0].steps, str(x.dtype), source)
     sizes = {"rows": x.shape[0], "channels": x.shape[1], "rotations": len(turns)}
     (first, *_), reason = dispatch.preferred("pairwise_rotation", kind, sizes, gradients=False)
     if first == "mosaic":
@@ -136,20 +171,24 @@ def automatic(x: Any, turns: tuple[Turn, ...], *, group_size: int, inverse: bool
     return first, reason
 
 
-NORM_GROUP = 128  # channels of a CTA where norms are all there is to make
+NORM_GROUP = 128  # where norms are all there is to make
 
 
-def makes_norms(x: Rows) -> bool:
-    """Whether a turn without a rotation is the fastest way to make these rows: of norms it may be."""
-    if not isinstance(x, Normed) or x.shape[-1] % NORM_GROUP:
+def makes_rows(rows: Normed | Gated, turns: Sequence[Turn], *, group_size: int) -> bool:
+    """Whether the kernel is the fastest way to make these rows, and to turn them."""
+    if rows.shape[-1] % group_size:
         return False
-    rows = x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
-    return automatic(rows, (Turn(None, None),), group_size=NORM_GROUP)[0] == "mosaic"
+    return automatic(rows.flat(), tuple(turns), group_size=group_size)[0] == "mosaic"
 
 
-def _plain(run: Any, rows: Rows, turns: tuple[Turn, ...], group_size: int, *, inverse: bool) -> tuple[Array, ...]:
-    x = made(rows)
-    precise = jnp.promote_types(x.dtype, jnp.float32)
+def _plain(run: Any, rows: Source, turns: tuple[Turn, ...], group_size: int, *, inverse: bool) -> tuple[Array, ...]:
+    first: tuple[Array, ...] = ()
+    if isinstance(rows, Normed):
+        total = rows.total()
+        first, rows = (total,), rms_norm(total, rows.weight, rows.epsilon)
+    elif isinstance(rows, Gated):
+        rows = rows.rows()
+    x, precise = rows, jnp.promote_types(rows.dtype, jnp.float32)
 
     def turned(turn: Turn) -> Array:
         theta, pairs, scales = turn[:3]
@@ -163,39 +202,52 @@ def _plain(run: Any, rows: Rows, turns: tuple[Turn, ...], group_size: int, *, in
             result = run(result, theta.astype(precise), pairs, group_size, inverse=inverse)
         return result.astype(x.dtype)
 
-    return tuple(turned(turn) for turn in turns)
+    return first + tuple(turned(turn) for turn in turns)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _on_hopper(x: Rows, turns: tuple[Turn, ...], group_size: int) -> tuple[Array, ...]:
+def _on_hopper(x: Source, turns: tuple[Turn, ...], group_size: int) -> tuple[Array, ...]:
     """The kernel's results; its derivatives are XLA's."""
     stacks = tuple(turn if turn.layer is not None else _stack_of_one(turn) for turn in turns)
-    if not isinstance(x, Normed):
-        return partitioning.over_rows(lambda x, turns: _turned(x, turns, group_size), x, stacks)
-    epsilon = x.epsilon
 
-    def normed(x: Array, rest: tuple[Array, tuple[Turn, ...]]) -> tuple[Array, ...]:
-        weight, turns = rest
-        return _turned(Normed(x, weight, epsilon), turns, group_size)
+    def of_arrays(x: Source, turns: tuple[Turn, ...]) -> tuple[Array, ...]:
+        of_rows, weight, rebuilt = x, None, lambda of_rows, _: of_rows
+        if isinstance(x, Normed):
+            of_rows, weight = (x.x, None if x.y is None else made(x.y)), x.weight
+            rebuilt = lambda of_rows, weight: Normed(of_rows[0], weight, x.epsilon, of_rows[1])  # noqa: E731
+        elif isinstance(x, Gated):
+            of_rows = Gated(made(x.gate), made(x.up))
+        return partitioning.over_rows(
+            lambda of_rows, rest: _turned(rebuilt(of_rows, rest[0]), rest[1], group_size), of_rows, (weight, turns)
+        )
 
-    return partitioning.over_rows(normed, x.x, (x.weight, stacks))
+    if any(isinstance(part, Partial) for part in jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Partial))):
+        return unless_mapped(functools.partial(mosaic_sm90.run, group_size=group_size), of_arrays)(x, stacks)
+    return of_arrays(x, stacks)
 
 
-def _turned(x: Rows, turns: tuple[Turn, ...], group_size: int) -> tuple[Array, ...]:
+def _turned(x: Source, turns: tuple[Turn, ...], group_size: int) -> tuple[Array, ...]:
     """What `mosaic_sm90.run` gives; on a mesh of automatic axes each device turns its rows and groups of channels.
 
     Of `Normed` rows it turns whole ones, since the norm is over all channels: these are gathered. So are channels that
     are cut through a group.
     """
-    epsilon = x.epsilon if isinstance(x, Normed) else None
+    epsilon, is_gated = x.epsilon if isinstance(x, Normed) else None, isinstance(x, Gated)
 
-    def run(*, x: Array, weight: Array | None = None, **parts: Array) -> tuple[Array, ...]:
+    def run(*, x: Array, weight: Array | None = None, y: Array | None = None, **parts: Array) -> tuple[Array, ...]:
         own = tuple(Turn(*(parts.get(f"{field}{n}") for field in Turn._fields)) for n in range(len(turns)))
-        rows = x if epsilon is None else Normed(x, weight, epsilon)
+        rows: Source = Gated(x, y) if is_gated else x
+        if epsilon is not None:
+            rows = Normed(x, weight, epsilon, y)
         return mosaic_sm90.run(rows, own, group_size=group_size)
 
-    operands: dict[str, Any] = {"x": x.x, "weight": x.weight} if isinstance(x, Normed) else {"x": x}
-    axes = {"x": f"{partitioning.ROWS} (groups channels)", "weight": "(groups channels)"}
+    operands: dict[str, Any] = {"x": x}
+    if isinstance(x, Normed):
+        operands = {"x": x.x, "weight": x.weight, "y": x.y}
+    elif isinstance(x, Gated):
+        operands = {"x": x.gate, "y": x.up}
+    whole = f"{partitioning.ROWS} (groups channels)"
+    axes = {"x": whole, "y": whole, "weight": "(groups channels)"}
     for n, turn in enumerate(turns):
         of_turn = {
             "theta": f"layers{n} steps{n} (groups angles)",
@@ -205,17 +257,18 @@ def _turned(x: Rows, turns: tuple[Turn, ...], group_size: int) -> tuple[Array, .
         }
         axes |= {f"{field}{n}": names for field, names in of_turn.items()}
         operands |= {f"{field}{n}": getattr(turn, field) for field in of_turn}
+    results = [*(() if epsilon is None else ("sum",)), *(f"result{n}" for n in range(len(turns)))]
     return partitioning.cut(
         run,
         operands,
-        axes=axes | {f"result{n}": axes["x"] for n in range(len(turns))},
-        results=[f"result{n}" for n in range(len(turns))],
+        axes=axes | dict.fromkeys(results, whole),
+        results=results,
         along=(partitioning.ROWS, *(("groups",) if epsilon is None else ())),
         units={"channels": group_size, "angles": group_size // 2},
     )
 
 
-def _on_hopper_fwd(x: Rows, turns: tuple[Turn, ...], group_size: int) -> tuple[Any, Any]:
+def _on_hopper_fwd(x: Source, turns: tuple[Turn, ...], group_size: int) -> tuple[Any, Any]:
     return _on_hopper(x, turns, group_size), (x, turns)
 
 

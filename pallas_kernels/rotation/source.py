@@ -1,60 +1,86 @@
-"""Rows of activations that are still to be normalised.
-
-A product with a quantized weight may leave that to the kernel which scales and rotates its activations; `made` is what
-they are, for everyone else.
-"""
+"""Rows of activations that the kernel makes which turns them: norms of sums, and gated ones."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
 from typing import Any
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from pallas_kernels.norm_rope import rms_norm
+from pallas_kernels.partial import made
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Normed:
-    """`rms_norm(x, weight, epsilon)`.
+    """`rms_norm(x + y, weight, epsilon)`.
 
     Attributes:
       x: `[*rows, I]`.
       weight: `[I]`.
       epsilon: below the square root.
+      y: an array like x, or the `Partial` of one; None: 0.
     """
 
     x: Any
     weight: Any
     epsilon: float = dataclasses.field(metadata={"static": True})
+    y: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.x.shape
 
     @property
-    def ndim(self) -> int:
-        return self.x.ndim
-
-    @property
     def dtype(self) -> Any:
         return self.x.dtype
 
-    def on_rows(self, function: Callable[[Array], Array]) -> "Normed":
-        """The same of other rows."""
-        return dataclasses.replace(self, x=function(self.x))
+    def flat(self) -> "Normed":
+        """With one axis of rows."""
+        rows = (math.prod(self.shape[:-1]), self.shape[-1])
+        return dataclasses.replace(self, x=self.x.reshape(rows), y=None if self.y is None else self.y.reshape(rows))
 
-    def reshape(self, shape: tuple[int, ...]) -> "Normed":
-        """As of an array; the last axis must stay."""
-        if shape[-1:] != self.shape[-1:]:
-            raise ValueError(f"the axis of a norm must stay {self.shape[-1]}; got {shape}")
-        return self.on_rows(lambda x: x.reshape(shape))
-
-
-Rows = Any  # Array | Normed
+    def total(self) -> Array:
+        """`x + y`."""
+        return self.x if self.y is None else self.x + made(self.y)
 
 
-def made(rows: Rows) -> Array:
-    """The rows as an array."""
-    return rms_norm(rows.x, rows.weight, rows.epsilon) if isinstance(rows, Normed) else rows
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """`silu(gate) * up`.
+
+    Attributes:
+      gate: `[*rows, I]`, or the `Partial` of it.
+      up: the same.
+    """
+
+    gate: Any
+    up: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.gate.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.gate.dtype
+
+    def flat(self) -> "Gated":
+        """With one axis of rows."""
+        rows = (math.prod(self.shape[:-1]), self.shape[-1])
+        return Gated(self.gate.reshape(rows), self.up.reshape(rows))
+
+    def rows(self) -> Array:
+        """What it stands for."""
+        return gated_silu(made(self.gate), made(self.up))
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated_silu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """`silu(gate) * up`; a backward pass keeps the two operands and none of the steps between."""
+    return jax.nn.silu(gate) * up
+
+
+Source = Any  # Array | Normed | Gated

@@ -294,16 +294,13 @@ def test_a_rotation_is_of_the_kind_of_its_shape_in_the_benchmark(monkeypatch):
     for shape in one_of_each_kind((*rotation.check_shapes(), *rotation.time_shapes()), dispatch_table.rotation_call):
         kind, sizes, _ = dispatch_table.rotation_call(shape.name)
         x, turns = jax.eval_shape(shape.arguments)
-        call = lambda x, turns, s=shape: rotation_api.pairwise_rotations(  # noqa: E731
-            x, [turn._replace(layer=0) for turn in turns], group_size=s.group_size
-        )
-        jax.eval_shape(call, x, turns)
+        jax.eval_shape(lambda x, turns, s=shape: s.call(None)(x, turns, 0), x, turns)
         assert calls[-1] == (kind, sizes), shape.name
 
 
 def test_a_norm_with_rotation_is_of_the_kind_of_its_shape_in_the_benchmark(monkeypatch):
     calls = seen_by(monkeypatch)
-    for shape in (*norm_rope.check_shapes(), *norm_rope.time_shapes()):
+    for shape in one_of_each_kind((*norm_rope.check_shapes(), *norm_rope.time_shapes()), dispatch_table.norm_rope_call):
         kind, sizes, _ = dispatch_table.norm_rope_call(shape.name)
         heads, weights, cos, sin = jax.eval_shape(shape.arguments)
         jax.eval_shape(shape.call(None), heads, weights[0], cos, sin)

@@ -268,7 +268,7 @@ TURNS = """
 import re
 import stand_ins
 from pallas_kernels.norm_rope import norm_rope
-from pallas_kernels.rotation import Normed, Turn, pairwise_rotations
+from pallas_kernels.rotation import Normed, Turn, normed_rotations, pairwise_rotations
 stand_ins.install()
 def turn():
     pairs = np.argsort(rng.random((2, 2, 8, 32)), axis=-1).reshape(2, 2, 256)
@@ -277,8 +277,11 @@ def turn():
 turns = [turn(), turn()._replace(theta=None, pairs=None)]
 x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 256), (256,)))
 def rotate(x, turns, weight=None, implementation=None):
-    rows = x if weight is None else Normed(x, weight, 1e-6)
-    return pairwise_rotations(rows, turns, group_size=32, implementation=implementation)
+    options = {"group_size": 32, "implementation": implementation}
+    if weight is None:
+        return pairwise_rotations(x, turns, **options)
+    total, turned = normed_rotations(Normed(x, weight, 1e-6, x / 2), turns, **options)
+    return total, *turned
 def place(turn, channels):
     spec = {"theta": (None, None, channels), "pairs": (None, None, channels), "channel_scales": (None, channels)}
     given = {name: getattr(turn, name) for name in spec if getattr(turn, name) is not None}

@@ -10,6 +10,7 @@ prefills on 2026-11-30.
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import math
 import re
 import subprocess
@@ -24,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import quantized_matmul as benchmark
 from pallas_kernels import compat, dispatch
+from pallas_kernels.partial import Partial, made
 from pallas_kernels.quantized_matmul import (
     QuantizedTensor,
     Rotation,
@@ -230,6 +232,26 @@ def test_several_weights_in_one_launch_agree_with_the_oracle(interpreter, config
     assert not interpreter.interpret.get_races().races_found, "race detected"
     for result, of_weight, call in zip(results, operands, calls, strict=True):
         assert result.shape == (rows, call.outputs) and error(result, oracle(*of_weight[:5])) < 1e-6
+
+
+@pytest.mark.parametrize("outputs, is_even", [((256, 64), True), ((512,), False)])
+def test_results_may_be_left_in_parts(outputs, is_even):
+    """Where every tile has as many; what is in no row and no column of a result nobody may read."""
+    config = Config(warpgroups=2, num_sms=8 if is_even else 3)
+    calls = [Call(9, 384, count, 64) for count in outputs]
+    operands = [mosaic_sm90.Operands(*call.arguments()) for call in calls]
+    options = {"group_size": 64, "config": config, "interpret": compat.interpret_params()}
+    results = mosaic_sm90.run_together(operands, **options, merged=False)
+    assert all(isinstance(result, Partial) == is_even for result in results)
+    for result, call, merged in zip(results, calls, mosaic_sm90.run_together(operands, **options), strict=True):
+        assert result.shape == (9, call.outputs) and result.dtype == jnp.float32
+        if is_even:
+            assert result.parts.shape == results[0].parts.shape and len(result.parts) > 1
+            own = np.full(result.parts.shape, np.nan, np.float32)
+            here = (slice(None), slice(9), slice(result.first, result.first + result.width))
+            own[here] = result.parts[here]
+            result = dataclasses.replace(result, parts=jnp.asarray(own))
+        np.testing.assert_array_equal(made(result), merged)
 
 
 def test_products_of_different_kinds_have_no_launch_in_common():
@@ -717,10 +739,20 @@ def hopper(monkeypatch):
         weight = QuantizedTensor(codes, scales, zeros, global_scale, layer=layer, shape=shape, **options)
         return xla.run(x, weight.sliced())
 
-    def run_together(operands, *, group_size, dtype, **options):
+    def run_together(operands, *, group_size, dtype, merged=True, **options):
         rows = operands[0].x.shape[0]
         traced.append((rows, len(operands)) if len(operands) > 1 else rows)
-        return tuple(product(*of_weight, **options).astype(dtype) for of_weight in operands)
+        results = [product(*of_weight, **options) for of_weight in operands]
+        if merged:
+            return tuple(result.astype(dtype) for result in results)
+        parts = jnp.concatenate([jnp.full((rows, 5), jnp.nan), *results], axis=1)
+        parts = jnp.stack([parts * share for share in (0.25, 0.75)])
+        parts = jnp.pad(parts, ((0, 0), (0, -rows % 8), (0, 0)), constant_values=jnp.nan)
+        firsts = itertools.accumulate((result.shape[1] for result in results), initial=5)
+        return tuple(
+            Partial(parts, first, result.shape[1], result.shape, jnp.dtype(dtype))
+            for first, result in zip(firsts, results, strict=False)
+        )
 
     monkeypatch.setattr(mosaic_sm90, "run_together", run_together)
     monkeypatch.setattr(compat, "missing_hopper", lambda: None)
@@ -753,6 +785,45 @@ def test_weights_are_better_interleaved_where_the_kernel_multiplies(hopper, laye
     few = round_weight(jnp.ones((6, 64)), "int4", group_size=32)
     assert not is_better_interleaved(few, jnp.bfloat16), "nor are so few outputs"
     assert not is_better_interleaved(round_weight(jnp.ones((16, 64)), "nvfp4"), jnp.bfloat16)
+
+
+def test_products_in_parts(hopper):
+    """Shapes, derivatives, and rows that are mapped over."""
+    weights = [stack(seed).of_layer(seed) for seed in (0, 1)]
+    x = jax.random.normal(jax.random.key(2), (2, 3, 64), jnp.bfloat16)
+
+    def value(x, scales, merged):
+        own = [dataclasses.replace(weight, scales=scale) for weight, scale in zip(weights, scales, strict=True)]
+        results = quantized_matmuls(x, own, merged=merged)
+        assert all(isinstance(result, Partial) != merged for result in results)
+        assert all(result.shape == (2, 3, 16) and result.dtype == jnp.bfloat16 for result in results)
+        return sum(jnp.sin(made(result).astype(jnp.float32) * (i + 1)).sum() for i, result in enumerate(results))
+
+    scales = [weight.scales for weight in weights]
+    whole, parts = (jax.value_and_grad(value, argnums=(0, 1))(x, scales, merged) for merged in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2), whole, parts)
+    assert hopper == [(6, 2)] * 2
+
+    def rows(x, merged):
+        return tuple(made(result) for result in quantized_matmuls(x, weights, merged=merged))
+
+    jax.tree.map(np.testing.assert_array_equal, *(jax.vmap(lambda x, m=m: rows(x, m))(x) for m in (True, False)))
+
+
+def test_eight_bit_activations_leave_no_parts(hopper):
+    """Their scales come after the sum."""
+    weight = round_weight(jax.random.normal(jax.random.key(0), (16, 64)), "int8", activations="int8")
+    (result,) = quantized_matmuls(jnp.ones((2, 64), jnp.bfloat16), [weight], merged=False)
+    assert isinstance(result, jax.Array) and hopper == [2]
+
+
+def test_what_parts_can_be_reshaped_to():
+    partial = Partial(jnp.ones((2, 8, 40)), 3, 32, (6, 32), jnp.dtype("float32"))
+    assert partial.rows == 6 and partial.reshape((2, 3, 4, 8)).rows == 6
+    np.testing.assert_array_equal(made(partial.reshape((2, 3, 4, 8))), jnp.full((2, 3, 4, 8), 2))
+    for shape in ((2, 96), (6, 16), (96, 2), (3, 64)):
+        with pytest.raises(ValueError, match="cannot bring"):
+            partial.reshape(shape)
 
 
 def test_weights_of_one_launch_are_prepared_alike(hopper, monkeypatch):

@@ -13,9 +13,11 @@ import pytest
 
 from benchmarks import rotation as benchmark
 from pallas_kernels import compat, dispatch
-from pallas_kernels.quantized_matmul import Rotation, quantized_matmul, quantized_matmuls
+from pallas_kernels.norm_rope import rms_norm
+from pallas_kernels.partial import Partial, made
+from pallas_kernels.quantized_matmul import Rotation, Turned, add_norm, quantized_matmul, quantized_matmuls
 from pallas_kernels.quantized_matmul.rounding import round_weight
-from pallas_kernels.rotation import Normed, Turn, api, made, mosaic_sm90, pairwise_rotations
+from pallas_kernels.rotation import Normed, Turn, api, mosaic_sm90, normed_rotations, pairwise_rotations
 
 SHAPES = [
     benchmark.Shape(rows=1, channels=256, layers=3),
@@ -23,9 +25,15 @@ SHAPES = [
     benchmark.Shape(rows=5, channels=256, group_size=256, steps=2, layers=3),
     benchmark.Shape(rows=33, channels=8, group_size=2, steps=1, rotations=3, layers=3),
     benchmark.Shape(rows=3, channels=128, group_size=64, steps=2, rotations=2, layers=3),
-    benchmark.Shape(rows=6, channels=256, group_size=32, steps=2, rotations=2, layers=3, is_normed=True),
-    benchmark.Shape(rows=1, channels=256, steps=0, rotations=2, layers=3, is_normed=True),
-    benchmark.Shape(rows=17, channels=128, group_size=64, steps=2, layers=3, is_normed=True, dtype="float32"),
+    benchmark.Shape(rows=6, channels=256, group_size=32, steps=2, rotations=2, layers=3, source="normed"),
+    benchmark.Shape(rows=1, channels=256, steps=0, rotations=2, layers=3, source="normed"),
+    benchmark.Shape(rows=17, channels=128, group_size=64, steps=2, layers=3, source="normed", dtype="float32"),
+    benchmark.Shape(rows=1, channels=1024, steps=2, rotations=3, layers=2, source="normed sum"),
+    benchmark.Shape(rows=9, channels=512, group_size=64, steps=2, layers=2, source="normed sum", dtype="float32"),
+    benchmark.Shape(rows=5, channels=96, group_size=32, steps=0, layers=2, source="normed sum", parts=3),
+    benchmark.Shape(rows=5, channels=256, steps=0, layers=2, source="normed sum", parts=0),
+    benchmark.Shape(rows=5, channels=256, steps=2, rotations=2, layers=2, source="gated", parts=2),
+    benchmark.Shape(rows=3, channels=64, group_size=32, steps=2, layers=2, source="gated", parts=0, dtype="float32"),
 ]
 
 
@@ -34,6 +42,11 @@ def of_layer(turns, layer):
 
 
 def check(shape, results, x, turns, layer):
+    if isinstance(x, Normed):
+        total, *results = results
+        right = benchmark.expected_sum(x)
+        limit = 0 if x.y is None else benchmark.LIMITS[shape.dtype]
+        assert np.abs(np.asarray(total, np.float64) - right).max() <= limit * np.abs(right).max()
     for turn, result in zip(turns, results, strict=True):
         right = benchmark.expected(x, turn, layer, shape)
         error = np.linalg.norm(np.asarray(result, np.float64) - right) / np.linalg.norm(right)
@@ -173,7 +186,7 @@ def test_vmap_over_norms(hopper, axis):
     xs = jnp.stack([x, -2 * x])
 
     def call(x, weight, implementation=None):
-        return pairwise_rotations(Normed(x, weight, 0.1), [turn], group_size=32, implementation=implementation)[0]
+        return normed_rotations(Normed(x, weight, 0.1), [turn], group_size=32, implementation=implementation)[1][0]
 
     result = jax.vmap(call, in_axes=(0, axis))(xs, weights if axis == 0 else weights[0])
     assert hopper, "the kernel"
@@ -201,38 +214,115 @@ def test_weights_that_share_activations_rotate_in_one_launch(hopper):
         np.testing.assert_array_equal(result, quantized_matmul(x, weight))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Norms before products
+# Sums and norms before products
 
 
-def test_norms_are_made_by_what_rotates(hopper):
-    rng = np.random.default_rng(5)
-    x = jnp.asarray(rng.normal(size=(3, 256)) * 2, jnp.bfloat16)
-    rows = Normed(x, jnp.asarray(rng.normal(size=256), jnp.bfloat16), 1e-6)
+def random_readers(rng):
     plain = [
         round_weight(jnp.asarray(rng.normal(size=(16, 256)), jnp.float32), "int4", group_size=size)
         for size in (128, 128, 32)
     ]
-    scaled = dataclasses.replace(plain[0], input_scales=jnp.asarray(rng.uniform(0.5, 2, 256), jnp.float16))
+    scales = jnp.asarray(rng.uniform(0.5, 2, 256), jnp.float16)
 
     def rotated(weight):
         pairs = np.argsort(rng.random((2, 256 // weight.group_size, weight.group_size)), axis=-1).reshape(2, 256)
         rotation = Rotation(jnp.asarray(rng.normal(size=(2, 128)), jnp.float16), jnp.asarray(pairs, jnp.int16))
         return dataclasses.replace(weight, rotation=rotation)
 
-    weights = [*plain, scaled, rotated(plain[1]), rotated(plain[2])]
-    results = quantized_matmuls(rows, weights)
-    assert sorted(hopper) == [1, 3], "groups of 128 share a launch, and weights that change nothing its result"
-    for result, weight in zip(results, weights, strict=True):
-        right = quantized_matmul(made(rows), weight, implementation="xla")
+    ordered = dataclasses.replace(plain[1], order=jnp.asarray(rng.permutation(256), jnp.int32))
+    scaled = dataclasses.replace(plain[0], input_scales=scales)
+    return {
+        "plain": plain[0], "small": plain[2], "ordered": ordered, "scaled": scaled,
+        "rotated": rotated(plain[1]), "rotated in 32": rotated(plain[2]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names, launches",
+    [
+        (("plain", "small"), [1]),  # one result for all
+        (("plain", "ordered"), [1]),
+        (("plain", "scaled", "rotated", "small"), [3]),
+        (("rotated", "ordered"), [2]),
+        (("rotated", "rotated in 32"), [1, 1]),  # groups of two sizes: by themselves, after XLA's norm
+    ],
+)
+@pytest.mark.parametrize("y", ["none", "array", "parts"])
+def test_sums_and_norms_are_made_by_what_rotates(hopper, names, launches, y):
+    rng = np.random.default_rng(5)
+    x, other = (jnp.asarray(rng.normal(size=(3, 256)) * 2, jnp.bfloat16) for _ in range(2))
+    weight = jnp.asarray(rng.normal(size=256), jnp.bfloat16)
+    if y == "parts":
+        parts = jnp.asarray(rng.normal(size=(4, 8, 512)), jnp.float32)
+        other = Partial(parts, 256, 256, (3, 256), jnp.dtype(jnp.bfloat16))
+    second = None if y == "none" else other
+    readers = [random_readers(rng)[name] for name in names]
+    total, normed = add_norm(x, second, weight, 1e-6, readers=readers)
+    np.testing.assert_array_equal(total, x if second is None else x + made(second))
+    results = quantized_matmuls(normed, readers)
+    assert sorted(hopper) == launches
+    for result, reader in zip(results, readers, strict=True):
+        right = quantized_matmul(rms_norm(total, weight, 1e-6), reader, implementation="xla")
         np.testing.assert_allclose(result.astype(jnp.float32), right.astype(jnp.float32), rtol=2**-7, atol=2**-7)
 
 
+def test_norms_for_others_are_arrays(hopper):
+    """For dense weights, for none at all, and in float16, whose rotated channels are float32."""
+    rng = np.random.default_rng(5)
+    x, weight = jnp.ones((3, 256)), jnp.ones(256)
+    reader = random_readers(rng)["rotated"]
+    for dtype, readers in ((jnp.float32, ()), (jnp.float32, (reader, jnp.ones((16, 256)))), (jnp.float16, (reader,))):
+        total, normed = add_norm(x.astype(dtype), 2 * x.astype(dtype), weight, 1e-6, readers=readers)
+        np.testing.assert_array_equal(total, 3 * x)
+        np.testing.assert_allclose(normed, x, rtol=1e-3)
+        assert normed.dtype == dtype
+    assert not hopper
+
+
+@pytest.mark.parametrize("y", ["array", "parts"])
+def test_gradients_of_sums_and_norms(hopper, y):
+    shape = benchmark.Shape(rows=3, channels=128, group_size=32, steps=2, dtype="float32", source="normed sum", parts=3)
+    rows, turns = dataclasses.replace(shape, parts=3 if y == "parts" else 0).arguments()
+    turns = of_layer(turns, 1)
+
+    def value(implementation):
+        def call(rows):
+            if isinstance(rows.y, Partial):  # as a product's, which has numbers in all of it
+                rows = dataclasses.replace(rows, y=dataclasses.replace(rows.y, parts=jnp.nan_to_num(rows.y.parts)))
+            total, (turned,) = normed_rotations(rows, turns, group_size=32, implementation=implementation)
+            return jnp.sin(turned).sum() + 2 * jnp.cos(total).sum()
+
+        return jax.jit(jax.value_and_grad(call))(rows)
+
+    found, expected = value(None), value("xla")
+    assert hopper == [1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_vmap_over_sums_in_parts(hopper):
+    shape = benchmark.Shape(rows=3, channels=128, group_size=32, steps=2, dtype="float32", source="normed sum", parts=3)
+    rows, turns = shape.arguments()
+    turns = of_layer(turns, 1)
+    stack = dataclasses.replace(rows, x=jnp.stack([rows.x, -rows.x]))
+    stack = dataclasses.replace(stack, y=dataclasses.replace(rows.y, parts=jnp.stack([rows.y.parts, 2 * rows.y.parts])))
+    axes = jax.tree.map(lambda _: 0, stack)
+    axes = dataclasses.replace(axes, weight=None)
+    results = jax.vmap(lambda rows: normed_rotations(rows, turns, group_size=32), in_axes=(axes,))(stack)
+    assert hopper[-1] == 1
+    for i in range(2):
+        own = dataclasses.replace(rows, x=stack.x[i], y=dataclasses.replace(rows.y, parts=stack.y.parts[i]))
+        right = normed_rotations(own, turns, group_size=32, implementation="xla")
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5), results, right)
+
+
 def test_norms_that_do_not_fit():
-    x = jnp.ones((2, 64))
+    x, turns = jnp.ones((2, 64)), [Turn(None, None)]
     with pytest.raises(ValueError, match=r"the weight of a norm must have shape \(64,\); got \(32,\)"):
-        pairwise_rotations(Normed(x, jnp.ones(32), 1e-6), [Turn(None, None)], group_size=32)
-    with pytest.raises(ValueError, match="the axis of a norm must stay 64"):
-        Normed(x, jnp.ones(64), 1e-6).reshape((4, 32))
-    rows = Normed(jnp.ones((2, 96)), jnp.ones(96), 1e-6)
-    assert "norms over a multiple of 128 channels; got 96" in mosaic_sm90.unsupported(rows, [], group_size=32)
+        normed_rotations(Normed(x, jnp.ones(32), 1e-6), turns, group_size=32)
+    with pytest.raises(ValueError, match=r"what is added to float32 \(2, 64\) must be like it; got bfloat16 \(2, 64\)"):
+        normed_rotations(Normed(x, jnp.ones(64), 1e-6, x.astype(jnp.bfloat16)), turns, group_size=32)
+    wide = Normed(jnp.ones((2, 17 * 256)), jnp.ones(17 * 256), 1e-6)
+    assert "norms of up to 2048 channels" in mosaic_sm90.unsupported(wide, turns, group_size=256)
+    with pytest.raises(ValueError, match="x was turned for 1 weights; got 2"):
+        readers = [random_readers(np.random.default_rng(0))["plain"]] * 2
+        quantized_matmuls(Turned((jnp.ones((2, 256)),)), readers)

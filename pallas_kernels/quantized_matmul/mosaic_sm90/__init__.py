@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels import compat
+from pallas_kernels.partial import Partial
 from pallas_kernels.quantized_matmul.mosaic_sm90 import decode, prefill
 from pallas_kernels.quantized_matmul.mosaic_sm90.codes import CODES
 from pallas_kernels.quantized_matmul.mosaic_sm90.decode import Config
@@ -157,6 +158,7 @@ def run(
     operands = (Operands(x, codes, scales, zeros, layer, global_scale),)
     options: dict[str, Any] = {"group_size": group_size, "format": format, "config": config, "dtype": dtype}
     (result,) = run_together(operands, **options, interpret=interpret)
+    assert not isinstance(result, Partial)  # merged
     return result
 
 
@@ -169,10 +171,12 @@ def run_together(
     interpret: plgpu.InterpretGPUParams | None = None,
     dtype: Any = jnp.float32,
     interleaved: bool = False,
-) -> tuple[Float[Array, "M O"], ...]:
+    merged: bool = True,
+) -> tuple[Float[Array, "M O"] | Partial, ...]:
     """`run` of several products with as many rows and inputs and weights of one kind; of up to 64 rows in one launch.
 
-    `interleaved` says how the codes of all of them lie; see `QuantizedTensor`.
+    `interleaved` says how the codes of all of them lie; see `QuantizedTensor`. Not `merged`, a result of which the
+    decode kernel has equally many parts everywhere is left to its reader.
 
     Raises:
       NotImplementedError, ValueError: as `run`; and if the products differ in more than outputs and layers.
@@ -202,7 +206,7 @@ def run_together(
     operands = tuple(of_weight._replace(layer=jnp.asarray(of_weight.layer, jnp.int32)) for of_weight in operands)
     if isinstance(config, PrefillConfig):
         return (prefill.run(operands[0], form=first, config=config, interpret=interpret),)
-    return decode.run(operands, forms=forms, config=config, interpret=interpret)
+    return decode.run(operands, forms=forms, config=config, interpret=interpret, merged=merged)
 
 
 def unit_of_inputs(inputs: int, groups: int, format: str, *, interleaved: bool) -> int:

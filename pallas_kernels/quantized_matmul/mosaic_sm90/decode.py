@@ -7,7 +7,7 @@ A unit of work is one step, a few inputs, of one tile of outputs and tokens; up 
 weight is then read once. Units are numbered with the steps of a tile in a row, and every CTA takes the same number of
 consecutive ones; so a tile's inputs are split where the borders fall, and a CTA may begin in one tile and go on in the
 next without emptying its ring. What it has of each tile is a float32 partial result. The partial results of a tile are
-added in the order of the inputs, by XLA; nothing depends on timing.
+added in the order of the inputs, by XLA or by the kernel that reads them next; nothing depends on timing.
 
 Several weights with as many inputs, such as those of queries, keys and values, are multiplied in one launch: the tiles
 of one follow those of the other, each with activations of its own.
@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
+from pallas_kernels.partial import Partial
 from pallas_kernels.quantized_matmul.mosaic_sm90 import parts
 from pallas_kernels.quantized_matmul.mosaic_sm90.parts import ROWS, WGMMA, Form, Operands, whole
 
@@ -161,10 +162,18 @@ def first_columns(forms: Forms, config: Config) -> list[int]:
     return [*first, first[-1] + parts.result_shape(forms[-1])[1]]
 
 
-@functools.partial(jax.jit, static_argnames=("forms", "config", "interpret"))
-def run(operands: tuple[Operands, ...], *, forms: Forms, config: Config, interpret) -> tuple[Float[Array, "M O"], ...]:
+@functools.partial(jax.jit, static_argnames=("forms", "config", "interpret", "merged"))
+def run(
+    operands: tuple[Operands, ...], *, forms: Forms, config: Config, interpret, merged: bool = True
+) -> tuple[Float[Array, "M O"] | Partial, ...]:
+    """The products; not `merged`, as partial results where every tile has as many."""
     partial = multiply(operands, forms=forms, config=config, interpret=interpret)
-    columns = zip(forms, first_columns(forms, config), strict=False)
+    columns = [*zip(forms, first_columns(forms, config), strict=False)]
+    counts = cut_of(forms, config).counts
+    if not merged and counts.min() == counts.max():
+        return tuple(
+            Partial(partial, first, form.outputs, (form.rows, form.outputs), form.dtype) for form, first in columns
+        )
     return tuple(
         merge(partial, forms, config, rows=form.rows, columns=slice(first, first + form.outputs)).astype(form.dtype)
         for form, first in columns

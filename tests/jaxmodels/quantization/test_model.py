@@ -24,7 +24,12 @@ from jaxmodels.quantization import round_head, round_params
 from jaxmodels.quantization.save import config_block
 from jaxmodels.qwen import QwenConfig, build
 from jaxmodels.qwen.load import Layout, table
+from pallas_kernels import compat, dispatch
+from pallas_kernels.norm_rope import mosaic_sm90 as norm_rope_kernel
+from pallas_kernels.partial import Partial
 from pallas_kernels.quantized_matmul import QuantizedTensor, Rotation, dequantize
+from pallas_kernels.quantized_matmul import mosaic_sm90 as product_kernel
+from pallas_kernels.rotation import mosaic_sm90 as rotation_kernel
 
 CONFIG = QwenConfig.tiny(layers=2, dim=64, heads=4, kv_heads=2, head_dim=32, mlp_dim=96)
 LM = build(CONFIG)
@@ -412,3 +417,48 @@ def test_transformers_reads_what_is_saved(params, tmp_path):
         np.testing.assert_allclose(
             np.load(tmp_path / f"{name}.npy"), logits, atol=(6e-2 if name == "nvfp4" else 2e-5) * max(1.0, size)
         )
+
+
+@pytest.mark.parametrize("form", [pytest.param("int4", marks=pytest.mark.slow), "paroquant"])
+def test_kernels_hand_on_what_they_leave_in_parts(form, monkeypatch):
+    """Two layers of a decode step by the interpreted kernels, each of which adds up what the one before left."""
+    config = QwenConfig.tiny(layers=2, dim=128, heads=2, kv_heads=1, head_dim=64, mlp_dim=128)
+    lm = build(config)
+    params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, lm.init(jax.random.key(0)))
+    norms = iter(jax.random.split(jax.random.key(1), 99))
+    params = jax.tree.map_with_path(
+        lambda path, x: 1 + jax.random.normal(next(norms), x.shape) / 4 if "norm" in path[-1].key else x, params
+    )
+    params = round_params(lm, params, "int4", group_size=32) if form == "int4" else rotated(params, lm=lm)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, params)
+    tokens = jnp.array([[3], [14], [15]])
+    cache = KVCache.init(config, batch=3, capacity=8, dtype=jnp.bfloat16)
+    steps = lambda: lm.hidden(params, tokens, cache=cache, unroll=True)  # noqa: E731
+    expected = steps()
+    launches = []
+
+    def interpreted(module, name):
+        run = getattr(module, name)
+
+        def call(first, *rest, **options):
+            given = jax.tree.leaves((first, rest), is_leaf=lambda node: isinstance(node, Partial))
+            launches.append((module.__name__.split(".")[1], any(isinstance(x, Partial) for x in given)))
+            return run(first, *rest, **options, interpret=compat.interpret_params())
+
+        monkeypatch.setattr(module, name, call)
+
+    interpreted(product_kernel, "run_together")
+    interpreted(rotation_kernel, "run")
+    interpreted(norm_rope_kernel, "run")
+    monkeypatch.setattr(compat, "missing_hopper", lambda: None)
+    ours = ("quantized_matmul", "pairwise_rotation", "norm_rope")
+    monkeypatch.setattr(dispatch, "preferred", lambda op, *_, **__: (("mosaic", "xla") if op in ours else ("xla",), ""))
+    found = steps()
+    product, turn = ("quantized_matmul", False), [("rotation", False)] * (form == "paroquant")
+    gate = [("rotation", True)] * (form == "paroquant")
+    rest = [product, ("norm_rope", True), *turn, product, ("rotation", True), product, *gate, product]
+    assert launches == [("rotation", False), *rest, ("rotation", True), *rest]
+    both = (jax.tree.leaves((result.states, result.kv)) for result in (found, expected))
+    for a, b in zip(*both, strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b)
