@@ -2,6 +2,7 @@
 
     python -m benchmarks.rotation check      # every kind of call against NumPy in float64
     python -m benchmarks.rotation time       # against XLA's paths, in the same process
+    python -m benchmarks.rotation time --sweep   # CTAs of few and of many rows against each other
 
 Needs JAX with CUDA and NumPy. One compiled call rotates with the layers of a stack one after another, by the layer
 index; the rows of a layer are made from the result of the one before by one elementwise operation. `device us` is the
@@ -29,11 +30,20 @@ import numpy as np
 from benchmarks import report
 from pallas_kernels import compat
 from pallas_kernels.partial import Partial
-from pallas_kernels.rotation import Gated, Normed, Turn, gated_rotations, normed_rotations, pairwise_rotations
+from pallas_kernels.rotation import (
+    Gated,
+    Normed,
+    Turn,
+    gated_rotations,
+    mosaic_sm90,
+    normed_rotations,
+    pairwise_rotations,
+)
 
 Rows = Any  # Array | Normed | Gated
 
 SOURCES = ("normed", "normed sum")
+TILES = (1, 2, 4, 8, 16)
 LIMITS = {"float32": 1e-5, "bfloat16": 3e-3}  # relative error in the L2 norm
 
 
@@ -88,11 +98,13 @@ class Shape:
         parts[:, : self.rows, 128:] = rng.normal(size=(self.parts, *shape))
         return Partial(jnp.asarray(parts), 128, self.channels, shape, jnp.dtype(self.dtype))
 
-    def call(self, implementation: str) -> Callable[..., tuple[Any, ...]]:
-        """`call(x, turns, layer)`; of norms the sum comes first."""
+    def call(self, implementation: str | int | None) -> Callable[..., tuple[Any, ...]]:
+        """`call(x, turns, layer)`; of norms the sum comes first. A number is that of the rows of the kernel's CTAs."""
 
         def run(x, turns, layer):
             own = [turn._replace(layer=layer) for turn in turns]
+            if isinstance(implementation, int):
+                return mosaic_sm90.run(x, own, group_size=self.group_size, tile=implementation)
             if isinstance(x, Normed):
                 total, turned = normed_rotations(x, own, group_size=self.group_size, implementation=implementation)
                 return total, *turned
@@ -200,7 +212,7 @@ def time_shapes() -> Iterator[Shape]:
         yield Shape(rows=rows, channels=12288, layers=16, source="gated", parts=2)
 
 
-def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
+def over_layers(shape: Shape, implementation: str | int) -> Callable[..., Any]:
     call = shape.call(implementation)
 
     @jax.jit
@@ -222,11 +234,14 @@ def over_layers(shape: Shape, implementation: str) -> Callable[..., Any]:
     return run
 
 
-def measure(shape: Shape) -> dict[str, Any]:
+def measure(shape: Shape, *, sweep: bool = False) -> dict[str, Any]:
     row = check_shape(shape)
     x, turns = shape.arguments()
-    names = ("mosaic", "xla") if row["passes"] else ()
-    calls = {name: functools.partial(over_layers(shape, name), x, turns) for name in names}
+    named: dict[str, str | int] = {name: name for name in (("mosaic", "xla") if row["passes"] else ())}
+    if sweep:
+        most = 8 if shape.source and shape.parts else shape.rows
+        named = {f"tiles of {tile}": tile for tile in TILES if tile <= min(shape.rows, most)}
+    calls = {name: functools.partial(over_layers(shape, how), x, turns) for name, how in named.items()}
     return row | {"results": report.time_layers(calls, shape.layers)}
 
 
@@ -234,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--filter", nargs="+", default=[""], help="only shapes whose name contains one of these")
+    parser.add_argument("--sweep", action="store_true", help="time CTAs of 1 to 16 rows, and no peers")
     arguments = parser.parse_args(argv)
     if (reason := compat.missing_hopper()) is not None:
         print(reason, file=sys.stderr)
@@ -241,9 +257,10 @@ def main(argv: list[str] | None = None) -> int:
     is_check = arguments.what == "check"
     shapes = check_shapes() if is_check else time_shapes()
     shapes = (shape for shape in shapes if any(part in shape.name for part in arguments.filter))
-    return report.record_shapes(
-        "rotation-check" if is_check else "rotation", shapes, check_shape if is_check else measure
-    )
+    if is_check:
+        return report.record_shapes("rotation-check", shapes, check_shape)
+    name = "rotation-sweep" if arguments.sweep else "rotation"
+    return report.record_shapes(name, shapes, functools.partial(measure, sweep=arguments.sweep))
 
 
 if __name__ == "__main__":

@@ -71,12 +71,13 @@ def unsupported(
     return None if interpret is not None else compat.missing_hopper()
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "interpret"))
+@functools.partial(jax.jit, static_argnames=("group_size", "tile", "interpret"))
 def run(
     x: Source,
     turns: Sequence[Turn],
     *,
     group_size: int,
+    tile: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "M I"], ...]:
     """The rows `x` rotated by each of the turns, in the dtype of `x`; of `Normed` ones first their sum.
@@ -85,10 +86,12 @@ def run(
       x: rows `[M, I]`, or what they are made of.
       turns: stacks `[L, ...]`, each with the index of its layer; one outside is taken for the nearest.
       group_size: channels of a group.
+      tile: rows of a CTA; None: by the shape.
       interpret: runs the kernel on the CPU, for tests.
 
     Raises:
       NotImplementedError: shapes or dtypes that the kernel does not take.
+      ValueError: parts do not end with a whole tile.
     """
     if (reason := unsupported(x, turns, group_size=group_size, interpret=interpret or object())) is not None:
         raise NotImplementedError(f"pairwise_rotation on Hopper {reason}")
@@ -99,7 +102,7 @@ def run(
         return first + tuple(jnp.zeros(x.shape, x.dtype) for _ in turns)
     cluster = 1 if normed is None else _cluster(channels, group_size)
     span = group_size if normed is None else channels // cluster
-    tile = min(rows, _rows_of_tile(x, group_size, len(turns)))
+    tile = min(rows, tile or _rows_of_tile(x, group_size, len(turns)))
     padded = -(-rows // tile) * tile
     has_sum = normed is not None and normed.y is not None
 
@@ -113,6 +116,8 @@ def run(
     def whole(array: MaybePartial) -> Array:
         """In whole tiles of rows, as parts are."""
         if isinstance(array, Partial):
+            if (least := array.parts.shape[1]) < padded:
+                raise ValueError(f"tiles of {tile} rows need {padded} rows of parts; got {least}")
             return array.parts
         return array if padded == rows else jnp.pad(array, ((0, padded - rows), (0, 0)))
 

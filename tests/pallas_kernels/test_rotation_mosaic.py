@@ -6,6 +6,7 @@ on an H200, 2026-11-30).
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,18 @@ def test_without_scales_and_rows():
     check(shape, mosaic_sm90.run(x, plain, **options), x, ones, 0)
     assert mosaic_sm90.run(x[:0], plain, **options)[0].shape == (0, 64)
     assert mosaic_sm90.run(x, [], **options) == ()
+
+
+@pytest.mark.parametrize("source", ["", "normed sum", "gated"])
+def test_tiles_change_nothing(source):
+    shape = benchmark.Shape(rows=17, channels=64, group_size=32, steps=2, layers=2, source=source, parts=2)
+    x, turns = shape.arguments()
+    options = {"group_size": 32, "interpret": compat.interpret_params()}
+    run = functools.partial(mosaic_sm90.run, x, of_layer(turns, 1), **options)
+    jax.tree.map(np.testing.assert_array_equal, run(tile=8), run())
+    if source:
+        with pytest.raises(ValueError, match="tiles of 16 rows need 32 rows of parts; got 24"):
+            run(tile=16)
 
 
 @pytest.mark.parametrize(
