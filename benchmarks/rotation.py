@@ -139,8 +139,8 @@ def expected(rows: Rows, turn: Turn, layer: int, shape: Shape) -> np.ndarray:
         x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + rows.epsilon) * wide(rows.weight)
         x = wide(jnp.asarray(x).astype(shape.dtype))
     elif isinstance(rows, Gated):
-        gate = whole(rows.gate)
-        x = wide(jnp.asarray(gate / (1 + np.exp(-gate)) * whole(rows.up)).astype(shape.dtype))
+        gate = whole(rows.x)
+        x = wide(jnp.asarray(gate / (1 + np.exp(-gate)) * whole(rows.y)).astype(shape.dtype))
     else:
         x = wide(rows)
     if turn.pairs is not None:
@@ -225,8 +225,8 @@ def over_layers(shape: Shape, implementation: str | int) -> Callable[..., Any]:
             if isinstance(x, Normed):
                 rows = dataclasses.replace(x, x=jax.lax.optimization_barrier(after(x.x)))
             elif isinstance(x, Gated):
-                parts = x.gate.parts + 1e-30 * results[0][0, 0].astype(jnp.float32)
-                rows = Gated(dataclasses.replace(x.gate, parts=jax.lax.optimization_barrier(parts)), x.up)
+                parts = x.x.parts + 1e-30 * results[0][0, 0].astype(jnp.float32)
+                rows = Gated(dataclasses.replace(x.x, parts=jax.lax.optimization_barrier(parts)), x.y)
             else:
                 rows = jax.lax.optimization_barrier(after(x))
         return results

@@ -55,7 +55,7 @@ def norm_rope(
     if len(chosen) < len(heads):
         given = tuple(heads[i] for i in chosen), tuple(weights[i] for i in chosen)
         results = norm_rope(*given, cos, sin, epsilon=epsilon, implementation=implementation) if chosen else ()
-        return tuple((dict(enumerate(heads)) | dict(zip(chosen, results, strict=True))).values())
+        return _replaced(heads, chosen, results)
     if implementation is None:
         implementation, _ = automatic(heads, weights, cos, sin)
     elif implementation == "mosaic" and (
@@ -66,6 +66,11 @@ def norm_rope(
         return _on_hopper(heads, weights, cos, sin, epsilon)
     run = reference.run if implementation == "reference" else xla.run
     return run(tuple(map(made, heads)), weights, cos, sin, epsilon)
+
+
+def _replaced(arrays: Sequence[Array], places: Sequence[int], others: Sequence[Array]) -> tuple[Array, ...]:
+    """The arrays with others in some places."""
+    return tuple((dict(enumerate(arrays)) | dict(zip(places, others, strict=True))).values())
 
 
 def _are_alike(heads: tuple[MaybePartial, ...]) -> bool:
@@ -122,7 +127,7 @@ def _on_hopper(
         given = tuple(arrays[i] for i in has_norm) + arrays[len(weights) :]
         own = tuple(weights[i] for i in has_norm)
         results = partitioning.over_rows(functools.partial(_of_rows, epsilon=epsilon), given, own)
-        return tuple((dict(enumerate(arrays[: len(weights)])) | dict(zip(has_norm, results, strict=True))).values())
+        return _replaced(arrays[: len(weights)], has_norm, results)
 
     def of_parts(flat: tuple[MaybePartial, ...], weights: tuple[Array | None, ...]) -> tuple[Array, ...]:
         *heads, cos, sin = flat

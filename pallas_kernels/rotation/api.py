@@ -13,7 +13,7 @@ from pallas_kernels import dispatch, partitioning
 from pallas_kernels.norm_rope import rms_norm
 from pallas_kernels.partial import Partial, made, unless_mapped
 from pallas_kernels.rotation import mosaic_sm90, reference, xla
-from pallas_kernels.rotation.source import Gated, Normed, Source
+from pallas_kernels.rotation.source import Gated, Normed, Source, operands, with_operands
 from pallas_kernels.rotation.turn import Turn
 
 NAMES = ("mosaic", "xla", "reference")
@@ -92,9 +92,9 @@ def gated_rotations(
     rows: Gated, turns: Sequence[Turn], *, group_size: int, implementation: str | None = None
 ) -> tuple[Float[Array, "*rows I"], ...]:
     """`pairwise_rotations` of gated rows, in one launch of the Hopper kernel, which rounds them once."""
-    if rows.up.shape != rows.shape or rows.up.dtype != rows.dtype:
+    if rows.y.shape != rows.shape or rows.y.dtype != rows.dtype:
         raise ValueError(
-            f"a gate of {rows.dtype} {rows.shape} needs as many of its dtype; got {rows.up.dtype} {rows.up.shape}"
+            f"a gate of {rows.dtype} {rows.shape} needs as many of its dtype; got {rows.y.dtype} {rows.y.shape}"
         )
     return _run(rows, tuple(turns), group_size=group_size, inverse=False, implementation=implementation)
 
@@ -211,17 +211,16 @@ def _on_hopper(x: Source, turns: tuple[Turn, ...], group_size: int) -> tuple[Arr
     stacks = tuple(turn if turn.layer is not None else _stack_of_one(turn) for turn in turns)
 
     def of_arrays(x: Source, turns: tuple[Turn, ...]) -> tuple[Array, ...]:
-        of_rows, weight, rebuilt = x, None, lambda of_rows, _: of_rows
-        if isinstance(x, Normed):
-            of_rows, weight = (x.x, None if x.y is None else made(x.y)), x.weight
-            rebuilt = lambda of_rows, weight: Normed(of_rows[0], weight, x.epsilon, of_rows[1])  # noqa: E731
-        elif isinstance(x, Gated):
-            of_rows = Gated(made(x.gate), made(x.up))
-        return partitioning.over_rows(
-            lambda of_rows, rest: _turned(rebuilt(of_rows, rest[0]), rest[1], group_size), of_rows, (weight, turns)
-        )
+        given = {name: made(array) for name, array in operands(x).items()}
+        weight = {name: given.pop(name) for name in ("weight",) if name in given}
 
-    if any(isinstance(part, Partial) for part in jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Partial))):
+        def turned(rows: dict[str, Array], rest: tuple[dict[str, Array], tuple[Turn, ...]]) -> tuple[Array, ...]:
+            weight, turns = rest
+            return _turned(with_operands(x, rows | weight), turns, group_size)
+
+        return partitioning.over_rows(turned, given, (weight, turns))
+
+    if any(isinstance(array, Partial) for array in operands(x).values()):
         return unless_mapped(functools.partial(mosaic_sm90.run, group_size=group_size), of_arrays)(x, stacks)
     return of_arrays(x, stacks)
 
@@ -232,22 +231,15 @@ def _turned(x: Source, turns: tuple[Turn, ...], group_size: int) -> tuple[Array,
     Of `Normed` rows it turns whole ones, since the norm is over all channels: these are gathered. So are channels that
     are cut through a group.
     """
-    epsilon, is_gated = x.epsilon if isinstance(x, Normed) else None, isinstance(x, Gated)
-
-    def run(*, x: Array, weight: Array | None = None, y: Array | None = None, **parts: Array) -> tuple[Array, ...]:
-        own = tuple(Turn(*(parts.get(f"{field}{n}") for field in Turn._fields)) for n in range(len(turns)))
-        rows: Source = Gated(x, y) if is_gated else x
-        if epsilon is not None:
-            rows = Normed(x, weight, epsilon, y)
-        return mosaic_sm90.run(rows, own, group_size=group_size)
-
-    operands: dict[str, Any] = {"x": x}
-    if isinstance(x, Normed):
-        operands = {"x": x.x, "weight": x.weight, "y": x.y}
-    elif isinstance(x, Gated):
-        operands = {"x": x.gate, "y": x.up}
+    of_source: dict[str, Any] = operands(x)
     whole = f"{partitioning.ROWS} (groups channels)"
-    axes = {"x": whole, "y": whole, "weight": "(groups channels)"}
+    axes = {name: "(groups channels)" if name == "weight" else whole for name in of_source}
+
+    def run(**arrays: Array) -> tuple[Array, ...]:
+        own = tuple(Turn(*(arrays.get(f"{field}{n}") for field in Turn._fields)) for n in range(len(turns)))
+        return mosaic_sm90.run(with_operands(x, {name: arrays[name] for name in of_source}), own, group_size=group_size)
+
+    of_turns: dict[str, Any] = {}
     for n, turn in enumerate(turns):
         of_turn = {
             "theta": f"layers{n} steps{n} (groups angles)",
@@ -256,14 +248,15 @@ def _turned(x: Source, turns: tuple[Turn, ...], group_size: int) -> tuple[Array,
             "layer": "",
         }
         axes |= {f"{field}{n}": names for field, names in of_turn.items()}
-        operands |= {f"{field}{n}": getattr(turn, field) for field in of_turn}
-    results = [*(() if epsilon is None else ("sum",)), *(f"result{n}" for n in range(len(turns)))]
+        of_turns |= {f"{field}{n}": getattr(turn, field) for field in of_turn}
+    is_normed = isinstance(x, Normed)
+    results = [*(("sum",) if is_normed else ()), *(f"result{n}" for n in range(len(turns)))]
     return partitioning.cut(
         run,
-        operands,
+        of_source | of_turns,
         axes=axes | dict.fromkeys(results, whole),
         results=results,
-        along=(partitioning.ROWS, *(("groups",) if epsilon is None else ())),
+        along=(partitioning.ROWS, *(() if is_normed else ("groups",))),
         units={"channels": group_size, "angles": group_size // 2},
     )
 

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import compat
 from pallas_kernels.partial import MaybePartial, Partial
 from pallas_kernels.rotation import xla
-from pallas_kernels.rotation.source import Gated, Normed, Source
+from pallas_kernels.rotation.source import Gated, Normed, Source, operands
 from pallas_kernels.rotation.turn import Turn
 
 TILES = (4, 16)  # rows of a CTA: where there are few CTAs, and where there are many
@@ -106,11 +106,7 @@ def run(
     padded = -(-rows // tile) * tile
     has_sum = normed is not None and normed.y is not None
 
-    given: dict[str, Any] = {"x": x}
-    if isinstance(x, Gated):
-        given = {"x": x.gate, "y": x.up}
-    elif normed is not None:
-        given = {"x": normed.x} | ({"y": normed.y} if has_sum else {})
+    given = operands(x)
     columns = {name: array.first if isinstance(array, Partial) else 0 for name, array in given.items()}
 
     def whole(array: MaybePartial) -> Array:
@@ -121,9 +117,7 @@ def run(
             return array.parts
         return array if padded == rows else jnp.pad(array, ((0, padded - rows), (0, 0)))
 
-    arrays = {name: whole(array) for name, array in given.items()}
-    if normed is not None:
-        arrays["weight"] = normed.weight
+    arrays = {name: array if name == "weight" else whole(array) for name, array in given.items()}
 
     def rotation(refs, turns, *rest):
         *out_refs, buffer, sums = rest
@@ -196,7 +190,7 @@ def _rows_of_tile(x: Source, group_size: int, turns: int) -> int:
         ctas = _cluster(channels, group_size) * turns
         return next((tile for tile in NORM_TILES if -(-rows // tile) * ctas <= CTAS_AT_ONCE), NORM_TILES[-1])
     few, many = TILES
-    if isinstance(x, Gated) and (isinstance(x.gate, Partial) or isinstance(x.up, Partial)):
+    if any(isinstance(array, Partial) for array in operands(x).values()):
         return few
     return many if -(-rows // many) * channels // group_size * turns >= MANY_CTAS else few
 

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.partial import made
+from pallas_kernels.partial import MaybePartial, made
 
 
 @jax.tree_util.register_dataclass
@@ -49,32 +50,32 @@ class Normed:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gated:
-    """`silu(gate) * up`.
+    """`silu(x) * y`.
 
     Attributes:
-      gate: `[*rows, I]`, or the `Partial` of it.
-      up: the same.
+      x: the gate `[*rows, I]`, or the `Partial` of it.
+      y: what is gated, the same.
     """
 
-    gate: Any
-    up: Any
+    x: Any
+    y: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.gate.shape
+        return self.x.shape
 
     @property
     def dtype(self) -> Any:
-        return self.gate.dtype
+        return self.x.dtype
 
     def flat(self) -> "Gated":
         """With one axis of rows."""
         rows = (math.prod(self.shape[:-1]), self.shape[-1])
-        return Gated(self.gate.reshape(rows), self.up.reshape(rows))
+        return Gated(self.x.reshape(rows), self.y.reshape(rows))
 
     def rows(self) -> Array:
         """What it stands for."""
-        return gated_silu(made(self.gate), made(self.up))
+        return gated_silu(made(self.x), made(self.y))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -84,3 +85,16 @@ def gated_silu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Ar
 
 
 Source = Any  # Array | Normed | Gated
+
+
+def operands(source: Source) -> dict[str, MaybePartial]:
+    """The arrays of a source by name: x and y have rows, weight has none."""
+    if not isinstance(source, Normed | Gated):
+        return {"x": source}
+    given = {name: getattr(source, name, None) for name in ("x", "y", "weight")}
+    return {name: array for name, array in given.items() if array is not None}
+
+
+def with_operands(source: Source, given: Mapping[str, MaybePartial]) -> Source:
+    """A source like this one of other arrays."""
+    return dataclasses.replace(source, **given) if isinstance(source, Normed | Gated) else given["x"]

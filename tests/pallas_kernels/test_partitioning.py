@@ -268,7 +268,7 @@ TURNS = """
 import re
 import stand_ins
 from pallas_kernels.norm_rope import norm_rope
-from pallas_kernels.rotation import Normed, Turn, normed_rotations, pairwise_rotations
+from pallas_kernels.rotation import Gated, Normed, Turn, gated_rotations, normed_rotations, pairwise_rotations
 stand_ins.install()
 def turn():
     pairs = np.argsort(rng.random((2, 2, 8, 32)), axis=-1).reshape(2, 2, 256)
@@ -303,6 +303,10 @@ for norm, lie, channels, local, is_quiet in (
     given = put(x, *lie), [place(turn, channels) for turn in turns], norm if norm is None else put(norm)
     scales = (2, local[1])
     check(rotate, stand_ins.rotations, given, rotate(x, turns, norm, "xla"), (local, scales, scales), is_quiet)
+def gated(x, turns, implementation=None):
+    return gated_rotations(Gated(x, x / 2), turns, group_size=32, implementation=implementation)
+given = put(x, "data", "tensor"), [place(turn, "tensor") for turn in turns]
+check(gated, stand_ins.rotations, given, gated(x, turns, "xla"), ((2, 128), (2, 128), (2, 128)))
 heads = [jnp.asarray(rng.normal(size=(4, 2, n, 64)), jnp.float32) for n in (8, 4)]
 weights = [jnp.asarray(rng.normal(size=64), jnp.float32) for _ in heads]
 cos, sin = (jnp.asarray(f(rng.normal(size=(4, 2, 32))), jnp.float32) for f in (np.cos, np.sin))
