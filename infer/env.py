@@ -111,10 +111,10 @@ def _driver() -> str:
 def kernels() -> dict[str, str]:
     """What a typical call of each operation gets, and why not the others.
 
-    Typical are 4096 causal tokens, one token against a cache of 8192, bfloat16, 32 heads on 8, of 128, and one token
-    times an int4 weight of 4096 x 4096. Per operation and implementation: "active" (chosen when none is named; perhaps
-    only with or without gradients), "available by name" and why it was not chosen, or "not active" and why it cannot
-    run. Asks by tracing; nothing is computed.
+    Typical are 4096 causal tokens, one token against a cache of 8192, bfloat16, 32 heads on 8, of 128, the norms of
+    these heads of one token, and one token times an int4 weight of 4096 x 4096. Per operation and implementation:
+    "active" (chosen when none is named; perhaps only with or without gradients), "available by name" and why it was not
+    chosen, or "not active" and why it cannot run. Asks by tracing; nothing is computed.
     """
     import jax
     import jax.numpy as jnp
@@ -127,13 +127,15 @@ def kernels() -> dict[str, str]:
     from pallas_kernels.masks import Causal
     from pallas_kernels.moba import api as moba
     from pallas_kernels.moba import mosaic_sm90 as moba_kernels
+    from pallas_kernels.norm_rope import api as norm_rope
+    from pallas_kernels.norm_rope import mosaic_sm90 as norm_rope_kernel
     from pallas_kernels.quantized_matmul import api as products
     from pallas_kernels.quantized_matmul.rounding import round_weight
     from pallas_kernels.rotation import api as rotation_api
     from pallas_kernels.rotation import mosaic_sm90 as rotation_kernel
 
     found: dict[str, dict[str, str | None]] = {"flash_attention": {}, "decode_attention": {}}
-    found |= {"moba_attention": {}, "quantized_matmul": {}, "pairwise_rotation": {}}
+    found |= {"moba_attention": {}, "quantized_matmul": {}, "pairwise_rotation": {}, "norm_rope": {}}
     chosen: dict[str, dict[str, list[str]]] = {op: {} for op in found}
     reasons: dict[str, str] = {}
 
@@ -199,6 +201,15 @@ def kernels() -> dict[str, str]:
         chosen["pairwise_rotation"][name] = ["without gradients", "with gradients"]
 
     jax.eval_shape(ask_rotation, array(1, 4096), array(8, 2048), array(8, 4096, dtype=jnp.int16))
+
+    def ask_norm_rope(q, k, weight, table):
+        given: Any = ((q, k), (weight, weight), table, table)
+        found["norm_rope"] = {"mosaic": norm_rope_kernel.unsupported(*given), "xla": None, "reference": None}
+        name, reasons["norm_rope"] = norm_rope.automatic(*given)
+        chosen["norm_rope"][name] = ["without gradients", "with gradients"]
+
+    table = array(1, 1, 64, dtype=jnp.float32)
+    jax.eval_shape(ask_norm_rope, array(1, 1, 32, 128), own, array(128), table)
 
     report = {}
     for op, implementations in found.items():

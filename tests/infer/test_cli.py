@@ -380,7 +380,8 @@ def test_env_tells_what_the_automatic_choice_takes_and_why_not(monkeypatch):
         point | {"gradients": taken, "ms": {"mosaic": 2.0, "xla": 3.0 if taken else 1.0}} for taken in (False, True)
     ]
     table = {"flash_attention": {"fast": {"checked": {"mosaic": kinds}, "timed": timed}}}
-    table |= {op: {} for op in ("decode_attention", "quantized_matmul", "pairwise_rotation", "moba_attention")}
+    others = ("quantized_matmul", "pairwise_rotation", "norm_rope", "moba_attention")
+    table |= {op: {} for op in ("decode_attention", *others)}
     monkeypatch.setattr(dispatch, "table", lambda: table)
     device = SimpleNamespace(platform="gpu", device_kind="fast", compute_capability="9.0")
     monkeypatch.setattr(dispatch, "default_device", lambda: device)
@@ -392,7 +393,7 @@ def test_env_tells_what_the_automatic_choice_takes_and_why_not(monkeypatch):
     assert report["decode_attention xla"] == "active"
     assert report["decode_attention mosaic"] == "available by name: nothing is measured on fast"
     assert report["decode_attention reference"] == "available by name"
-    for op in ("quantized_matmul", "pairwise_rotation", "moba_attention"):
+    for op in others:
         assert report[f"{op} mosaic"] == "available by name: nothing is measured on fast"
 
 
