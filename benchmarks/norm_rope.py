@@ -95,8 +95,7 @@ def expected(x: Any, weight: Any, cos: Any, sin: Any, epsilon: float = EPSILON) 
         return value.astype(x.dtype).astype(np.float64)
 
     if isinstance(x, Partial):
-        own = np.asarray(x.parts, np.float64)[:, : x.rows, x.first : x.first + x.width]
-        wide = rounded(own.sum(0)).reshape(x.shape)
+        wide = rounded(np.asarray(x.own, np.float64).sum(0)).reshape(x.shape)
     else:
         wide = np.asarray(x).astype(np.float64)
     if weight is None:

@@ -122,8 +122,7 @@ def wide(x: Any) -> np.ndarray:
 def whole(x: Any) -> np.ndarray:
     """An array, in float64; of parts their sum, rounded to its dtype."""
     if isinstance(x, Partial):
-        total = np.asarray(x.parts, np.float64)[:, : x.rows, x.first : x.first + x.width].sum(0)
-        x = jnp.asarray(total).astype(x.dtype)
+        x = jnp.asarray(np.asarray(x.own, np.float64).sum(0)).astype(x.dtype)
     return wide(x)
 
 

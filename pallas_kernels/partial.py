@@ -43,6 +43,11 @@ class Partial:
         """M."""
         return math.prod(self.shape) // self.width
 
+    @property
+    def own(self) -> Array:
+        """What the array has of the parts, `[J, M, width]`."""
+        return self.parts[:, : self.rows, self.first : self.first + self.width]
+
     def reshape(self, shape: tuple[int, ...]) -> "Partial":
         """As of an array; the numbers of a row must stay in one."""
         sizes = [math.prod(shape[i:]) for i in range(len(shape) + 1)]
@@ -58,9 +63,8 @@ def made(x: MaybePartial) -> Array:
     """The array."""
     if not isinstance(x, Partial):
         return x
-    own = x.parts[:, : x.rows, x.first : x.first + x.width]
-    total = own[0]
-    for part in own[1:]:
+    total, *others = x.own
+    for part in others:
         total = total + part
     return total.astype(x.dtype).reshape(x.shape)
 

@@ -318,7 +318,7 @@ def _on_hopper_bwd(dtype: Any, merged: bool, residuals: Any, cotangents: tuple[M
     def whole(cotangent: MaybePartial) -> Array:
         """Parts are only ever added up, so each has the cotangent of the sum."""
         if isinstance(cotangent, Partial):
-            return cotangent.parts[0, : cotangent.rows, cotangent.first : cotangent.first + cotangent.width]
+            return cotangent.own[0]
         return cotangent.astype(jnp.float32)
 
     return jax.vjp(products, *residuals)[1](tuple(map(whole, cotangents)))

@@ -307,6 +307,12 @@ def test_a_norm_with_rotation_is_of_the_kind_of_its_shape_in_the_benchmark(monke
         assert calls[-1] == (kind, sizes), shape.name
 
 
+def test_kinds_have_names_of_their_own():
+    for benchmark, call in ((rotation, dispatch_table.rotation_call), (norm_rope, dispatch_table.norm_rope_call)):
+        kinds = {call(shape.name)[0] for shape in (*benchmark.check_shapes(), *benchmark.time_shapes())}
+        assert len({kind.name for kind in kinds}) == len(kinds)
+
+
 def test_products_borrow_the_times_of_groups_that_cost_no_less():
     base = ProductKind("int4", 128, True, "float16", "float32")
     sizes = {"rows": 8, "outputs": 4096, "inputs": 4096}

@@ -280,6 +280,21 @@ def test_sums_and_norms_are_made_by_what_rotates(hopper, names, launches, y):
         np.testing.assert_allclose(result.astype(jnp.float32), right.astype(jnp.float32), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("rows, names, launches", [(32, "rotated ordered", [2]), (33, "rotated ordered", [1]),
+                                                   (33, "plain small", [1])])  # fmt: skip
+def test_many_rows_are_normalised_before_they_are_rotated(hopper, rows, names, launches):
+    rng = np.random.default_rng(5)
+    x, weight = jnp.asarray(rng.normal(size=(rows, 256)), jnp.bfloat16), jnp.ones(256, jnp.bfloat16)
+    readers = [random_readers(rng)[name] for name in names.split()]
+    total, normed = add_norm(x, x, weight, 1e-6, readers=readers)
+    np.testing.assert_array_equal(total, 2 * x)
+    results = quantized_matmuls(normed, readers)
+    assert hopper == launches
+    for result, reader in zip(results, readers, strict=True):
+        right = quantized_matmul(rms_norm(2 * x, weight, 1e-6), reader, implementation="xla")
+        np.testing.assert_allclose(result.astype(jnp.float32), right.astype(jnp.float32), rtol=2**-7, atol=2**-7)
+
+
 def test_norms_for_others_are_arrays(hopper):
     """For dense weights, for none at all, and in float16, whose rotated channels are float32."""
     rng = np.random.default_rng(5)
