@@ -239,16 +239,15 @@ class Attention(nnx.Module):
         self, x: Rows, attend: Attend, *, layer: int | Array, attention: LayerAttention
     ) -> tuple[MaybePartial, KV, tuple]:
         equations = ("BTD,NHD->BTNH", "BTD,KHD->BTKH", "BTD,KHD->BTKH")
-        is_plain = self.config.key_conv_taps is None and not self.config.qkv_bias
+        in_one_step = self.config.qk_norm and attention.rotary and self.config.key_conv_taps is None
+        q, k, v = linears(x, self.readers, equations, merged=self.config.qkv_bias or not in_one_step)
+        if self.config.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         raw_k = None
-        if self.config.qk_norm and attention.rotary and is_plain:
-            heads = linears(x, self.readers, equations, merged=False)
+        if in_one_step:
             norms = (self.q_norm[...], self.k_norm[...], None)
-            q, k, v = norm_rope(heads, norms, attend.cos, attend.sin, epsilon=self.config.norm_eps)
+            q, k, v = norm_rope((q, k, v), norms, attend.cos, attend.sin, epsilon=self.config.norm_eps)
         else:
-            q, k, v = linears(x, self.readers, equations)
-            if self.config.qkv_bias:
-                q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
             if self.config.qk_norm:
                 q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
                 k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
@@ -282,27 +281,6 @@ class Mlp(nnx.Module):
         return linear(gated, self.down[...], "BTF,DF->BTD", merged=False)
 
 
-class Block(nnx.Module):
-    """One decoder layer."""
-
-    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        self.attention_norm = constant(1.0, (config.dim,), ("embed",), dtype)
-        self.attention = Attention(config, rngs=rngs, dtype=dtype)
-        self.mlp_norm = constant(1.0, (config.dim,), ("embed",), dtype)
-        self.mlp = (Mlp if config.moe is None else Moe)(config, rngs=rngs, dtype=dtype)
-        self.norm_eps = config.norm_eps
-
-    def __call__(
-        self, x: "Stream", attend: Attend, *, layer: int | Array, attention: LayerAttention
-    ) -> tuple["Stream", KV, tuple]:
-        with jax.named_scope("attention"):
-            rest, normed = add_norm(*x, self.attention_norm[...], self.norm_eps, readers=self.attention.readers)
-            y, kv, about = self.attention(normed, attend, layer=layer, attention=attention)
-        with jax.named_scope("mlp"):
-            rest, normed = add_norm(rest, y, self.mlp_norm[...], self.norm_eps, readers=self.mlp.readers)
-            return Stream.of(rest, self.mlp(normed)), kv, about
-
-
 class Stream(NamedTuple):
     """The residual stream `x + y` between blocks; parts of a sum wait for the norm that reads it."""
 
@@ -317,6 +295,27 @@ class Stream(NamedTuple):
     def made(self) -> Float[Array, "B T D"]:
         """As an array."""
         return self.x if self.y is None else constrain(self.x + made(self.y), ("batch", None, None))
+
+
+class Block(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.attention_norm = constant(1.0, (config.dim,), ("embed",), dtype)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = constant(1.0, (config.dim,), ("embed",), dtype)
+        self.mlp = (Mlp if config.moe is None else Moe)(config, rngs=rngs, dtype=dtype)
+        self.norm_eps = config.norm_eps
+
+    def __call__(
+        self, x: Stream, attend: Attend, *, layer: int | Array, attention: LayerAttention
+    ) -> tuple[Stream, KV, tuple]:
+        with jax.named_scope("attention"):
+            rest, normed = add_norm(*x, self.attention_norm[...], self.norm_eps, readers=self.attention.readers)
+            y, kv, about = self.attention(normed, attend, layer=layer, attention=attention)
+        with jax.named_scope("mlp"):
+            rest, normed = add_norm(rest, y, self.mlp_norm[...], self.norm_eps, readers=self.mlp.readers)
+            return Stream.of(rest, self.mlp(normed)), kv, about
 
 
 class Ends(nnx.Module):

@@ -13,7 +13,7 @@ import pytest
 from jaxmodels.cache import KVCache
 from jaxmodels.layers import RopeConfig, gated_silu, linear, rope_tables
 from jaxmodels.quantization.whole import round_head, round_params
-from jaxmodels.qwen import CausalLM, LayerAttention, MoeConfig, QwenConfig, build, sliding_windows
+from jaxmodels.qwen import CausalLM, LayerAttention, MoeConfig, QwenConfig, build, model, sliding_windows
 from jaxmodels.qwen.model import Run, layer_runs
 from pallas_kernels.masks import Causal, Full
 from pallas_kernels.quantized_matmul import QuantizedTensor
@@ -386,3 +386,14 @@ def test_the_8b_shape_compiles_within_20_seconds(program):
         function = prefill if program == "prefill" else train_forward
         jax.jit(function).lower(params, tokens).compile()
     assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("bias, norm", [(False, True), (True, True), (True, False)])
+def test_heads_are_normalised_and_rotated_in_one_step(monkeypatch, bias, norm):
+    """Wherever they have norms, also with biases."""
+    lm = build(QwenConfig.tiny(layers=2, qkv_bias=bias, qk_norm=norm))
+    calls, norm_rope = [], model.norm_rope
+    monkeypatch.setattr(model, "norm_rope", lambda *args, **options: calls.append(1) or norm_rope(*args, **options))
+    params = jax.eval_shape(lambda: lm.init(jax.random.key(0)))
+    jax.eval_shape(lambda params: lm.hidden(params, jnp.ones((1, 3), jnp.int32), unroll=True).states, params)
+    assert len(calls) == 2 * norm
