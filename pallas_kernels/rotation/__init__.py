@@ -8,7 +8,7 @@ from pallas_kernels.rotation.api import (
     pairwise_rotation,
     pairwise_rotations,
 )
-from pallas_kernels.rotation.source import Gated, Normed, gated_silu
+from pallas_kernels.rotation.source import Gated, Normed
 from pallas_kernels.rotation.turn import Turn
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Normed",
     "Turn",
     "gated_rotations",
-    "gated_silu",
     "makes_rows",
     "normed_rotations",
     "pairwise_rotation",

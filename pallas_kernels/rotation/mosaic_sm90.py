@@ -212,7 +212,7 @@ class _Tile(NamedTuple):
 
     x: Any  # `[rows, span]`, or parts `[J, rows, span]`; a gate
     y: Any  # the same, of a summand, or of what is gated; None: neither
-    whole: tuple[Any, Any]  # x and y with all channels
+    whole: tuple[Any, Any]  # x and y with all channels, for the interpreter, which has no exchange
     weight: Any  # of a norm; None: none
     epsilon: float
     cluster: int

@@ -75,11 +75,11 @@ class Gated:
 
     def rows(self) -> Array:
         """What it stands for."""
-        return gated_silu(made(self.x), made(self.y))
+        return _gated_silu(made(self.x), made(self.y))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def gated_silu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+def _gated_silu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """`silu(gate) * up`; a backward pass keeps the two operands and none of the steps between."""
     return jax.nn.silu(gate) * up
 
