@@ -83,8 +83,9 @@ def test_every_int4_code_less_every_zero_is_exact():
     zeros, codes = np.tile(np.arange(-8, 8), 16), np.repeat(every_code("int4"), 16, axis=0)
     (bias,) = int4_bias(Integers(), [jnp.asarray(zeros, jnp.int32).astype(jnp.uint32)])
     signed = np.where(codes > 7, codes - 16, codes)
-    np.testing.assert_array_equal(unpacked("int4", codes, bias), signed - zeros[:, None])
-    np.testing.assert_array_equal(unpacked("int4", codes), signed)
+    factor = CODES["int4"].factor
+    np.testing.assert_array_equal(unpacked("int4", codes, bias) * factor, signed - zeros[:, None])
+    np.testing.assert_array_equal(unpacked("int4", codes) * factor, signed)
 
 
 def test_every_nvfp4_code_times_every_scale_is_exact():
@@ -101,7 +102,7 @@ def test_every_nvfp4_code_times_every_scale_is_exact():
 def test_a_code_times_a_scale_is_rounded_as_their_product_is(dtype):
     """The nearest bfloat16 number, but for 1 in 512, which lies so near to the middle that the next one is taken."""
     scales = np.random.default_rng(0).lognormal(-4, 2, (1, 4000)).astype(jnp.dtype(dtype)).astype(np.float32)
-    differences = np.arange(-23, 24)[:, None]  # of int4 codes and zeros
+    differences = np.arange(-23, 24)[:, None] / CODES["int4"].factor  # of int4 codes and zeros
     bits = (
         (differences * np.array([1, -1]).reshape(2, 1, 1)).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
     )

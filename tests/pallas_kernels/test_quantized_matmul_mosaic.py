@@ -484,7 +484,7 @@ def test_wrong_configurations_say_so():
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PrefillConfig(**wrong)
     with pytest.raises(ValueError, match="shared memory"):
-        Call(64, 256, 64, config=Config(stages=20)).run()
+        Call(64, 256, 64, config=Config(stages=8, block_k=256)).run()
 
 
 @pytest.mark.parametrize(

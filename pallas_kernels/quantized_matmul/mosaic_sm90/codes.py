@@ -8,11 +8,13 @@ A word of n codes gives n / 2 pairs; pair p has code p in its low half and code 
 mask serves both. What a row's codes need beside themselves are bytes: zeros of int4, scales of nvfp4. They are turned
 once for all of the words they belong to.
 
-Exactness. Integers of up to eight bits are put into the mantissa of 128 or of 256 and come out by a subtraction. Floats
-of eight or four bits are moved to where bfloat16 has its exponent and mantissa; with the smaller bias of their own
-exponents they are then too small by 2^120 or 2^126, subnormal ones too, which one multiplication puts right. That of
-nvfp4 brings in the block's scale as well, 2 significant bits times 4. It is left too small by 2^9, or large scales
-would leave the range on the way; the sums take `Codes.factor` back.
+Exactness. Integers of eight bits are put into the mantissa of 128 or of 256 and come out by a subtraction. Those of
+four are subnormal numbers as they lie, or nearly, and what makes normal numbers of them subtracts the zero too; they
+are left too small by 2^7, since no bfloat16 number is large enough. Floats of eight or four bits are moved to where
+bfloat16 has its exponent and mantissa; with the smaller bias of their own exponents they are then too small by 2^120 or
+2^126, subnormal ones too, which one multiplication puts right. That of nvfp4 brings in the block's scale as well, 2
+significant bits times 4. It is left too small by 2^9, or large scales would leave the range on the way. The sums take
+`Codes.factor` back.
 
 Patterns that e4m3 keeps for NaN are read as 480 and -480, the numbers they would be.
 """
@@ -36,7 +38,7 @@ class Machine(Protocol):
 
     def masked(self, a: Any, mask: int) -> Any: ...
     def masked_or(self, a: Any, mask: int, c: int) -> Any: ...
-    def masked_xor(self, a: Any, mask: int, c: int) -> Any: ...
+    def xor_masked(self, a: Any, mask: int, c: int) -> Any: ...
     def left(self, a: Any, bits: int) -> Any: ...
     def right(self, a: Any, bits: int) -> Any: ...
     def add(self, a: Any, b: Any) -> Any: ...
@@ -55,17 +57,23 @@ class Machine(Protocol):
 
 
 def int4_pairs(on: Machine, word: Any, bias: Any) -> list[Any]:
-    """128 + 8 + code, less `bias`: 128 + 8 + zero."""
-    shifted = [word, *(on.right(word, 4 * pair) for pair in (1, 2, 3))]
-    return [on.subtract_pairs(on.masked_xor(two, 0x000F000F, INT4_BIAS), bias) for two in shifted]
+    """2^-7 (8 + code) plus `bias`, 2^-7 of minus 8 and the zero.
 
-
-INT4_BIAS = 0x43084308  # 136, and the bit that makes a signed code unsigned
+    Where a code is and nothing else, the bits of a bfloat16 number are 16 or 1 times the code in units of 2^-133: one
+    shift serves four codes.
+    """
+    pairs = []
+    for two in (word, on.right(word, 8)):
+        for nibble, exponent in ((0x000F000F, 126), (0x00F000F0, 122)):
+            unsigned = on.xor_masked(two, nibble, 0x88888888)  # the signs of all codes: one constant for a register
+            pairs.append(on.multiply_add_pairs(unsigned, _power(exponent), bias))
+    return pairs
 
 
 def int4_bias(on: Machine, zeros: Sequence[Any]) -> list[Any]:
-    """Of the rows of the zeros: 128 + 8 + zero, in both halves."""
-    return [on.add(on.times(zero, 0x00010001), INT4_BIAS) for zero in zeros]
+    """Of the rows of the zeros: -2^-7 (8 + zero) in both halves, as 1 less 2^-7 (128 + 8 + zero)."""
+    shifted = [on.add(on.times(zero, 0x00010001), 0x43084308) for zero in zeros]
+    return [on.multiply_add_pairs(number, _negative(_power(-7)), _power(0)) for number in shifted]
 
 
 def int8_pairs(on: Machine, word: Any, _: Any) -> list[Any]:
@@ -123,6 +131,13 @@ def _power(exponent: int) -> int:
     return (127 + exponent << 7) * 0x00010001
 
 
+def _negative(pair: int) -> int:
+    return pair ^ 0x80008000
+
+
+INT4_BIAS = _negative(_power(-4))  # where zeros are 0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codes:
     """A format of codes.
@@ -157,7 +172,7 @@ class Codes:
 
 
 CODES = {
-    "int4": Codes(bits=4, dtype=jnp.uint8, pairs=int4_pairs, sides=int4_bias, side=INT4_BIAS),
+    "int4": Codes(bits=4, dtype=jnp.uint8, pairs=int4_pairs, sides=int4_bias, side=INT4_BIAS, factor=2.0**7),
     "int8": Codes(bits=8, dtype=jnp.int8, pairs=int8_pairs),
     "fp8": Codes(bits=8, dtype=jnp.float8_e4m3fn, pairs=fp8_pairs),
     "nvfp4": Codes(
@@ -188,8 +203,8 @@ class Instructions:
     def masked_or(self, a: Any, mask: int, c: int) -> ir.Value:
         return self._logic(_A & _B | _C, a, mask, c)
 
-    def masked_xor(self, a: Any, mask: int, c: int) -> ir.Value:
-        return self._logic(_A & _B ^ _C, a, mask, c)
+    def xor_masked(self, a: Any, mask: int, c: int) -> ir.Value:
+        return self._logic((_A ^ _C) & _B, a, mask, c)
 
     def left(self, a: Any, bits: int) -> ir.Value:
         return arith.shli(a, _constant(bits))
@@ -248,8 +263,8 @@ def _value(x: Any) -> ir.Value:
 class Integers:
     """The same on arrays of uint32; as the instructions are defined, but for results that are subnormal or no number.
 
-    Numbers are taken apart by hand, since a CPU may take subnormal operands for 0; but not those of
-    `multiply_add_pairs`, which must be normal. Its sum is rounded to float32 first.
+    Numbers are taken apart by hand, since a CPU may take subnormal operands for 0. The sum of `multiply_add_pairs` is
+    rounded to float32 first.
     """
 
     def masked(self, a: Any, mask: int) -> Any:
@@ -258,8 +273,8 @@ class Integers:
     def masked_or(self, a: Any, mask: int, c: int) -> Any:
         return a & jnp.uint32(mask) | jnp.uint32(c)
 
-    def masked_xor(self, a: Any, mask: int, c: int) -> Any:
-        return a & jnp.uint32(mask) ^ jnp.uint32(c)
+    def xor_masked(self, a: Any, mask: int, c: int) -> Any:
+        return (a ^ jnp.uint32(c)) & jnp.uint32(mask)
 
     def left(self, a: Any, bits: int) -> Any:
         return a << bits
@@ -290,18 +305,10 @@ class Integers:
         return self._by_halves(lambda x, y: _number(x) - _number(y), a, b)
 
     def multiply_pairs(self, a: Any, b: Any) -> Any:
-        def product(x, y):
-            (sign, mantissa, exponent), (sign_y, mantissa_y, exponent_y) = _parts(x), _parts(y)
-            return sign * sign_y * (mantissa * mantissa_y) * _two_to(exponent + exponent_y)
-
-        return self._by_halves(product, a, b)
+        return self._by_halves(_product, a, b)
 
     def multiply_add_pairs(self, a: Any, b: Any, c: Any) -> Any:
-        def sum_(x, y, z):
-            x, y, z = (jax.lax.bitcast_convert_type(bits << 16, jnp.float32) for bits in (x, y, z))
-            return x * y + z
-
-        return self._by_halves(sum_, a, b, c)
+        return self._by_halves(lambda x, y, z: _product(x, y) + _number(z), a, b, c)
 
     def subtract(self, a: Any, b: Any) -> Any:
         a, b = (jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.uint32), jnp.float32) for x in (a, b))
@@ -328,6 +335,12 @@ def _parts(bits: Any) -> tuple[Any, Any, Any]:
 def _number(bits: Any) -> Any:
     sign, mantissa, exponent = _parts(bits)
     return sign * mantissa * _two_to(exponent)
+
+
+def _product(x: Any, y: Any) -> Any:
+    (sign, mantissa, exponent), (sign_y, mantissa_y, exponent_y) = _parts(x), _parts(y)
+    half = (exponent + exponent_y) // 2  # the whole may be no exponent of float32
+    return sign * sign_y * (mantissa * mantissa_y) * _two_to(half) * _two_to(exponent + exponent_y - half)
 
 
 def _two_to(exponent: Any) -> Any:

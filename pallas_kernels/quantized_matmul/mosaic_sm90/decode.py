@@ -3,6 +3,10 @@
 The product is computed as `y^T = W x^T`: outputs are the rows of the tensor core's tiles, tokens the columns. A CTA has
 a few compute warpgroups of 64 outputs each and one that fills the ring by TMA.
 
+Few tokens are bound by the memory and nearly as much by what makes operands of codes and by the tensor core, which
+takes as long for 8 tokens as for 16. Half of the warpgroups begin a step when their own codes have come, so that some
+make operands while others multiply.
+
 A unit of work is one step, a few inputs, of one tile of outputs and tokens; up to 128 tokens are one tile, and every
 weight is then read once. Units are numbered with the steps of a tile in a row, and every CTA takes the same number of
 consecutive ones; so a tile's inputs are split where the borders fall, and a CTA may begin in one tile and go on in the
@@ -113,7 +117,7 @@ def heuristic_config(forms: Forms) -> Config:
         narrow_steps = narrow_steps or form.codes.bits == 8  # 128 bytes in a row either way
         config = Config(warpgroups=4, block_k=128 if narrow_steps else 256, stages=6 if narrow_steps else 4)
         return parts.fitted(config, form)
-    wide = Config(warpgroups=4, block_k=128, stages=4, cluster=2)
+    wide = Config(warpgroups=4, block_k=128, stages=4, cluster=1 if tokens > 48 else 2)  # a cluster needs registers
     if tokens <= 64 and cut_of(forms, wide).counts.max() <= 4:
         return parts.fitted(wide, form)
     block_k = 128 if narrow_steps or tokens > 64 or form.codes.bits == 8 else 256
@@ -231,7 +235,7 @@ def multiply(
 
             def over_units(unit, acc):
                 slot = lax.rem(unit - first, i32(stages))
-                plgpu.barrier_wait(smem["ready"].at[slot])
+                parts.await_step(smem, slot=slot, warpgroup=warpgroup)
                 acc = parts.add_step(acc, smem, form, slot=slot, warpgroup=warpgroup, interpreted=interpreted)
                 parts.release(smem["free"].at[slot], cluster)
                 return acc
@@ -252,8 +256,10 @@ def multiply(
 
                     if len(forms) == 1:
                         acc = finish(acc)
-                    elif of_weight.is_unfinished:
+                    elif of_weight.has_late_scales:
                         acc = lax.cond(holds(weight, tile), finish, lambda acc: acc, acc)
+                if len(forms) > 1 and not form.has_late_scales:
+                    acc = parts.finished(acc, form)
                 where = (nth - lax.div(tile * cut.steps, i32(cut.share)), pl.ds(token, tokens))
                 parts.store(acc, result, partial_ref.at[*where, pl.ds(output + warpgroup * ROWS, ROWS)])
                 parts.await_stores()

@@ -42,6 +42,7 @@ from pallas_kernels.quantized_matmul.mosaic_sm90.codes import (
 from pallas_kernels.quantized_matmul.order import MAX_WIDTH, input_order
 
 ROWS = 64  # outputs of one compute warpgroup
+MOST_TOKENS_IN_HALVES = 32  # of a tile, whose codes come in two copies
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of an accumulator
@@ -88,9 +89,9 @@ class Form(NamedTuple):
         return self.groups == 1 and self.codes.block is None
 
     @property
-    def is_unfinished(self) -> bool:
-        """Whether anything is left to do to the sums (`finished`)."""
-        return self.scales_outputs or self.has_global_scale or self.codes.factor != 1
+    def has_late_scales(self) -> bool:
+        """Whether sums wait for scales of their weight (`late_scales`)."""
+        return self.scales_outputs or self.has_global_scale
 
     @property
     def width(self) -> int:
@@ -154,13 +155,20 @@ def permuted(x: Array, form: Form, unit: int = 1) -> Array:
 
 
 def buffers(form: Form, *, stages: int, block_k: int, outputs: int, tokens: int, cluster: int) -> dict[str, Any]:
-    """The ring of steps: codes, activations, and scales and zeros as far as the products need them; a copy of each."""
+    """The ring of steps: codes, activations, and scales and zeros as far as the products need them.
+
+    A copy of each, but two of codes: half of the warpgroups begin while the codes of the others are on their way, so
+    that not all need the same units of the multiprocessor at the same time. More than two copies gain nothing, since
+    each barrier takes time to set up; and many tokens leave no register for another barrier.
+    """
     codes, lines = code_buffers(form, stages=stages, block_k=block_k, outputs=outputs)
+    others_ready = {"others_ready": plgpu.Barrier(num_arrivals=1, num_barriers=stages)}
     return {
         "codes": codes,
         "x": plgpu.SMEM((stages, tokens, block_k), jnp.bfloat16, transforms=compat.swizzled(jnp.bfloat16, form.width)),
         **lines,
         "ready": plgpu.Barrier(num_arrivals=2 + len(lines), num_barriers=stages),
+        **(others_ready if tokens <= MOST_TOKENS_IN_HALVES else {}),
         "free": free(outputs // ROWS, stages, cluster),
     }
 
@@ -224,18 +232,30 @@ def load_step(
 
     The CTAs of a cluster load the activations together.
     """
-    block_k = smem["x"].shape[2]
-    where: dict[str, Any] = {"layer": layer, "output": output, "barrier": smem["ready"].at[slot]}
-    load_codes(refs, smem, step=step, slot=slot, **where)
-    x = {"token": token, "first": step * block_k, "barrier": where["barrier"], "cluster": cluster}
-    load_x(refs, smem["x"].at[slot], **x)
-    load_lines(refs, smem, form, first=step * block_k, slot=slot, **where)
+    _, outputs, _ = smem["codes"].shape
+    first, barrier = step * smem["x"].shape[2], smem["ready"].at[slot]
+    load_x(refs, smem["x"].at[slot], token=token, first=first, barrier=barrier, cluster=cluster)
+    load_lines(refs, smem, form, layer=layer, first=first, slot=slot, output=output, barrier=barrier)
+    copies = ["ready", "others_ready"] if "others_ready" in smem else ["ready"]
+    size = outputs // len(copies)
+    for i, name in enumerate(copies):
+        where: dict[str, Any] = {"layer": layer, "step": step, "output": output + i * size}
+        load_codes(refs, smem["codes"].at[slot, pl.ds(i * size, size)], **where, barrier=smem[name].at[slot])
 
 
-def load_codes(refs: dict, smem: dict, *, layer: Any, step: Any, slot: Any, output: Any, barrier: Any) -> None:
-    _, outputs, width = smem["codes"].shape
+def await_step(smem: dict, *, slot: Any, warpgroup: Any) -> None:
+    """Until what a warpgroup needs of the step in a slot has arrived."""
+    plgpu.barrier_wait(smem["ready"].at[slot])
+    if "others_ready" in smem:
+        _, outputs, _ = smem["codes"].shape
+        is_other = warpgroup >= outputs // ROWS // 2
+        pl.when(is_other)(lambda: plgpu.barrier_wait(smem["others_ready"].at[slot]))
+
+
+def load_codes(refs: dict, codes_ref: Any, *, layer: Any, step: Any, output: Any, barrier: Any) -> None:
+    outputs, width = codes_ref.shape
     codes = refs["codes"].at[layer, pl.ds(output, outputs), pl.ds(step * width, width)]
-    plgpu.copy_gmem_to_smem(codes, smem["codes"].at[slot], barrier)
+    plgpu.copy_gmem_to_smem(codes, codes_ref, barrier)
 
 
 def load_x(refs: dict, x_ref: Any, *, token: Any, first: Any, barrier: Any, cluster: int) -> None:
@@ -287,8 +307,8 @@ def late_scales(refs: dict, form: Form, *, layer: Any, output: Any) -> tuple[Arr
     return of_outputs, of_all
 
 
-def finished(acc: Array, form: Form, scales: tuple[Array | None, Array | None]) -> Array:
-    """Sums `[64, tokens]` with the scales that waited for them (`late_scales`)."""
+def finished(acc: Array, form: Form, scales: tuple[Array | None, Array | None] = (None, None)) -> Array:
+    """Sums `[64, tokens]` with the scales that waited for them (`late_scales`), and the factor of the codes."""
     of_outputs, of_all = scales
     if of_outputs is not None:
         acc = acc * lax.broadcast_in_dim(of_outputs.astype(jnp.float32), acc.shape, [0])

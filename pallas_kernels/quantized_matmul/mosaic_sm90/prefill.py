@@ -205,9 +205,9 @@ def run(operands: Operands, *, form: Form, config: PrefillConfig, interpret) -> 
                         plgpu.barrier_wait(smem["codes_free"].at[slot])
                         plgpu.commit_smem()  # ordinary reads of the slot before the next TMA
 
-                    where = {"layer": layer, "slot": slot, "output": output, "barrier": barrier}
-                    parts.load_codes(refs, smem, step=step, **where)
-                    parts.load_lines(refs, smem, form, first=step * BLOCK_K, **where)
+                    where = {"layer": layer, "output": output, "barrier": barrier}
+                    parts.load_codes(refs, smem["codes"].at[slot], step=step, **where)
+                    parts.load_lines(refs, smem, form, first=step * BLOCK_K, slot=slot, **where)
                     for half in range(HALVES):
                         x_step = nth_step * HALVES + half
                         x_slot = lax.rem(x_step, i32(stages))
