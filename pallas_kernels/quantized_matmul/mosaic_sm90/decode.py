@@ -115,7 +115,7 @@ def heuristic_config(forms: Forms) -> Config:
     narrow_steps = form.width < parts.MAX_WIDTH or not form.takes(256)
     if tokens <= 32:
         narrow_steps = narrow_steps or form.codes.bits == 8  # 128 bytes in a row either way
-        config = Config(warpgroups=4, block_k=128 if narrow_steps else 256, stages=6 if narrow_steps else 4)
+        config = Config(warpgroups=4, block_k=128 if narrow_steps else 256, stages=6 if narrow_steps else 3)
         return parts.fitted(config, form)
     wide = Config(warpgroups=4, block_k=128, stages=4, cluster=1 if tokens > 48 else 2)  # a cluster needs registers
     if tokens <= 64 and cut_of(forms, wide).counts.max() <= 4:
