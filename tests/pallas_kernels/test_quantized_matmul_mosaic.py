@@ -327,15 +327,17 @@ class Sabotaged:
 @pytest.mark.parametrize(
     "where, function, chosen",
     [
-        pytest.param("kernel", "barrier_wait", 0, id="a step does not wait for its copies"),
-        pytest.param("kernel", "barrier_wait", 1, id="a copy does not wait for its slot"),
-        pytest.param("kernel", "commit_smem", 0, id="a copy does not wait for ordinary reads"),
-        pytest.param("parts", "commit_smem", 0, id="the store does not wait for the result"),
-        pytest.param("parts", "wait_smem_to_gmem", 0, id="the kernel does not wait for the store"),
+        pytest.param(parts, "barrier_wait", 0, id="a step does not wait for its copies"),
+        pytest.param(parts, "barrier_wait", 1, id="a step does not wait for the second copy of codes"),
+        pytest.param(decode, "barrier_wait", 0, id="a copy does not wait for its slot"),
+        pytest.param(decode, "commit_smem", 0, id="a copy does not wait for ordinary reads"),
+        pytest.param(parts, "commit_smem", 0, id="the store does not wait for the result"),
+        pytest.param(parts, "wait_smem_to_gmem", 0, id="the kernel does not wait for the store"),
     ],
 )
 def test_a_missing_synchronisation_is_caught(interpreter, monkeypatch, where, function, chosen):
-    assert_caught(interpreter, monkeypatch, decode if where == "kernel" else parts, function, chosen, ONE)
+    """With so few tokens that codes come in two copies."""
+    assert_caught(interpreter, monkeypatch, where, function, chosen, ONE, rows=parts.MOST_TOKENS_IN_HALVES)
 
 
 @pytest.mark.slow
@@ -361,12 +363,12 @@ def test_a_missing_synchronisation_of_prefills_is_caught(interpreter, monkeypatc
     assert_caught(interpreter, monkeypatch, where, function, chosen, config)
 
 
-def assert_caught(interpreter, monkeypatch, module, function, chosen, config):
+def assert_caught(interpreter, monkeypatch, module, function, chosen, config, rows=128):
     """That the interpreter finds the kernel wrong without one call, of a product with several tiles to a CTA."""
     sabotaged = Sabotaged(function, {chosen})
     monkeypatch.setattr(module, "plgpu", sabotaged)
     with pytest.raises(Exception, match=r"(?i)race|deadlock|barrier|wait|complet"):
-        interpreter.run(Call(128 if isinstance(config, PrefillConfig) else 64, 640, 256, config=config))
+        interpreter.run(Call(rows, 640, 256, config=config))
     assert sabotaged.count > chosen
 
 
