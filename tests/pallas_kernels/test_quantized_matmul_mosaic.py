@@ -3,8 +3,7 @@
 The oracle is NumPy in float64. Codes minus zeros are exact in bfloat16 and everything after them is float32, so what
 separates a kernel from the oracle is float32 rounding; a bfloat16 result adds half a unit of its last place, 2^-9.
 Prefills round the weight of groups to bfloat16, and so does their oracle (`check`).
-By default few cases run; the others are slow. All slow ones, races included, last passed on 2026-11-27, those of
-prefills on 2026-11-30.
+By default few cases run; the others are slow. All slow ones, races included, last passed on 2026-11-30.
 """
 
 import dataclasses
