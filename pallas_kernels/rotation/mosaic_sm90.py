@@ -39,7 +39,7 @@ from pallas_kernels.rotation.turn import Turn
 TILES = (4, 16)  # rows of a CTA: where there are few CTAs, and where there are many
 MANY_CTAS = 512
 NORM_TILES = (1, 2, 4)  # rows of a cluster: the fewest that find room at once
-CTAS_AT_ONCE = 528
+CTAS_AT_ONCE = 528  # four to a multiprocessor
 CLUSTERS = (8, 4, 2, 1)  # CTAs that share the channels of a row
 THREADS = 128
 MAX_SPAN = 2048  # channels of a row that a CTA may have; a thread holds its part in registers

@@ -3,9 +3,8 @@
 The product is computed as `y^T = W x^T`: outputs are the rows of the tensor core's tiles, tokens the columns. A CTA has
 a few compute warpgroups of 64 outputs each and one that fills the ring by TMA.
 
-Few tokens are bound by the memory and nearly as much by what makes operands of codes and by the tensor core, which
-takes as long for 8 tokens as for 16. Half of the warpgroups begin a step when their own codes have come, so that some
-make operands while others multiply.
+Few tokens are bound by the memory and as much by making operands of codes and multiplying with them (README). Half of
+the warpgroups begin a step when their own codes have come, so that some make operands while others multiply.
 
 A unit of work is one step, a few inputs, of one tile of outputs and tokens; up to 128 tokens are one tile, and every
 weight is then read once. Units are numbered with the steps of a tile in a row, and every CTA takes the same number of
