@@ -116,6 +116,9 @@ SMALL = PrefillConfig(block_m=64, stages=2, code_stages=2, cluster=1, num_sms=2)
 
 # The first ones run by default: outputs and tokens beyond the tile, a ring that wraps, tiles split unevenly.
 CALLS = {
+    "as few tokens have it, on one multiprocessor": Call(
+        3, 1024, 320, config=Config(warpgroups=4, block_k=256, stages=3, num_sms=1)
+    ),
     "one token, tiles in three": Call(1, 384, 208, config=SPLIT),
     "prefill, a cluster of two": Call(70, 384, 208, config=PrefillConfig(block_m=64, stages=3, num_sms=2)),
     "groups of 32, inputs no multiple of 64": Call(17, 160, 144, 32, config=SPLIT),
@@ -151,7 +154,7 @@ CALLS = {
     "prefill, no zeros": Call(70, 256, 144, zeros=False, scales="bfloat16", config=PrefillConfig(stages=2)),
 }
 PARAMETERS = [
-    pytest.param(call, id=name, marks=[pytest.mark.slow] if i > 5 else [])
+    pytest.param(call, id=name, marks=[pytest.mark.slow] if i > 6 else [])
     for i, (name, call) in enumerate(CALLS.items())
 ]
 
